@@ -1,0 +1,443 @@
+"""The diffusion decoder: semantic tokens, glyph states and noisy latents -> velocity.
+
+`diffusers.GlmImageTransformer2DModel` holds the weights (published config: 30 blocks of width 4096); the forward here
+is our own. Everything that does not change from step to step is computed once per picture by `Decoder.condition`;
+`Decoder.velocity` does the rest. Both are differentiable and call the model's own linear modules where adapters or
+quantisation replaced them, so trainers use the same code.
+
+One stream of [reference keys ; glyph tokens ; patches] per block, adaptive layer norm from (time + picture size),
+parameter-free layer norm on queries and keys, 2-D rotary positions on patches only, the semantic tokens added to the
+patch embeddings.
+
+Legend: B batch, C latent channels, T glyph tokens, P decoder patches (two by two latents), R reference patches,
+S = T + P, D width, H heads, K half a head's width, E width of the time embedding, G width of the glyph encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from glmimg.errors import BadInput
+
+__all__ = ["Conditioning", "Decoder", "Reference", "ReferenceCache", "fuse_qkv", "join"]
+
+_PATCH_PIXELS = 16  # VAE factor 8 times patch 2, fixed by the checkpoint format
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One reference picture: normalised VAE latents, its semantic ids at patch resolution, its size in pixels."""
+
+    latents_CHW: Tensor
+    prior_ids_P: Tensor
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """Keys and values of reference pictures, (B, H, R, 2K) per block; `mask_BR` is None where no row is padded."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    mask_BR: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, R)"""
+        return self.keys[0].shape[0], self.keys[0].shape[2]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What `velocity` needs besides latents and time; constant over the steps of a picture."""
+
+    prior_BPD: Tensor
+    glyphs_BTD: Tensor
+    glyph_mask_BT: Tensor | None
+    size_BE: Tensor
+    grid: tuple[int, int]
+    rotary_SK: tuple[Tensor, Tensor]
+    references: ReferenceCache | None
+    mask_B11K: Tensor | None  # over keys: references, glyphs, patches; None where nothing is padded
+
+    @property
+    def batch(self) -> int:
+        return self.prior_BPD.shape[0]
+
+
+def rotary_tables(grid: tuple[int, int], text: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (S, K) in fp32: identity for `text` glyph tokens, then row and column angles of the grid."""
+    rows, columns = grid
+    frequencies = 10000.0 ** -(torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
+    by_row = torch.outer(torch.arange(rows).float(), frequencies)[:, None].expand(rows, columns, -1)
+    by_column = torch.outer(torch.arange(columns).float(), frequencies)[None].expand(rows, columns, -1)
+    angles = F.pad(torch.cat([by_row, by_column], -1).flatten(0, 1), (0, 0, text, 0))
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+class Decoder:
+    """Runs the denoising transformer.
+
+    `blocks` yields the transformer blocks in order each time it is called; a streaming loader passes its own.
+    Call `fuse_qkv(model)` once after loading to make one product of the three projections.
+    """
+
+    def __init__(self, model: Any, blocks: Callable[[], Iterable[Any]] | None = None) -> None:
+        self.model = model
+        self.blocks = blocks or (lambda: self.model.transformer_blocks)
+        self.heads = int(model.config.num_attention_heads)
+        self.head_dim = int(model.config.attention_head_dim)
+        self.last = int(model.config.num_layers) - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.proj_out.weight.dtype
+
+    # -- once per picture ---------------------------------------------------------------------------------------
+
+    def condition(
+        self,
+        prior_ids_BP: Tensor,
+        glyphs_BTG: Tensor,
+        glyph_mask_BT: Tensor | None = None,
+        *,
+        size: tuple[int, int] | Tensor,
+        crop: tuple[int, int] | Tensor = (0, 0),
+        grid: tuple[int, int] | None = None,
+        drop_prior: bool | Tensor = False,
+        references: ReferenceCache | None = None,
+    ) -> Conditioning:
+        """Project everything that is constant over the steps.
+
+        `prior_ids_BP`: semantic ids at patch resolution, row-major. `glyphs_BTG`: states of the glyph encoder, padded
+        on either side where `glyph_mask_BT` is False; T may be 0. (Guidance's other half, and a trainer that drops
+        the glyphs, want the encoding of "" as published, not an empty mask.) `size` and `crop`: (height, width) and
+        (top, left) in pixels for all, or (B, 2). `grid`: patches (rows, columns), by default size / 16.
+        `drop_prior`: True, (B,) or (B, P) where the semantic tokens are withheld. `references`: of one sample,
+        shared by all, or of B samples.
+        """
+        batch, patches = prior_ids_BP.shape
+        device = prior_ids_BP.device
+        size_B2, crop_B2 = _pairs(size, batch, device), _pairs(crop, batch, device)
+        if grid is None:
+            grid = (int(size_B2[0, 0]) // _PATCH_PIXELS, int(size_B2[0, 1]) // _PATCH_PIXELS)
+        if grid[0] * grid[1] != patches:
+            raise BadInput(f"{patches} semantic ids for a grid of {grid[0]} x {grid[1]} patches: give one id a patch")
+        prior_BPD = self.model.prior_token_embedding(prior_ids_BP)
+        if drop_prior is not False:
+            dropped = torch.as_tensor(drop_prior, dtype=torch.bool, device=device)
+            dropped = dropped[:, None] if dropped.dim() == 1 else dropped
+            prior_BPD = prior_BPD * (~dropped)[..., None].to(prior_BPD.dtype)
+        prior_BPD = self.model.prior_projector(prior_BPD)
+        glyphs_BTD = self.model.glyph_projector(glyphs_BTG.to(self.dtype))
+        if glyphs_BTD.shape[0] != batch:
+            raise BadInput(f"glyph states of {glyphs_BTD.shape[0]} pictures for {batch} pictures' semantic ids")
+        if glyph_mask_BT is not None:
+            glyph_mask_BT = None if bool(glyph_mask_BT.all()) else glyph_mask_BT.to(device, torch.bool)
+        if references is not None:
+            references = _expand(references, batch)
+        return Conditioning(
+            prior_BPD,
+            glyphs_BTD,
+            glyph_mask_BT,
+            self._size_embedding(size_B2, crop_B2),
+            grid,
+            rotary_tables(grid, glyphs_BTD.shape[1], self.head_dim, device),
+            references,
+            _key_mask(references, glyph_mask_BT, batch, glyphs_BTD.shape[1], patches, device),
+        )
+
+    def write_references(self, references: Sequence[Sequence[Reference]]) -> ReferenceCache:
+        """Keys and values of each sample's reference pictures, every picture run alone at time 0 without glyphs."""
+        if not references or not all(references):
+            raise BadInput("every sample needs at least one reference picture; leave `references` out for none")
+        keys: list[list[Tensor]] = []  # [sample][block] -> 1 H R 2K
+        values: list[list[Tensor]] = []
+        for pictures in references:
+            written = [self._write(picture) for picture in pictures]
+            keys.append([torch.cat([k for k, _ in block], 2) for block in zip(*written, strict=True)])
+            values.append([torch.cat([v for _, v in block], 2) for block in zip(*written, strict=True)])
+        return _stack_references(keys, values)
+
+    def _write(self, picture: Reference) -> list[tuple[Tensor, Tensor]]:
+        latents_BCHW = picture.latents_CHW[None]
+        ids_BP = picture.prior_ids_P.reshape(1, -1)
+        grid = (latents_BCHW.shape[2] // 2, latents_BCHW.shape[3] // 2)
+        empty_BTG = latents_BCHW.new_zeros(1, 0, self.model.config.text_embed_dim)
+        conditioning = self.condition(ids_BP, empty_BTG, size=picture.size, grid=grid)
+        written: list[tuple[Tensor, Tensor]] = []
+        self._run(latents_BCHW, 0.0, conditioning, written)
+        return written
+
+    def _size_embedding(self, size_B2: Tensor, crop_B2: Tensor) -> Tensor:
+        embed = self.model.time_condition_embed
+        numbers_B4 = torch.cat([crop_B2, size_B2], 1)
+        waves = embed.condition_proj(numbers_B4.flatten()).view(len(numbers_B4), -1)
+        return embed.condition_embedder(waves.to(self.dtype))
+
+    # -- once per step ------------------------------------------------------------------------------------------
+
+    def velocity(self, latents_BCHW: Tensor, timestep: float | Tensor, conditioning: Conditioning) -> Tensor:
+        """d latents / d sigma in fp32. `timestep`: the model's, in [0, 999], for all or (B,) (see `diffusion`)."""
+        return self._run(latents_BCHW, timestep, conditioning, None)
+
+    def _run(
+        self,
+        latents_BCHW: Tensor,
+        timestep: float | Tensor,
+        conditioning: Conditioning,
+        written: list[tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:
+        model, (rows, columns) = self.model, conditioning.grid
+        batch, _, height, width = latents_BCHW.shape
+        if (batch, height, width) != (conditioning.batch, 2 * rows, 2 * columns):
+            raise BadInput(
+                f"latents {tuple(latents_BCHW.shape)} for a conditioning of {conditioning.batch} pictures of "
+                f"{2 * rows} x {2 * columns} latents"
+            )
+        embed = model.time_condition_embed
+        timestep_B = torch.as_tensor(timestep, device=latents_BCHW.device, dtype=torch.float32).expand(batch)
+        time_BE = embed.timestep_embedder(embed.time_proj(timestep_B).to(self.dtype))
+        time_BE = F.silu(time_BE + conditioning.size_BE)
+
+        x_BPD = model.image_projector(latents_BCHW.to(self.dtype)) + conditioning.prior_BPD
+        text_BTD = conditioning.glyphs_BTD
+        cache = conditioning.references
+        saving_memory = torch.is_grad_enabled() and model.gradient_checkpointing
+        for index, block in enumerate(self.blocks()):
+            past = None if cache is None else (cache.keys[index], cache.values[index])
+            run = partial(self._block, block, index == self.last, conditioning, past, written)
+            if saving_memory:
+                x_BPD, text_BTD = checkpoint(run, x_BPD, text_BTD, time_BE, use_reentrant=False)
+            else:
+                x_BPD, text_BTD = run(x_BPD, text_BTD, time_BE)
+
+        scale_B1D, shift_B1D = model.norm_out.linear(time_BE)[:, None].chunk(2, -1)
+        x_BPD = model.proj_out(torch.addcmul(shift_B1D, _norm(x_BPD), 1 + scale_B1D))
+        x = x_BPD.reshape(batch, rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return x.reshape(batch, -1, height, width).float()
+
+    def _block(
+        self,
+        block: Any,
+        last: bool,
+        conditioning: Conditioning,
+        past: tuple[Tensor, Tensor] | None,
+        written: list[tuple[Tensor, Tensor]] | None,
+        x_BPD: Tensor,
+        text_BTD: Tensor,
+        time_BE: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One block. After the last only the patches are wanted, so glyph tokens end as keys and values there."""
+        text = text_BTD.shape[1]
+        modulation = block.norm1.linear(time_BE)[:, None].chunk(12, -1)
+        shift, text_shift, scale, text_scale, gate, text_gate = modulation[:6]
+        joined_BSD = _modulated(x_BPD, shift, scale, text_BTD, text_shift, text_scale)
+        q, k, v = self._heads(block.attn1, joined_BSD, conditioning.rotary_SK)
+        if written is not None:
+            written.append((k, v))
+        if past is not None:
+            k, v = torch.cat([past[0].to(k.dtype), k], 2), torch.cat([past[1].to(v.dtype), v], 2)
+        if last:
+            q, text_BTD, text = q[:, :, text:], text_BTD[:, :0], 0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=conditioning.mask_B11K)
+        mixed_BSD = block.attn1.to_out[0](mixed.transpose(1, 2).flatten(2))
+        x_BPD = torch.addcmul(x_BPD, mixed_BSD[:, text:], gate)
+        if text:
+            text_BTD = torch.addcmul(text_BTD, mixed_BSD[:, :text], text_gate)
+
+        shift, text_shift, scale, text_scale, gate, text_gate = modulation[6:]
+        widened_BSD = block.ff(_modulated(x_BPD, shift, scale, text_BTD, text_shift, text_scale))
+        x_BPD = torch.addcmul(x_BPD, widened_BSD[:, text:], gate)
+        if text:
+            text_BTD = torch.addcmul(text_BTD, widened_BSD[:, :text], text_gate)
+        return x_BPD, text_BTD
+
+    def _heads(self, attention: Any, x_BSD: Tensor, rotary_SK: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as (B, H, S, 2K)."""
+        shape = (*x_BSD.shape[:2], -1, self.head_dim)
+        fused = _fused_view(attention)
+        if fused is not None:
+            qkv = F.linear(x_BSD, *fused).view(shape)
+            v = qkv[:, :, 2 * self.heads :]
+            qk = _rotate(_norm(qkv[:, :, : 2 * self.heads]), rotary_SK, v.dtype)
+            q, k = qk[:, :, : self.heads], qk[:, :, self.heads :]
+        else:
+            v = attention.to_v(x_BSD).view(shape)
+            q = _rotate(_norm(attention.to_q(x_BSD).view(shape)), rotary_SK, v.dtype)
+            k = _rotate(_norm(attention.to_k(x_BSD).view(shape)), rotary_SK, v.dtype)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def join(parts: Sequence[Conditioning]) -> Conditioning:
+    """One conditioning of all the parts' pictures in order, glyphs and references padded and masked.
+
+    Guidance joins (with, without) once and then runs one forward of twice the batch. With references this pads the
+    unguided half's cache with as many masked rows, so large reference caches are better run as two forwards.
+    """
+    first = parts[0]
+    if any(part.grid != first.grid for part in parts):
+        raise BadInput(f"pictures of different grids cannot share a batch: {sorted({part.grid for part in parts})}")
+    text = max(part.glyphs_BTD.shape[1] for part in parts)
+    reference = max(part.references.shape[1] if part.references else 0 for part in parts)
+    device = first.prior_BPD.device
+    glyphs = [F.pad(part.glyphs_BTD, (0, 0, 0, text - part.glyphs_BTD.shape[1])) for part in parts]
+    masks = [_padded_mask(p.glyph_mask_BT, p.batch, p.glyphs_BTD.shape[1], text, device) for p in parts]
+    mask_BT = torch.cat(masks)
+    cache = _join_references([(part.references, part.batch) for part in parts], reference, device)
+    prior_BPD = torch.cat([part.prior_BPD for part in parts])
+    glyph_mask = None if bool(mask_BT.all()) else mask_BT
+    longest = max(parts, key=lambda part: part.glyphs_BTD.shape[1])
+    return Conditioning(
+        prior_BPD,
+        torch.cat(glyphs),
+        glyph_mask,
+        torch.cat([part.size_BE for part in parts]),
+        first.grid,
+        longest.rotary_SK,
+        cache,
+        _key_mask(cache, glyph_mask, len(prior_BPD), text, prior_BPD.shape[1], device),
+    )
+
+
+def fuse_qkv(model: Any) -> None:
+    """Lay the weights of each attention's three projections side by side in memory, so that one product does all.
+
+    The parameters stay where they are in the module and its state dict, as views; optimisers, saving and adapters
+    work as before. Moving the model to another device undoes it. Attentions whose projections are not plain linear
+    layers (adapters, quantised weights) are left alone.
+    """
+    for block in model.transformer_blocks:
+        linears = _plain_projections(block.attn1)
+        if linears is not None:
+            for name in ("weight", "bias"):
+                joined = torch.cat([getattr(linear, name).data for linear in linears])
+                for linear, piece in zip(linears, joined.chunk(3), strict=True):
+                    getattr(linear, name).data = piece
+
+
+def _plain_projections(attention: Any) -> list[Any] | None:
+    linears = [attention.to_q, attention.to_k, attention.to_v]
+    plain = all(type(linear) is nn.Linear and type(linear.weight) is nn.Parameter for linear in linears)
+    return linears if plain and all(linear.bias is not None for linear in linears) else None
+
+
+def _fused_view(attention: Any) -> tuple[Tensor, Tensor] | None:
+    """(3D, D) weight and (3D,) bias over adjacent projections, or None; gradients need the separate ones."""
+    if torch.is_grad_enabled():
+        return None
+    linears = _plain_projections(attention)
+    if linears is None:
+        return None
+    views = []
+    for name in ("weight", "bias"):
+        first, second, third = (getattr(linear, name) for linear in linears)
+        step = first.numel() * first.element_size()
+        adjacent = second.data_ptr() - first.data_ptr() == step == third.data_ptr() - second.data_ptr()
+        if not adjacent or first.untyped_storage().data_ptr() != third.untyped_storage().data_ptr():
+            return None
+        views.append(first.detach().as_strided((3 * first.shape[0], *first.shape[1:]), first.stride()))
+    return views[0], views[1]
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=_EPS)
+
+
+def _rotate(x_BSHd: Tensor, rotary_SK: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    cos, sin = (table[:, None] for table in rotary_SK)
+    first, second = x_BSHd.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(dtype)
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor, text: Tensor, text_shift: Tensor, text_scale: Tensor) -> Tensor:
+    """Both streams normalised and modulated, glyphs first."""
+    x = torch.addcmul(shift, _norm(x), 1 + scale)
+    if not text.shape[1]:
+        return x
+    return torch.cat([torch.addcmul(text_shift, _norm(text), 1 + text_scale), x], 1)
+
+
+def _pairs(value: tuple[int, int] | Tensor, batch: int, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(-1, 2).expand(batch, 2)
+
+
+def _padded_mask(mask_BN: Tensor | None, batch: int, length: int, wanted: int, device: torch.device) -> Tensor:
+    """`mask_BN`, all True if None, lengthened with False to `wanted`."""
+    if mask_BN is None:
+        mask_BN = torch.ones(batch, length, dtype=torch.bool, device=device)
+    return F.pad(mask_BN, (0, wanted - mask_BN.shape[1]), value=False)
+
+
+def _key_mask(
+    references: ReferenceCache | None,
+    glyph_mask: Tensor | None,
+    batch: int,
+    text: int,
+    patches: int,
+    device: torch.device,
+) -> Tensor | None:
+    if glyph_mask is None and (references is None or references.mask_BR is None):
+        return None
+    mask = _padded_mask(glyph_mask, batch, text, text, device)
+    if references is not None:
+        length = references.shape[1]
+        mask = torch.cat([_padded_mask(references.mask_BR, batch, length, length, device), mask], 1)
+    return F.pad(mask, (0, patches), value=True)[:, None, None]
+
+
+def _expand(cache: ReferenceCache, batch: int) -> ReferenceCache:
+    if cache.shape[0] == batch:
+        return cache
+    if cache.shape[0] != 1:
+        raise BadInput(f"references of {cache.shape[0]} samples for a batch of {batch}: give 1 or {batch}")
+    keys = tuple(k.expand(batch, -1, -1, -1) for k in cache.keys)
+    values = tuple(v.expand(batch, -1, -1, -1) for v in cache.values)
+    return ReferenceCache(keys, values, None if cache.mask_BR is None else cache.mask_BR.expand(batch, -1))
+
+
+def _stack_references(keys: list[list[Tensor]], values: list[list[Tensor]]) -> ReferenceCache:
+    """Samples' caches, (1, H, R, 2K) a block, padded to the longest."""
+    parts: list[tuple[ReferenceCache | None, int]] = [
+        (ReferenceCache(tuple(k), tuple(v)), 1) for k, v in zip(keys, values, strict=True)
+    ]
+    length = max(sample[0].shape[2] for sample in keys)
+    cache = _join_references(parts, length, keys[0][0].device)
+    assert cache is not None  # every part has one
+    return cache
+
+
+def _join_references(
+    parts: list[tuple[ReferenceCache | None, int]], length: int, device: torch.device
+) -> ReferenceCache | None:
+    example = next((cache for cache, _ in parts if cache is not None), None)
+    if example is None:
+        return None
+
+    def column(pick: Callable[[ReferenceCache], Tensor]) -> Tensor:
+        like = pick(example)
+        pieces = []
+        for cache, batch in parts:
+            piece = like.new_zeros(batch, like.shape[1], 0, like.shape[3]) if cache is None else pick(cache)
+            pieces.append(F.pad(piece, (0, 0, 0, length - piece.shape[2])))
+        return torch.cat(pieces)
+
+    masks = []
+    for cache, batch in parts:
+        known = cache.mask_BR if cache is not None else None
+        masks.append(_padded_mask(known, batch, cache.shape[1] if cache else 0, length, device))
+    mask_BR = torch.cat(masks)
+    return ReferenceCache(
+        tuple(column(lambda cache, i=i: cache.keys[i]) for i in range(len(example.keys))),  # type: ignore[misc]
+        tuple(column(lambda cache, i=i: cache.values[i]) for i in range(len(example.values))),  # type: ignore[misc]
+        None if bool(mask_BR.all()) else mask_BR,
+    )

@@ -1,0 +1,244 @@
+"""Noise levels, samplers, guidance, and the training side of the same flow.
+
+A picture's latents x0 and noise meet at level sigma in [0, 1]:  x = (1 - sigma) x0 + sigma noise.
+The decoder predicts the velocity  d x / d sigma = noise - x0.
+
+The published model has two clocks, and they differ. With T the integer training time in 1..1000:
+
+- the decoder is *told* the unshifted timestep  t = T - 1, in 0..999;
+- the latents it is *given* are at the shifted level  sigma = shift(T / 1000), where
+  shift(u) = mu u / (mu u + 1 - u)  and  mu = 0.25 + 0.75 sqrt(patches / 256)  grows with the picture.
+
+So at t = 499 the decoder sees sigma .64 at 512x512 pixels and .86 at 2048x2048. A trainer that wants its decoder to
+work with this sampling draws t (uniformly, or logit-normal in u), and must mix latents and noise at
+`training_sigmas(t, patches, config)` of that picture's size. Mixing at t / 1000 instead teaches another clock.
+
+Nothing here imports a model: samplers take a callable. A new sampler is a function and its row in `SAMPLERS`.
+
+Legend: B batch, C latent channels, n number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glmimg.errors import BadInput, UnknownName
+
+__all__ = [
+    "SAMPLERS",
+    "OnStep",
+    "Schedule",
+    "Velocity",
+    "guided",
+    "interpolate",
+    "model_timestep",
+    "noise_like",
+    "sample",
+    "shift_of",
+    "training_sigmas",
+    "training_timesteps",
+    "velocity_target",
+]
+
+Config = Mapping[str, Any]  # the checkpoint's scheduler/scheduler_config.json
+Velocity = Callable[[Tensor, float, float], Tensor]  # (latents_BCHW, timestep, sigma) -> velocity_BCHW
+OnStep = Callable[[int, int, Tensor, Tensor], None]  # (steps done, of, latents_BCHW, estimate of x0_BCHW)
+
+_REFUSED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
+
+
+def shift_of(patches: int, config: Config) -> float:
+    """mu for a picture of `patches` decoder patches (pixels / 256). Missing keys take diffusers' class defaults."""
+    refused = [key for key in (*_REFUSED, "shift_terminal") if config.get(key)]
+    if refused:
+        raise BadInput(f"scheduler config sets {', '.join(refused)}: only plain and dynamically shifted flow is known")
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.get("shift", 1.0))
+    ratio = math.sqrt(patches / config.get("base_image_seq_len", 256))
+    mu = ratio * config.get("max_shift", 1.15) + config.get("base_shift", 0.5)
+    kind = config.get("time_shift_type", "exponential")
+    if kind not in ("linear", "exponential"):
+        raise UnknownName.of("time_shift_type", kind, ("linear", "exponential"))
+    return mu if kind == "linear" else math.exp(mu)
+
+
+def _shift(u: Tensor, mu: float) -> Tensor:
+    return mu * u / (mu * u + (1 - u))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """n + 1 noise levels falling to 0 and the n timesteps that the decoder is told, both fp32 on the CPU."""
+
+    sigmas: Tensor
+    timesteps: Tensor
+    mu: float
+
+    @classmethod
+    def published(cls, steps: int, patches: int, config: Config) -> Schedule:
+        """The schedule of diffusers.GlmImagePipeline for a picture of `patches` decoder patches."""
+        total = int(config.get("num_train_timesteps", 1000))
+        if not 1 <= steps <= total:
+            raise BadInput(f"{steps} steps: give 1 to {total}")
+        mu = shift_of(patches, config)
+        times = torch.linspace(total, 1, steps + 1, dtype=torch.float64)[:-1].floor().float()
+        sigmas = torch.cat([_shift(times / total, mu), torch.zeros(1)])
+        return cls(sigmas, times - 1, mu)
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+def model_timestep(sigma: float, mu: float, config: Config) -> float:
+    """The timestep that the decoder is told at any level: the inverse of the shift, on the published clock.
+
+    The samplers below only stop at levels of the schedule, whose timesteps are known; this is for others to come.
+    """
+    total = int(config.get("num_train_timesteps", 1000))
+    return total * sigma / (mu * (1 - sigma) + sigma) - 1
+
+
+def noise_like(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """fp32 noise (B, *shape) on the CPU, picture by picture from its own generator, so that batch == single."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+
+
+def guided(
+    predict: Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]],
+    scale: float = 1.5,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Velocity:
+    """Classifier-free guidance.
+
+    `predict(latents, timestep, both)` returns the velocity with the prompt and, if `both`, the one without. Levels
+    outside `interval` (low, high) of sigma and scale 1 cost the single forward.
+    """
+    low, high = interval
+    if not (math.isfinite(scale) and 0.0 <= low <= high <= 1.0):
+        raise BadInput(f"guidance scale {scale} in interval {interval}: give a finite scale and 0 <= low <= high <= 1")
+
+    def velocity(latents_BCHW: Tensor, timestep: float, sigma: float) -> Tensor:
+        with_prompt, without = predict(latents_BCHW, timestep, scale != 1.0 and low <= sigma <= high)
+        return with_prompt if without is None else torch.lerp(without, with_prompt, scale)
+
+    return velocity
+
+
+def sample(
+    velocity: Velocity, noise_BCHW: Tensor, schedule: Schedule, sampler: str = "euler", on_step: OnStep | None = None
+) -> Tensor:
+    """Latents (fp32, on the noise's device) from noise. `on_step` may raise `Cancelled` to stop."""
+    if sampler not in SAMPLERS:
+        raise UnknownName.of("sampler", sampler, SAMPLERS)
+    return SAMPLERS[sampler](velocity, noise_BCHW.float(), schedule, on_step or _silent)
+
+
+def _silent(done: int, total: int, latents_BCHW: Tensor, x0_BCHW: Tensor) -> None:
+    pass
+
+
+def euler(velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> Tensor:
+    """One evaluation a step, the published sampler."""
+    sigmas, times = schedule.sigmas.tolist(), schedule.timesteps.tolist()
+    for i, time in enumerate(times):
+        v = velocity(x, time, sigmas[i])
+        x0 = x - sigmas[i] * v
+        x = x + (sigmas[i + 1] - sigmas[i]) * v
+        on_step(i + 1, len(times), x, x0)
+    return x
+
+
+def heun(velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> Tensor:
+    """Second order, two evaluations a step: the second at the next level with the next level's timestep.
+
+    The last step is Euler's, since no timestep belongs to level 0 (the published clock would tell -1).
+    """
+    sigmas, times = schedule.sigmas.tolist(), schedule.timesteps.tolist()
+    for i, time in enumerate(times):
+        v = velocity(x, time, sigmas[i])
+        x0, step = x - sigmas[i] * v, sigmas[i + 1] - sigmas[i]
+        if i + 1 < len(times):
+            v = (v + velocity(x + step * v, times[i + 1], sigmas[i + 1])) / 2
+        x = x + step * v
+        on_step(i + 1, len(times), x, x0)
+    return x
+
+
+def unipc(velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> Tensor:
+    """UniPC of order 2 (arXiv 2302.04867), diffusers' solver on our levels; one evaluation a step."""
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return _multistep(solver, velocity, x, schedule, on_step)
+
+
+def dpmpp(velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> Tensor:
+    """DPM-Solver++ 2M (arXiv 2211.01095), diffusers' solver on our levels; one evaluation a step."""
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return _multistep(solver, velocity, x, schedule, on_step)
+
+
+def _multistep(solver: Any, velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> Tensor:
+    """Both solvers work in log(alpha / sigma), infinite at level 1, so the first level is a hair below it."""
+    sigmas, times = schedule.sigmas.tolist(), schedule.timesteps.tolist()
+    solver.set_timesteps(len(times))
+    solver.sigmas = schedule.sigmas.clamp(max=1 - 1e-6)
+    solver.timesteps = torch.arange(len(times), 0, -1)  # labels only: the solver counts its own steps
+    solver.set_begin_index(0)
+    for i, time in enumerate(times):
+        v = velocity(x, time, sigmas[i])
+        x0 = x - sigmas[i] * v
+        x = solver.step(v, solver.timesteps[i], x, return_dict=False)[0]
+        on_step(i + 1, len(times), x, x0)
+    return x
+
+
+SAMPLERS: dict[str, Callable[[Velocity, Tensor, Schedule, OnStep], Tensor]] = {
+    "euler": euler,
+    "heun": heun,
+    "unipc": unipc,
+    "dpm++": dpmpp,
+}
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def training_timesteps(
+    batch: int, generator: torch.Generator, *, mean: float = 0.0, std: float | None = 1.0, total: int = 1000
+) -> Tensor:
+    """Integer timesteps 0..total-1 as the decoder is told them, fp32 (B,) on the CPU.
+
+    Logit-normal in u = (t + 1) / total with `mean` and `std`; uniform if `std` is None. The shift to the picture's
+    size comes after, in `training_sigmas`, so a larger picture is trained at higher noise with the same draw.
+    """
+    if std is None:
+        u = torch.rand(batch, generator=generator)
+    else:
+        u = torch.sigmoid(mean + std * torch.randn(batch, generator=generator))
+    return (u * total).floor().clamp(0, total - 1)
+
+
+def training_sigmas(timesteps_B: Tensor, patches: int, config: Config) -> Tensor:
+    """The level (B,) at which a picture of `patches` patches must be mixed when the decoder is told `timesteps_B`."""
+    total = int(config.get("num_train_timesteps", 1000))
+    return _shift((timesteps_B.float() + 1) / total, shift_of(patches, config))
+
+
+def interpolate(x0_BCHW: Tensor, noise_BCHW: Tensor, sigmas_B: Tensor) -> Tensor:
+    """(1 - sigma) x0 + sigma noise, per picture."""
+    return torch.lerp(x0_BCHW, noise_BCHW, sigmas_B.to(x0_BCHW)[:, None, None, None])
+
+
+def velocity_target(x0_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+    """What the decoder learns to predict: noise - x0."""
+    return noise_BCHW - x0_BCHW
