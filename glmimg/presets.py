@@ -3,7 +3,8 @@
 A preset is a plain dict: `vision_language_encoder`, `transformer`, `text_encoder`, `vae`, `scheduler`,
 `preprocessor` and `generation` hold what the matching file of the folder holds (see docs/checkpoint-format.md).
 `generation` carries, beside the published keys, the settings that a checkpoint of another size needs:
-`preview_side` (published rule: 16), `num_inference_steps`, `guidance_scale`, `default_size`, `min_size`, `max_size`.
+`preview_side` (published rule: 16), `num_inference_steps`, `decoder_guidance_scale`, `default_size`, `min_size`,
+`max_size`.
 
 No torch is imported here: command-line help and planning read presets.
 """
@@ -138,7 +139,7 @@ def _preset(
             "pad_token_id": vision_vocab + 1,
             "preview_side": 4,
             "num_inference_steps": 20,
-            "guidance_scale": 1.5,
+            "decoder_guidance_scale": 1.5,  # transformers gives the plain name a meaning of its own
             "default_size": [256, 256],
             "min_size": 64,
             "max_size": 512,

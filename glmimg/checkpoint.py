@@ -1,0 +1,376 @@
+"""A checkpoint folder in the layout of `diffusers.GlmImagePipeline`: found, checked, and loaded part by part.
+
+Opening reads settings and safetensors headers only, so bad folders are refused before any work. Each loader builds
+transformers' or diffusers' own class on the meta device and maps the weights into it; text-to-image never touches the
+vision tower, the quantiser or the VAE encoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glmimg.atomic_write import atomic_folder
+from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.weight_files import WeightFiles, fill
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, GlmImageTransformer2DModel
+    from tokenizers import Tokenizer
+    from transformers import (
+        GlmImageForConditionalGeneration,
+        GlmImageVisionModel,
+        GlmImageVQVAE,
+        T5EncoderModel,
+    )
+
+__all__ = ["COMPONENTS", "EMBEDDED", "Checkpoint", "CheckpointSettings", "save_component"]
+
+# The name of the trained miniature that comes with the package.
+EMBEDDED = "embedded"
+# The folders that hold weights.
+COMPONENTS = ("vision_language_encoder", "text_encoder", "transformer", "vae")
+
+_VISION = ("model.visual.", "model.vqmodel.")
+_LANGUAGE = ("model.language_model.", "lm_head.")
+_VAE_ENCODER = ("encoder.", "quant_conv.")
+# The second name that T5 has for shared.weight; files hold the first.
+_TIED = "encoder.embed_tokens.weight"
+_HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.jinja", "*/*.txt"]
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What the loops need to know about a checkpoint, from its json files; the published values where one is silent."""
+
+    codebook_size: int
+    vision_vocab: int
+    text_vocab: int
+    image_start_id: int
+    image_end_id: int
+    image_token_id: int
+    pad_id: int
+    max_positions: int
+    preview_side: int
+    num_inference_steps: int
+    guidance_scale: float
+    temperature: float
+    top_p: float
+    top_k: int
+    default_size: tuple[int, int]
+    min_size: int
+    max_size: int
+    latent_channels: int
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    vae_scale: int
+    patch_size: int
+    scheduler: dict[str, Any] = field(hash=False)
+
+    @property
+    def token_side(self) -> int:
+        """Pixels of a semantic token's side: two decoder patches."""
+        return 2 * self.patch_size * self.vae_scale
+
+    @classmethod
+    def read(cls, root: Path) -> CheckpointSettings:
+        """Reads the json files of a folder; CheckpointError where one is absent, damaged or at odds with another."""
+        language = _json(root / "vision_language_encoder/config.json")
+        decoder = _json(root / "transformer/config.json")
+        vae = _json(root / "vae/config.json")
+        generation = _json(root / "vision_language_encoder/generation_config.json")
+        scheduler = _json(root / "scheduler/scheduler_config.json")
+        try:
+            text = language["text_config"]
+            channels = vae["latent_channels"]
+            settings = cls(
+                codebook_size=language["vq_config"]["num_embeddings"],
+                vision_vocab=text["vision_vocab_size"],
+                text_vocab=text["vocab_size"],
+                image_start_id=language["image_start_token_id"],
+                image_end_id=language["image_end_token_id"],
+                image_token_id=language["image_token_id"],
+                pad_id=text["pad_token_id"],
+                max_positions=text["max_position_embeddings"],
+                preview_side=generation.get("preview_side", 16),
+                num_inference_steps=generation.get("num_inference_steps", 50),
+                # not plain guidance_scale: transformers' generate would start guiding tokens by it
+                guidance_scale=generation.get("decoder_guidance_scale", 1.5),
+                temperature=generation.get("temperature", 1.0),
+                top_p=generation.get("top_p", 1.0),
+                # transformers' generate applies 50 where the file is silent, as the published one is
+                top_k=generation.get("top_k", 50) or 0,
+                default_size=tuple(generation.get("default_size", (1024, 1024))),
+                min_size=generation.get("min_size", 512),
+                max_size=generation.get("max_size", 2048),
+                latent_channels=channels,
+                latents_mean=tuple(vae.get("latents_mean") or [0.0] * channels),
+                latents_std=tuple(vae.get("latents_std") or [1.0] * channels),
+                vae_scale=2 ** (len(vae["block_out_channels"]) - 1),
+                patch_size=decoder["patch_size"],
+                scheduler={key: value for key, value in scheduler.items() if not key.startswith("_")},
+            )
+        except KeyError as error:
+            raise CheckpointError(f"{root}: a config.json lacks {error}: not a GLM-Image checkpoint?") from error
+        if decoder.get("prior_vq_quantizer_codebook_size") != settings.codebook_size:
+            raise CheckpointError(
+                f"{root}: the decoder knows {decoder.get('prior_vq_quantizer_codebook_size')} semantic tokens, "
+                f"the token generator {settings.codebook_size}: its parts come from different checkpoints"
+            )
+        if not len(settings.latents_mean) == len(settings.latents_std) == channels:
+            raise CheckpointError(f"{root}/vae/config.json: latents_mean and latents_std need {channels} values each")
+        return settings
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened folder. `name` is what the caller asked for; `weights` the files of each component."""
+
+    root: Path
+    name: str
+    settings: CheckpointSettings
+    weights: dict[str, WeightFiles] = field(hash=False, repr=False)
+
+    @classmethod
+    def open(
+        cls, model: str | Path | Checkpoint = EMBEDDED, *, revision: str | None = None, local_files_only: bool = False
+    ) -> Checkpoint:
+        """Opens a folder, a hub id such as "zai-org/GLM-Image", or the embedded model; reads no weights.
+
+        An opened checkpoint is handed back as it is. Hub files are downloaded once into huggingface_hub's cache.
+        """
+        if isinstance(model, Checkpoint):
+            return model
+        root = _locate(str(model), revision, local_files_only)
+        index = _json(root / "model_index.json")
+        if index.get("_class_name") != "GlmImagePipeline":
+            raise CheckpointError(
+                f"{root} is a {index.get('_class_name')} checkpoint; a GlmImagePipeline one is needed"
+            )
+        if not (root / "processor/tokenizer.json").is_file():
+            raise CheckpointError(f"{root}/processor/tokenizer.json is missing: not downloaded completely?")
+        settings = CheckpointSettings.read(root)
+        return cls(root, str(model), settings, {part: WeightFiles(root / part) for part in COMPONENTS})
+
+    @cached_property
+    def hash(self) -> str:
+        """Twelve hex digits over the json files, the tokenizer and a sample of every tensor's bytes.
+
+        It tells checkpoints apart, fine-tuned ones included, without reading 35 GB; it is no proof against tampering.
+        """
+        digest = hashlib.sha256()
+        parts = [*(f"{part}/config.json" for part in COMPONENTS), "scheduler/scheduler_config.json"]
+        for part in [*parts, "vision_language_encoder/generation_config.json", "processor/tokenizer.json"]:
+            digest.update((self.root / part).read_bytes())
+        for part in COMPONENTS:
+            digest.update(self.weights[part].fingerprint())
+        return digest.hexdigest()[:12]
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's config.json."""
+        if component not in COMPONENTS:
+            raise UnknownName.of("component", component, COMPONENTS)
+        return _json(self.root / component / "config.json")
+
+    def tokenizer(self) -> Tokenizer:
+        """The prompt tokenizer; ids as the token generator takes them."""
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(str(self.root / "processor/tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{self.root}/processor/tokenizer.json cannot be read: {error}") from error
+
+    def generator(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, vision: bool = False
+    ) -> GlmImageForConditionalGeneration:
+        """The token generator; without `vision` its `model.visual` and `model.vqmodel` are None."""
+        model = self._language_skeleton()
+        if not vision:
+            model.model.visual = model.model.vqmodel = None
+        self._fill("vision_language_encoder", model, device, dtype, _prefixed(() if vision else _VISION))
+        rotary = model.model.language_model.rotary_emb
+        model.model.language_model.rotary_emb = type(rotary)(model.config.text_config).to(device)
+        return model.eval()
+
+    def vision(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> tuple[GlmImageVisionModel, GlmImageVQVAE]:
+        """The vision tower and the quantiser: what glmimg.semantic_tokenizer takes."""
+        model = self._language_skeleton()
+        model.model.language_model = model.lm_head = None
+        self._fill("vision_language_encoder", model, device, dtype, _prefixed(_LANGUAGE))
+        return model.model.visual.eval(), model.model.vqmodel.eval()
+
+    def decoder(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> GlmImageTransformer2DModel:
+        """The diffusion transformer."""
+        import torch
+        from diffusers.models.transformers.transformer_glm_image import GlmImageTransformer2DModel
+
+        with torch.device("meta"):
+            model = GlmImageTransformer2DModel.from_config(self.config("transformer"))
+        self._fill("transformer", model, device, dtype)
+        return model.eval()
+
+    def glyph_encoder(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> T5EncoderModel:
+        """The encoder of quoted text."""
+        import torch
+        from transformers.models.t5.configuration_t5 import T5Config
+        from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+        with torch.device("meta"):
+            model = T5EncoderModel(T5Config.from_dict(self.config("text_encoder")))
+        self._fill("text_encoder", model, device, dtype, _prefixed((_TIED,)))
+        model.set_input_embeddings(model.shared)
+        return model.eval()
+
+    def vae(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, encoder: bool = True
+    ) -> AutoencoderKL:
+        """The autoencoder; without `encoder` its `encoder` and `quant_conv` are None."""
+        import torch
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        with torch.device("meta"):
+            model = AutoencoderKL.from_config(self.config("vae"))
+        if not encoder:
+            model.encoder = model.quant_conv = None
+        self._fill("vae", model, device, dtype, _prefixed(() if encoder else _VAE_ENCODER))
+        return model.eval()
+
+    def _language_skeleton(self) -> GlmImageForConditionalGeneration:
+        import torch
+        from transformers.generation.configuration_utils import GenerationConfig
+        from transformers.models.glm_image.configuration_glm_image import GlmImageConfig
+        from transformers.models.glm_image.modeling_glm_image import GlmImageForConditionalGeneration
+
+        with torch.device("meta"):
+            model = GlmImageForConditionalGeneration(GlmImageConfig.from_dict(self.config("vision_language_encoder")))
+        generation = _json(self.root / "vision_language_encoder/generation_config.json")
+        model.generation_config = GenerationConfig.from_dict(generation)
+        return model
+
+    def _fill(
+        self,
+        component: str,
+        model: torch.nn.Module,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+        skip: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        fill(model, self.weights[component], device=device, dtype=dtype, skip=skip)
+
+
+def save_component(
+    folder: str | Path, name: str, module: Any, *, base: Checkpoint | None = None, max_shard_size: str = "5GB"
+) -> None:
+    """Writes `module` as the component `name` of a checkpoint folder: whole, or not at all.
+
+    With `base`, tensors that the module lacks (parts left out when it was loaded) come from there as stored, and so do
+    the component's json files; without it the module describes itself. Its tensors keep their dtype.
+    """
+    if name not in COMPONENTS:
+        raise UnknownName.of("component", name, COMPONENTS)
+    from huggingface_hub import save_torch_state_dict
+
+    state = {key: tensor.detach() for key, tensor in module.state_dict().items() if key != _TIED}
+    with atomic_folder(Path(folder) / name) as temporary:
+        if base is None:
+            _write_config(module, temporary)
+        else:
+            stored = base.weights[name]
+            foreign = sorted(state.keys() - stored.infos.keys())
+            if foreign:
+                raise BadInput(
+                    f"{name}: {len(foreign)} tensors are not in {base.name} (first: {foreign[0]}); merge adapters"
+                )
+            missing = sorted(stored.infos.keys() - state.keys())
+            state |= stored.load(missing, device="cpu", dtype=None)
+            for file in stored.folder.glob("*.json"):
+                if not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, temporary / file.name)
+        stem = "model" if name in ("vision_language_encoder", "text_encoder") else "diffusion_pytorch_model"
+        save_torch_state_dict(
+            {key: state[key].cpu().contiguous() for key in sorted(state)},
+            temporary,
+            filename_pattern=stem + "{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+            metadata={"format": "pt"},
+        )
+
+
+def _write_config(module: Any, folder: Path) -> None:
+    if hasattr(module, "save_config"):  # diffusers
+        module.save_config(folder)
+        return
+    config = copy.deepcopy(module.config)
+    config.architectures = [type(module).__name__]
+    config.dtype = module.dtype
+    config.save_pretrained(folder)
+    if module.can_generate():
+        module.generation_config.save_pretrained(folder)
+
+
+def _prefixed(prefixes: tuple[str, ...]) -> Callable[[str], bool]:
+    return lambda name: name.startswith(prefixes)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: not a GLM-Image checkpoint, or not downloaded completely") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): download or write it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a json object, not a {type(value).__name__}")
+    return value
+
+
+def _locate(model: str, revision: str | None, local_files_only: bool) -> Path:
+    if model == EMBEDDED:
+        root = Path(str(resources.files("glmimg"))) / "assets" / "mini"
+        if not (root / "model_index.json").is_file():
+            raise CheckpointError(
+                "this installation has no embedded model.\n"
+                "Name a checkpoint folder or a hub id (--model PATH_OR_ID),\n"
+                "or make a random one to try things with: glmimg weights init --preset mini DIR"
+            )
+        return root
+    root = Path(model).expanduser()
+    if root.is_dir():
+        return root
+    if root.exists():
+        raise BadInput(f"{model} is a file; a checkpoint is a folder with model_index.json in it")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or any(c.isspace() for c in model):
+        raise BadInput(f"model {model!r}: no such folder; give a folder, a hub id (owner/name) or {EMBEDDED!r}")
+    return _download(model, revision, local_files_only)
+
+
+def _download(model: str, revision: str | None, local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local_files_only, etag_timeout=10
+            )
+        )
+    except Exception as error:  # network, absent repository, gated repository, offline mode: many unrelated classes
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"model {model!r} is no folder here and could not be fetched from the hub ({type(error).__name__}).\n"
+            f"Reason: {reason}\n"
+            f"Download it where there is a network (hf download {model} --local-dir DIR) and pass that folder."
+        ) from error
