@@ -349,9 +349,9 @@ def _locate(model: str, revision: str | None, local_files_only: bool) -> Path:
             )
         return root
     root = Path(model).expanduser()
-    if root.is_dir():
+    if model and root.is_dir():
         return root
-    if root.exists():
+    if model and root.exists():
         raise BadInput(f"{model} is a file; a checkpoint is a folder with model_index.json in it")
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or any(c.isspace() for c in model):
         raise BadInput(f"model {model!r}: no such folder; give a folder, a hub id (owner/name) or {EMBEDDED!r}")

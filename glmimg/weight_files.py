@@ -155,7 +155,7 @@ def _find(folder: Path) -> list[Path]:
     if indices:
         try:
             names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{indices[0]} is not an index of shards: download it again") from error
         if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{indices[0]} names files outside its folder: do not use this checkpoint")
