@@ -44,16 +44,25 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """Keys and values of reference pictures, (B, H, R, 2K) per block; `mask_BR` is None where no row is padded."""
+    """Keys and values of reference pictures, (B, H, R, 2K) per block; `mask_BR` is False on padded rows."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    mask_BR: Tensor | None = None
+    mask_BR: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(B, R)"""
-        return self.keys[0].shape[0], self.keys[0].shape[2]
+    def expand(self, batch: int) -> ReferenceCache:
+        """One sample's references for a whole batch, without a copy."""
+        if len(self.mask_BR) not in (1, batch):
+            raise BadInput(f"references of {len(self.mask_BR)} samples for a batch of {batch}: give 1 or {batch}")
+        keys, values = (tuple(t.expand(batch, -1, -1, -1) for t in part) for part in (self.keys, self.values))
+        return ReferenceCache(keys, values, self.mask_BR.expand(batch, -1))
+
+    def empty(self, batch: int) -> ReferenceCache:
+        """No references at all, for `batch` samples."""
+        keys, values = (
+            tuple(t.new_zeros(batch, t.shape[1], 0, t.shape[3]) for t in part) for part in (self.keys, self.values)
+        )
+        return ReferenceCache(keys, values, self.mask_BR.new_zeros(batch, 0))
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Conditioning:
 
     prior_BPD: Tensor
     glyphs_BTD: Tensor
-    glyph_mask_BT: Tensor | None
+    glyph_mask_BT: Tensor
     size_BE: Tensor
     grid: tuple[int, int]
     rotary_SK: tuple[Tensor, Tensor]
@@ -141,10 +150,10 @@ class Decoder:
         glyphs_BTD = self.model.glyph_projector(glyphs_BTG.to(self.dtype))
         if glyphs_BTD.shape[0] != batch:
             raise BadInput(f"glyph states of {glyphs_BTD.shape[0]} pictures for {batch} pictures' semantic ids")
-        if glyph_mask_BT is not None:
-            glyph_mask_BT = None if bool(glyph_mask_BT.all()) else glyph_mask_BT.to(device, torch.bool)
-        if references is not None:
-            references = _expand(references, batch)
+        if glyph_mask_BT is None:
+            glyph_mask_BT = torch.ones(glyphs_BTD.shape[:2], dtype=torch.bool, device=device)
+        glyph_mask_BT = glyph_mask_BT.to(device, torch.bool)
+        references = references.expand(batch) if references else None
         return Conditioning(
             prior_BPD,
             glyphs_BTD,
@@ -153,20 +162,21 @@ class Decoder:
             grid,
             rotary_tables(grid, glyphs_BTD.shape[1], self.head_dim, device),
             references,
-            _key_mask(references, glyph_mask_BT, batch, glyphs_BTD.shape[1], patches, device),
+            _key_mask(references, glyph_mask_BT, patches),
         )
 
     def write_references(self, references: Sequence[Sequence[Reference]]) -> ReferenceCache:
         """Keys and values of each sample's reference pictures, every picture run alone at time 0 without glyphs."""
         if not references or not all(references):
             raise BadInput("every sample needs at least one reference picture; leave `references` out for none")
-        keys: list[list[Tensor]] = []  # [sample][block] -> 1 H R 2K
-        values: list[list[Tensor]] = []
+        samples = []
         for pictures in references:
-            written = [self._write(picture) for picture in pictures]
-            keys.append([torch.cat([k for k, _ in block], 2) for block in zip(*written, strict=True)])
-            values.append([torch.cat([v for _, v in block], 2) for block in zip(*written, strict=True)])
-        return _stack_references(keys, values)
+            blocks = list(zip(*(self._write(picture) for picture in pictures), strict=True))
+            keys = tuple(torch.cat([k for k, _ in block], 2) for block in blocks)
+            values = tuple(torch.cat([v for _, v in block], 2) for block in blocks)
+            mask_BR = torch.ones(1, keys[0].shape[2], dtype=torch.bool, device=keys[0].device)
+            samples.append(ReferenceCache(keys, values, mask_BR))
+        return _stack(samples)
 
     def _write(self, picture: Reference) -> list[tuple[Tensor, Tensor]]:
         latents_BCHW = picture.latents_CHW[None]
@@ -189,6 +199,25 @@ class Decoder:
     def velocity(self, latents_BCHW: Tensor, timestep: float | Tensor, conditioning: Conditioning) -> Tensor:
         """d latents / d sigma in fp32. `timestep`: the model's, in [0, 999], for all or (B,) (see `diffusion`)."""
         return self._run(latents_BCHW, timestep, conditioning, None)
+
+    def predictor(
+        self, with_prompt: Conditioning, without: Conditioning | None = None, *, batched: bool = True
+    ) -> Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]:
+        """What `diffusion.guided` wants: both velocities from one forward of twice the batch, or from two forwards."""
+        joined = join([with_prompt, without]) if batched and without is not None else None
+
+        def predict(latents_BCHW: Tensor, timestep: float, both: bool) -> tuple[Tensor, Tensor | None]:
+            if not both:
+                return self.velocity(latents_BCHW, timestep, with_prompt), None
+            if without is None:
+                raise BadInput("guidance needs a conditioning without the prompt; give one, or guidance 1")
+            if joined is None:
+                first = self.velocity(latents_BCHW, timestep, with_prompt)
+                return first, self.velocity(latents_BCHW, timestep, without)
+            pair = self.velocity(torch.cat([latents_BCHW] * 2), timestep, joined)
+            return pair[: with_prompt.batch], pair[with_prompt.batch :]
+
+        return predict
 
     def _run(
         self,
@@ -287,25 +316,20 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
     first = parts[0]
     if any(part.grid != first.grid for part in parts):
         raise BadInput(f"pictures of different grids cannot share a batch: {sorted({part.grid for part in parts})}")
-    text = max(part.glyphs_BTD.shape[1] for part in parts)
-    reference = max(part.references.shape[1] if part.references else 0 for part in parts)
-    device = first.prior_BPD.device
-    glyphs = [F.pad(part.glyphs_BTD, (0, 0, 0, text - part.glyphs_BTD.shape[1])) for part in parts]
-    masks = [_padded_mask(p.glyph_mask_BT, p.batch, p.glyphs_BTD.shape[1], text, device) for p in parts]
-    mask_BT = torch.cat(masks)
-    cache = _join_references([(part.references, part.batch) for part in parts], reference, device)
-    prior_BPD = torch.cat([part.prior_BPD for part in parts])
-    glyph_mask = None if bool(mask_BT.all()) else mask_BT
     longest = max(parts, key=lambda part: part.glyphs_BTD.shape[1])
+    text = longest.glyphs_BTD.shape[1]
+    example = next((part.references for part in parts if part.references), None)
+    references = example and _stack([part.references or example.empty(part.batch) for part in parts])
+    mask_BT = torch.cat([F.pad(part.glyph_mask_BT, (0, text - part.glyph_mask_BT.shape[1])) for part in parts])
     return Conditioning(
-        prior_BPD,
-        torch.cat(glyphs),
-        glyph_mask,
+        torch.cat([part.prior_BPD for part in parts]),
+        torch.cat([F.pad(part.glyphs_BTD, (0, 0, 0, text - part.glyphs_BTD.shape[1])) for part in parts]),
+        mask_BT,
         torch.cat([part.size_BE for part in parts]),
         first.grid,
         longest.rotary_SK,
-        cache,
-        _key_mask(cache, glyph_mask, len(prior_BPD), text, prior_BPD.shape[1], device),
+        references,
+        _key_mask(references, mask_BT, first.prior_BPD.shape[1]),
     )
 
 
@@ -371,73 +395,20 @@ def _pairs(value: tuple[int, int] | Tensor, batch: int, device: torch.device) ->
     return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(-1, 2).expand(batch, 2)
 
 
-def _padded_mask(mask_BN: Tensor | None, batch: int, length: int, wanted: int, device: torch.device) -> Tensor:
-    """`mask_BN`, all True if None, lengthened with False to `wanted`."""
-    if mask_BN is None:
-        mask_BN = torch.ones(batch, length, dtype=torch.bool, device=device)
-    return F.pad(mask_BN, (0, wanted - mask_BN.shape[1]), value=False)
+def _key_mask(references: ReferenceCache | None, glyph_mask_BT: Tensor, patches: int) -> Tensor | None:
+    mask_BK = torch.cat([references.mask_BR, glyph_mask_BT], 1) if references else glyph_mask_BT
+    return None if bool(mask_BK.all()) else F.pad(mask_BK, (0, patches), value=True)[:, None, None]
 
 
-def _key_mask(
-    references: ReferenceCache | None,
-    glyph_mask: Tensor | None,
-    batch: int,
-    text: int,
-    patches: int,
-    device: torch.device,
-) -> Tensor | None:
-    if glyph_mask is None and (references is None or references.mask_BR is None):
-        return None
-    mask = _padded_mask(glyph_mask, batch, text, text, device)
-    if references is not None:
-        length = references.shape[1]
-        mask = torch.cat([_padded_mask(references.mask_BR, batch, length, length, device), mask], 1)
-    return F.pad(mask, (0, patches), value=True)[:, None, None]
+def _stack(parts: Sequence[ReferenceCache]) -> ReferenceCache:
+    """All the parts' samples in order, padded to the longest."""
+    length = max(part.mask_BR.shape[1] for part in parts)
 
+    def column(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([F.pad(t, (0, 0, 0, length - t.shape[2])) for t in tensors])
 
-def _expand(cache: ReferenceCache, batch: int) -> ReferenceCache:
-    if cache.shape[0] == batch:
-        return cache
-    if cache.shape[0] != 1:
-        raise BadInput(f"references of {cache.shape[0]} samples for a batch of {batch}: give 1 or {batch}")
-    keys = tuple(k.expand(batch, -1, -1, -1) for k in cache.keys)
-    values = tuple(v.expand(batch, -1, -1, -1) for v in cache.values)
-    return ReferenceCache(keys, values, None if cache.mask_BR is None else cache.mask_BR.expand(batch, -1))
-
-
-def _stack_references(keys: list[list[Tensor]], values: list[list[Tensor]]) -> ReferenceCache:
-    """Samples' caches, (1, H, R, 2K) a block, padded to the longest."""
-    parts: list[tuple[ReferenceCache | None, int]] = [
-        (ReferenceCache(tuple(k), tuple(v)), 1) for k, v in zip(keys, values, strict=True)
-    ]
-    length = max(sample[0].shape[2] for sample in keys)
-    cache = _join_references(parts, length, keys[0][0].device)
-    assert cache is not None  # every part has one
-    return cache
-
-
-def _join_references(
-    parts: list[tuple[ReferenceCache | None, int]], length: int, device: torch.device
-) -> ReferenceCache | None:
-    example = next((cache for cache, _ in parts if cache is not None), None)
-    if example is None:
-        return None
-
-    def column(pick: Callable[[ReferenceCache], Tensor]) -> Tensor:
-        like = pick(example)
-        pieces = []
-        for cache, batch in parts:
-            piece = like.new_zeros(batch, like.shape[1], 0, like.shape[3]) if cache is None else pick(cache)
-            pieces.append(F.pad(piece, (0, 0, 0, length - piece.shape[2])))
-        return torch.cat(pieces)
-
-    masks = []
-    for cache, batch in parts:
-        known = cache.mask_BR if cache is not None else None
-        masks.append(_padded_mask(known, batch, cache.shape[1] if cache else 0, length, device))
-    mask_BR = torch.cat(masks)
     return ReferenceCache(
-        tuple(column(lambda cache, i=i: cache.keys[i]) for i in range(len(example.keys))),  # type: ignore[misc]
-        tuple(column(lambda cache, i=i: cache.values[i]) for i in range(len(example.values))),  # type: ignore[misc]
-        None if bool(mask_BR.all()) else mask_BR,
+        tuple(column(tensors) for tensors in zip(*(part.keys for part in parts), strict=True)),
+        tuple(column(tensors) for tensors in zip(*(part.values for part in parts), strict=True)),
+        torch.cat([F.pad(part.mask_BR, (0, length - part.mask_BR.shape[1])) for part in parts]),
     )

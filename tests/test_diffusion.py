@@ -1,0 +1,158 @@
+"""Samplers, guidance and the training side on flows whose answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from glmimg.diffusion import (
+    SAMPLERS,
+    Schedule,
+    guided,
+    interpolate,
+    model_timestep,
+    noise_like,
+    sample,
+    training_sigmas,
+    training_timesteps,
+    velocity_target,
+)
+from glmimg.errors import BadInput, Cancelled, UnknownName
+from glmimg.presets import PRESETS
+
+CONFIG = PRESETS["tiny"]["scheduler"]
+SPREAD = 0.5
+
+
+def gaussian(x: Tensor, timestep: float, sigma: float) -> Tensor:
+    """The exact velocity where the data are normal with deviation SPREAD: noise z must end at SPREAD z."""
+    return x * (sigma - (1 - sigma) * SPREAD**2) / (sigma**2 + (1 - sigma) ** 2 * SPREAD**2)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(batch: int = 2) -> Tensor:
+    return noise_like((4, 6, 6), [generator(i) for i in range(batch)])
+
+
+def error(sampler: str, steps: int) -> float:
+    result = sample(gaussian, noise(), Schedule.published(steps, 256, CONFIG), sampler)
+    return float((result - SPREAD * noise()).abs().max())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_reaches_the_exact_answer(sampler: str) -> None:
+    assert error(sampler, 200) < 0.02
+    assert error(sampler, 200) < error(sampler, 20)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "euler"])
+def test_second_order_beats_euler(sampler: str) -> None:
+    assert error(sampler, 20) < 0.6 * error("euler", 20)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_are_finite_and_told_the_schedules_timesteps(sampler: str, steps: int) -> None:
+    schedule = Schedule.published(steps, 256, CONFIG)
+    clock = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
+    seen = []
+
+    def velocity(x: Tensor, timestep: float, sigma: float) -> Tensor:
+        assert clock[sigma] == timestep
+        seen.append(timestep)
+        return gaussian(x, timestep, sigma)
+
+    assert sample(velocity, noise(), schedule, sampler).isfinite().all()
+    assert len(seen) == (2 * steps - 1 if sampler == "heun" else steps)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_on_step_counts_and_cancels(sampler: str) -> None:
+    calls = []
+
+    def on_step(done: int, total: int, latents: Tensor, x0: Tensor) -> None:
+        calls.append((done, total))
+        assert latents.shape == x0.shape
+        if done == 3:
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        sample(gaussian, noise(), Schedule.published(5, 256, CONFIG), sampler, on_step)
+    assert calls == [(1, 5), (2, 5), (3, 5)]
+
+
+def test_last_x0_estimate_is_the_result() -> None:
+    last: list[Tensor] = []
+    result = sample(gaussian, noise(), Schedule.published(4, 256, CONFIG), on_step=lambda *call: last.append(call[3]))
+    assert torch.allclose(last[-1], result, atol=1e-6)
+
+
+def test_unknown_sampler_suggests() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'euler'"):
+        sample(gaussian, noise(), Schedule.published(2, 256, CONFIG), "eular")
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_out_of_range(steps: int) -> None:
+    with pytest.raises(BadInput, match="1 to 1000"):
+        Schedule.published(steps, 256, CONFIG)
+
+
+def test_unsupported_schedule_is_refused() -> None:
+    with pytest.raises(BadInput, match="use_karras_sigmas"):
+        Schedule.published(5, 256, {**CONFIG, "use_karras_sigmas": True})
+    with pytest.raises(UnknownName, match="linear"):
+        Schedule.published(5, 256, {**CONFIG, "time_shift_type": "cubic"})
+
+
+def test_guidance_formula_interval_and_single_forward() -> None:
+    calls: list[bool] = []
+
+    def predict(x: Tensor, timestep: float, both: bool) -> tuple[Tensor, Tensor | None]:
+        calls.append(both)
+        return x + 1, x if both else None
+
+    x = torch.zeros(1, 1, 2, 2)
+    velocity = guided(predict, 3.0, (0.2, 0.8))
+    assert velocity(x, 0, 0.5).eq(3).all()
+    assert velocity(x, 0, 0.9).eq(1).all()
+    assert velocity(x, 0, 0.1).eq(1).all()
+    assert guided(predict, 1.0)(x, 0, 0.5).eq(1).all()
+    assert calls == [True, False, False, False]
+    with pytest.raises(BadInput, match="interval"):
+        guided(predict, 2.0, (0.8, 0.2))
+
+
+def test_noise_of_a_picture_does_not_depend_on_its_batch() -> None:
+    alone = noise_like((4, 6, 6), [generator(1)])
+    assert torch.equal(noise(3)[1:2], alone)
+    assert alone.dtype == torch.float32
+
+
+def test_training_clock_is_the_samplers() -> None:
+    """Whatever timestep inference tells the decoder, training mixes at that very level."""
+    for patches in (64, 256, 1024, 4096):
+        schedule = Schedule.published(50, patches, CONFIG)
+        assert torch.allclose(training_sigmas(schedule.timesteps, patches, CONFIG), schedule.sigmas[:-1], atol=1e-6)
+        for sigma, timestep in zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False):
+            assert model_timestep(sigma, schedule.mu, CONFIG) == pytest.approx(timestep, abs=0.02)
+
+
+def test_training_timesteps() -> None:
+    drawn = training_timesteps(4000, generator())
+    assert torch.equal(drawn, drawn.round()) and drawn.min() >= 0 and drawn.max() <= 999
+    middle = ((drawn > 250) & (drawn < 750)).float().mean()
+    even = training_timesteps(4000, generator(), std=None)
+    assert middle > 0.65 and abs(float(even.mean()) - 499.5) < 20
+    assert abs(float(((even > 250) & (even < 750)).float().mean()) - 0.5) < 0.04
+
+
+def test_interpolation_and_target_agree() -> None:
+    x0, z = noise(2), noise_like((4, 6, 6), [generator(7), generator(8)])
+    sigmas = torch.tensor([0.3, 0.9])
+    x = interpolate(x0, z, sigmas)
+    assert torch.allclose(x - sigmas[:, None, None, None] * velocity_target(x0, z), x0, atol=1e-6)
