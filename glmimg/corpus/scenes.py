@@ -1,0 +1,316 @@
+"""Scenes with exact ground truth: sampled from a seed, drawn on demand.
+
+`SceneSampler(bank, split).sample(index)` is a pure function of (seed, index): a training run's data position is one
+integer. Legend: h, w pixels of the canvas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from glmimg.corpus import drawing
+from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept, is_held_out_relation, is_held_out_shape
+from glmimg.corpus.stickers import STYLES, StickerBank
+from glmimg.corpus.words import BACKGROUNDS, COLOURS, SHAPES, SIGNS, sign_words
+from glmimg.errors import UnknownName
+
+SPLITS = ("train", "cells", "concepts", "words", "shapes")
+# How often each group is drawn: near-duplicates (people, symbols) would swamp the things that newcomers ask for.
+GROUP_WEIGHT = {
+    "animals": 1.6,
+    "food": 1.6,
+    "faces": 1.2,
+    "objects": 1.0,
+    "travel": 1.0,
+    "activities": 1.2,
+    "people": 0.25,
+    "symbols": 0.25,
+}
+_PALE = ("white", "light blue", "light green", "light yellow", "light pink", "light purple", "beige", "yellow")
+_RELATIONS = ("left", "right", "above", "below")
+_PLACES = ("centre", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene. `box` is (left, top, right, bottom) in pixels."""
+
+    kind: str  # "sticker", "shape" or "sign"
+    box: tuple[int, int, int, int]
+    concept: str = ""
+    style: str = ""
+    tone: int = 0
+    row: int = -1
+    mirror: bool = False
+    shape: str = ""
+    colour: str = ""
+    sign: str = ""
+    word: str = ""
+    ink: str = ""
+    font: str = ""
+    language: str = ""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`layout` is single:PLACE, pair:RELATION (of the first thing to the second), row, grid or count."""
+
+    height: int
+    width: int
+    background: tuple[str, ...]
+    layout: str
+    things: tuple[Thing, ...] = field(default_factory=tuple)
+
+
+def draw(scene: Scene, bank: StickerBank) -> np.ndarray:
+    """The scene as (h, w, 3) uint8."""
+    canvas = drawing.background(scene.height, scene.width, *scene.background)
+    for thing in scene.things:
+        if thing.kind == "sticker":
+            drawing.paste_sticker(canvas, bank, thing.row, thing.box, thing.colour or None, thing.mirror)
+        elif thing.kind == "shape":
+            drawing.paste_shape(canvas, thing.shape, thing.colour, thing.box)
+        else:
+            font = bank.directory / "fonts" / thing.font
+            drawing.paste_sign(canvas, thing.sign, thing.colour, thing.ink, thing.word, Path(font), thing.box)
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+
+
+def _distance(first: tuple[int, int, int], second: tuple[int, int, int]) -> float:
+    return float(np.abs(np.array(first) - np.array(second)).sum())
+
+
+class SceneSampler:
+    """Random scenes of one split.
+
+    split: "train" leaves out all that `splits` holds out; "cells", "concepts", "words" and "shapes" draw only scenes
+    with exactly that held-out part. kinds: probabilities of sticker, shape and sign scenes. sizes: (height, width)
+    with probabilities. max_things bounds the number of stickers or shapes.
+    """
+
+    def __init__(
+        self,
+        bank: StickerBank,
+        split: str = "train",
+        *,
+        seed: int = 0,
+        kinds: tuple[float, float, float] = (0.62, 0.16, 0.22),
+        sizes: tuple[tuple[tuple[int, int], float], ...] = (((256, 256), 1.0),),
+        max_things: int = 4,
+        words: dict[str, list[str]] | None = None,
+    ) -> None:
+        if split not in SPLITS:
+            raise UnknownName.of("split", split, SPLITS)
+        self.bank, self.split, self.seed, self.sizes, self.max_things = bank, split, seed, sizes, max_things
+        self.kinds = {"words": (0.0, 0.0, 1.0), "shapes": (0.0, 1.0, 0.0)}.get(split, kinds)
+        self.words = words or sign_words(bank.concepts.values(), held_out=split == "words")
+        rows: dict[str, list[int]] = {style: [] for style in STYLES}
+        weights: dict[str, list[float]] = {style: [] for style in STYLES}
+        for sticker in bank.stickers:
+            whole, cell = is_held_out_concept(sticker.concept), is_held_out_cell(sticker.concept, sticker.style)
+            wanted = {"cells": cell, "concepts": whole}.get(split, not (whole or cell))
+            if wanted:
+                rows[sticker.style].append(sticker.row)
+                # The five skin tones of one concept share half of the weight of its default drawing.
+                tone = 0.1 if sticker.tone else 1.0
+                weights[sticker.style].append(GROUP_WEIGHT[bank.concepts[sticker.concept].group] * tone)
+        self._rows = {style: np.array(value) for style, value in rows.items() if value}
+        self._sums = {style: np.cumsum(weights[style]) / sum(weights[style]) for style in self._rows}
+        fonts = sorted(p.name for p in (bank.directory / "fonts").glob("*.latin.woff2"))
+        self._fonts = fonts or ["missing"]
+
+    def sample(self, index: int) -> Scene:
+        """Scene number `index` of this sampler's seed."""
+        rng = np.random.default_rng((self.seed, index))
+        (height, width) = self.sizes[int(rng.choice(len(self.sizes), p=[p for _, p in self.sizes]))][0]
+        kind = int(rng.choice(3, p=self.kinds))
+        if kind == 0:
+            scene = self._stickers(rng, height, width)
+        elif kind == 1:
+            scene = self._shapes(rng, height, width)
+        else:
+            scene = self._sign(rng, height, width)
+        return scene
+
+    # Sticker scenes
+
+    def _pick(self, rng: np.random.Generator, style: str) -> Thing:
+        row = int(self._rows[style][np.searchsorted(self._sums[style], rng.random())])
+        sticker = self.bank.stickers[row]
+        colour = str(rng.choice([c for c in COLOURS if c != "white"])) if style == "silhouette" else ""
+        mirror = bool(rng.random() < 0.15) and self.bank.concepts[sticker.concept].group in ("animals", "travel")
+        return Thing("sticker", (0, 0, 0, 0), sticker.concept, style, sticker.tone, row, colour=colour, mirror=mirror)
+
+    def _style(self, rng: np.random.Generator) -> str:
+        styles = list(self._rows)
+        weights = np.array([{"3d": 1.5, "silhouette": 0.6}.get(s, 1.0) for s in styles])
+        return str(rng.choice(styles, p=weights / weights.sum()))
+
+    def _stickers(self, rng: np.random.Generator, height: int, width: int) -> Scene:
+        n = min(int(rng.choice([1, 2, 3, 4], p=[0.55, 0.25, 0.1, 0.1])), self.max_things)
+        style = self._style(rng)
+        if n == 1:
+            things = [self._pick(rng, style)]
+            layout, boxes = _single(rng, height, width)
+        elif n == 2:
+            things = [self._pick(rng, style), self._pick(rng, style if rng.random() < 0.85 else self._style(rng))]
+            layout, boxes = _pair(rng, height, width)
+        else:
+            same = rng.random() < 0.5
+            first = self._pick(rng, style)
+            things = [first if same else self._pick(rng, style) for _ in range(n)]
+            layout, boxes = _many(rng, height, width, n)
+            layout = "count" if same else layout
+        if n == 2 and rng.random() < 0.15:
+            things, layout = [things[0], things[0]], "count"
+        placed = tuple(replace(t, box=b) for t, b in zip(things, boxes, strict=True))
+        return Scene(height, width, self._background(rng, placed), layout, placed)
+
+    # Shape scenes
+
+    def _coloured_shape(self, rng: np.random.Generator) -> Thing:
+        while True:
+            colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(list(SHAPES)))
+            if is_held_out_shape(colour, shape) == (self.split == "shapes"):
+                return Thing("shape", (0, 0, 0, 0), shape=shape, colour=colour)
+
+    def _shapes(self, rng: np.random.Generator, height: int, width: int) -> Scene:
+        n = min(int(rng.choice([1, 2, 3, 4], p=[0.2, 0.4, 0.2, 0.2])), self.max_things)
+        while True:
+            things = [self._coloured_shape(rng) for _ in range(n)]
+            if n == 1:
+                layout, boxes = _single(rng, height, width)
+            elif n == 2:
+                layout, boxes = _pair(rng, height, width)
+                relation = layout.split(":")[1]
+                if self.split == "train" and is_held_out_relation(relation, things[0].shape, things[1].shape):
+                    continue
+            else:
+                layout, boxes = _many(rng, height, width, n)
+                if rng.random() < 0.6:
+                    things, layout = [things[0]] * n, "count"
+            placed = tuple(replace(t, box=b) for t, b in zip(things, boxes, strict=True))
+            return Scene(height, width, self._background(rng, placed, plain=True), layout, placed)
+
+    # Signs
+
+    def _sign(self, rng: np.random.Generator, height: int, width: int) -> Scene:
+        language = str(rng.choice(["en", "es", "pt", "zh"], p=[0.6, 0.14, 0.14, 0.12]))
+        word = self.words[language][int(rng.integers(len(self.words[language])))]
+        if language != "zh":
+            if self.split == "train" and rng.random() < 0.25:  # any string of letters or digits may be asked for
+                letters = "abcdefghijklmnopqrstuvwxyz" if rng.random() < 0.8 else "0123456789"
+                word = "".join(rng.choice(list(letters), size=int(rng.integers(1, 7))))
+            case = rng.random()
+            word = word.upper() if case < 0.5 else word.capitalize() if case < 0.75 else word
+        font = "cjk.ttc" if language == "zh" else self._fonts[int(rng.integers(len(self._fonts)))]
+        if any(c in "áéíóúüñâêôãõçà" for c in word.lower()) and font.startswith(("press", "luckiest", "special")):
+            font = "inter.latin.woff2"
+        sign = str(rng.choice(list(SIGNS), p=[0.4, 0.2, 0.12, 0.12, 0.16]))
+        colours = list(COLOURS)
+        board = str(rng.choice(colours))
+        ink = str(rng.choice([c for c in colours if _distance(COLOURS[c][0], COLOURS[board][0]) > 260]))
+        beside = self.split == "train" and rng.random() < 0.3
+        wide = sign in ("sign", "banner", "bubble")
+        w = int(width * rng.uniform(0.78, 0.95)) if wide else int(min(width, height) * rng.uniform(0.7, 0.92))
+        h = int(w * rng.uniform(0.42, 0.6)) if wide else w
+        if beside:
+            h = min(h, int(height * 0.52))
+            w = w if wide else h
+        h = min(h, height - 8)
+        top = int(height * 0.96 - h) if beside else int((height - h) * rng.uniform(0.3, 0.7))
+        left = int((width - w) * rng.uniform(0.3, 0.7))
+        board_thing = Thing(
+            "sign",
+            (left, top, left + w, top + h),
+            sign=sign,
+            colour=board,
+            ink=ink,
+            word=word,
+            font=font,
+            language=language,
+        )
+        things = [board_thing]
+        layout = "single:centre"
+        if beside:
+            sticker = self._pick(rng, self._style(rng))
+            side = int(min(height * 0.44, width * 0.5))
+            x = int((width - side) * rng.uniform(0.3, 0.7))
+            things = [replace(sticker, box=(x, 4, x + side, 4 + side)), board_thing]
+            layout = "pair:above"
+        return Scene(height, width, self._background(rng, tuple(things), plain=True), layout, tuple(things))
+
+    def _background(
+        self, rng: np.random.Generator, things: tuple[Thing, ...], *, plain: bool = False
+    ) -> tuple[str, ...]:
+        """A named background on which every single-coloured thing can be seen."""
+        taken = [COLOURS[t.colour][0] for t in things if t.colour]
+        limit = 150 if taken else 0
+        names = [n for n, (rgb, _) in BACKGROUNDS.items() if all(_distance(rgb, c) > limit for c in taken)]
+        pale = [n for n in names if n in _PALE]
+        pool = pale if pale and rng.random() < 0.5 else names
+        first = str(rng.choice(pool))
+        if not plain and rng.random() < 0.12:
+            return first, str(rng.choice([n for n in names if n != first]))
+        return (first,)
+
+
+def _square(cx: float, cy: float, side: float, height: int, width: int) -> tuple[int, int, int, int]:
+    s = max(16, int(side))
+    left = int(np.clip(cx - s / 2, 0, max(width - s, 0)))
+    top = int(np.clip(cy - s / 2, 0, max(height - s, 0)))
+    return left, top, left + s, top + s
+
+
+def _single(rng: np.random.Generator, height: int, width: int) -> tuple[str, list[tuple[int, int, int, int]]]:
+    place = "centre" if rng.random() < 0.65 else str(rng.choice(_PLACES[1:]))
+    low, high = (0.6, 0.92) if place == "centre" else (0.38, 0.52)
+    side = min(height, width) * rng.uniform(low, high)
+    cx, cy = width / 2, height / 2
+    if "left" in place:
+        cx = side / 2 + width * 0.04
+    if "right" in place:
+        cx = width * 0.96 - side / 2
+    if "top" in place:
+        cy = side / 2 + height * 0.04
+    if "bottom" in place:
+        cy = height * 0.96 - side / 2
+    jitter = rng.uniform(-0.02, 0.02, size=2) * min(height, width)
+    return f"single:{place}", [_square(cx + jitter[0], cy + jitter[1], side, height, width)]
+
+
+def _pair(rng: np.random.Generator, height: int, width: int) -> tuple[str, list[tuple[int, int, int, int]]]:
+    flat = width > height * 1.3
+    tall = height > width * 1.3
+    choices = _RELATIONS[:2] if flat else _RELATIONS[2:] if tall else _RELATIONS
+    relation = str(rng.choice(choices))
+    across = relation in ("left", "right")
+    length = width if across else height
+    side = min(length * rng.uniform(0.38, 0.47), (height if across else width) * 0.9)
+    near, far = length * 0.26, length * 0.74
+    first, second = (near, far) if relation in ("left", "above") else (far, near)
+    drift = rng.uniform(-0.06, 0.06, size=2) * (height if across else width)
+    if across:
+        boxes = [
+            _square(first, height / 2 + drift[0], side, height, width),
+            _square(second, height / 2 + drift[1], side, height, width),
+        ]
+    else:
+        boxes = [
+            _square(width / 2 + drift[0], first, side, height, width),
+            _square(width / 2 + drift[1], second, side, height, width),
+        ]
+    return f"pair:{relation}", boxes
+
+
+def _many(rng: np.random.Generator, height: int, width: int, n: int) -> tuple[str, list[tuple[int, int, int, int]]]:
+    """Three in a row, or three or four on a 2 x 2 grid read row by row."""
+    if n == 3 and width >= height:
+        side = min(width * rng.uniform(0.27, 0.31), height * 0.9)
+        return "row", [_square(width * x, height / 2, side, height, width) for x in (0.175, 0.5, 0.825)]
+    side = min(height, width) * rng.uniform(0.36, 0.45)
+    spots = [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)][:n]
+    return "grid", [_square(width * x, height * y, side, height, width) for x, y in spots]

@@ -1,0 +1,1 @@
+"""Trainers: one loop (`loop.train`) and one task for each learned part of a checkpoint."""

