@@ -6,27 +6,30 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from glmimg.errors import BadInput, GlmimgError
 
 __all__ = ["atomic_file", "atomic_folder"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def atomic_file(target: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `target`, renamed to it when the block ends well and deleted when it does not.
 
-    The temporary name keeps the suffix, for writers that choose their format by it.
+    The temporary name keeps the suffix, for writers that choose their format by it. BadInput if the place cannot be
+    written to, GlmimgError if the disk fills up.
     """
     target = Path(target)
-    if target.is_dir():
+    if os.path.isdir(target):  # unlike Path.is_dir, no error for a name that is too long
         raise BadInput(f"{target} is a folder: name a file in it, such as {target / 'picture.png'}")
     with _explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+        handle, name = _beside(target, tempfile.mkstemp)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -45,8 +48,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     with _explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary = Path(_beside(target, tempfile.mkdtemp))
         try:
             yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
@@ -61,18 +63,27 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _beside(target: Path, make: Callable[..., Any]) -> Any:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return make(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise BadInput(f"cannot write {target} ({error.strerror}): name a place that you may write to") from error
+
+
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
     try:
         yield
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise BadInput(f"cannot write {target}: {error.strerror}; name a place that you may write to") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise GlmimgError(f"the disk is full: {target} was not written; free some space and repeat") from error
-        if error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL):
-            raise BadInput(f"cannot write {target}: {error.strerror}; name a place that you may write to") from error
-        raise
+        if error.errno not in _FULL:
+            raise
+        raise GlmimgError(
+            f"the disk is full, or a quota or file size limit is reached: {target} was not written; "
+            "free some space and repeat"
+        ) from error
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -349,9 +350,9 @@ def _locate(model: str, revision: str | None, local_files_only: bool) -> Path:
             )
         return root
     root = Path(model).expanduser()
-    if model and root.is_dir():
+    if model and os.path.isdir(root):
         return root
-    if model and root.exists():
+    if model and os.path.exists(root):
         raise BadInput(f"{model} is a file; a checkpoint is a folder with model_index.json in it")
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or any(c.isspace() for c in model):
         raise BadInput(f"model {model!r}: no such folder; give a folder, a hub id (owner/name) or {EMBEDDED!r}")
