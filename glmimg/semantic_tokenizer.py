@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from glmimg.errors import BadInput, CheckpointError
+from glmimg.token_grid import TOKEN_SIDE
 
-__all__ = ["MAX_ASPECT", "TOKEN_SIDE", "SemanticTokenizer", "fit_reference"]
+__all__ = ["MAX_ASPECT", "SemanticTokenizer", "fit_reference"]
 
-TOKEN_SIDE = 32  # pixels of the picture per token
 MAX_ASPECT = 4.0
 
 

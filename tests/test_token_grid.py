@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from glmimg.errors import BadInput
+from glmimg.token_grid import TokenGrid, patch_ids, preview_grid, region_mask, scale_mask, target_grid
+
+
+def some_grid(h: int = 3, w: int = 5, codebook: int = 64, preview: bool = True, seed: int = 0) -> TokenGrid:
+    rng = torch.Generator().manual_seed(seed)
+    small = torch.randint(codebook, (2, 4), generator=rng) if preview else None
+    return TokenGrid(torch.randint(codebook, (h, w), generator=rng), codebook, small, "abc")
+
+
+def test_sizes_equal_the_published_processor() -> None:
+    from transformers import GlmImageProcessor
+
+    for height in range(32, 2049, 96):
+        for width in range(32, 2049, 32):
+            published = GlmImageProcessor._get_target_shape(None, height, width)
+            assert target_grid(height, width) == published[:2]
+            assert preview_grid(height, width) == tuple(max(1, side) for side in published[2:])
+
+
+def test_preview_side_is_a_setting() -> None:
+    assert preview_grid(256, 256, 4) == (4, 4)
+    assert preview_grid(128, 512, 4) == (2, 8)
+    assert preview_grid(32, 1024, 4) == (1, 22)
+
+
+@pytest.mark.parametrize("size", [(0, 32), (32, -32), (100, 128), (128, 31)])
+def test_sizes_that_are_no_multiples_are_refused_with_the_nearest(size: tuple[int, int]) -> None:
+    with pytest.raises(BadInput, match="multiples of 32; use"):
+        target_grid(*size)
+
+
+def test_patch_ids_are_the_nearest_upsampling() -> None:
+    grid = some_grid()
+    expected = F.interpolate(grid.ids_HW[None, None].float(), scale_factor=2, mode="nearest").long().flatten()
+    assert torch.equal(grid.patch_ids_P, expected)
+    assert torch.equal(patch_ids(grid.ids_HW[None]), expected[None])
+    assert (grid.height, grid.width) == (96, 160)
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(3, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(2, 2), [[1]]]
+)
+def test_ids_that_are_no_grid_are_refused(ids: torch.Tensor) -> None:
+    with pytest.raises(BadInput):
+        TokenGrid(ids, 64)
+
+
+@pytest.mark.parametrize("wrong", [-1, 64])
+def test_ids_outside_the_codebook_are_refused(wrong: int) -> None:
+    with pytest.raises(BadInput, match=r"0\.\.63"):
+        TokenGrid(torch.tensor([[0, wrong]]), 64)
+    with pytest.raises(BadInput, match="preview"):
+        TokenGrid(torch.tensor([[0]]), 64, torch.tensor([[wrong]]))
+
+
+@pytest.mark.parametrize("codebook", [64, 1 << 16, 1 << 20])
+@pytest.mark.parametrize("preview", [True, False])
+def test_grids_come_back_from_json_and_file(tmp_path: Path, codebook: int, preview: bool) -> None:
+    grid = some_grid(codebook=codebook, preview=preview)
+    assert TokenGrid.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
+    path = tmp_path / "a.tokens"
+    grid.save(path)
+    assert TokenGrid.load(path) == grid
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tokens"]
+
+
+def test_grids_that_differ_are_unequal() -> None:
+    grid = some_grid()
+    changed = grid.with_region(torch.ones(3, 5, dtype=torch.bool), 1)
+    assert grid != changed and grid == some_grid() and grid != 3
+    assert len({grid, some_grid(), changed}) == 2
+
+
+def test_files_that_are_no_grids(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no tensor")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for path in (tmp_path / "absent", tmp_path / "text", tmp_path / "other.safetensors"):
+        with pytest.raises(BadInput, match="token grid"):
+            TokenGrid.load(path)
+    with pytest.raises(BadInput, match="cannot write"):
+        some_grid().save(tmp_path / "absent" / "a.tokens")
+
+
+@pytest.mark.parametrize("change", [{"format": "x"}, {"target": {"grid": [2, 2], "ids": "AA=="}}, {"target": 3}])
+def test_json_that_is_no_grid(change: dict) -> None:
+    with pytest.raises(BadInput):
+        TokenGrid.from_dict(some_grid().to_dict() | change)
+    with pytest.raises(BadInput):
+        TokenGrid.from_dict({})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.tokens"
+    some_grid().save(path)
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(BadInput, match="No space left"):
+        some_grid(seed=1).save(path)
+    assert TokenGrid.load(path) == some_grid()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_regions() -> None:
+    mask = region_mask((3, 5), (33, 0, 65, 32))
+    assert mask.nonzero().tolist() == [[0, 1], [0, 2]]
+    assert scale_mask(mask, (2, 4)).nonzero().tolist() == [[0, 0], [0, 1], [0, 2]]
+    assert scale_mask(mask, (6, 10)).nonzero().tolist() == [[r, c] for r in (0, 1) for c in (2, 3, 4, 5)]
+    for box in [(0, 0, 161, 32), (10, 0, 10, 32), (-1, 0, 5, 5)]:
+        with pytest.raises(BadInput, match="160x96"):
+            region_mask((3, 5), box)
+
+
+def test_with_region_mix_and_diff() -> None:
+    one, other = some_grid(), some_grid(seed=1)
+    mask = region_mask((3, 5), (0, 0, 64, 64))
+    mixed = one.mix(other, mask)
+    assert torch.equal(mixed.ids_HW[mask], other.ids_HW[mask]) and torch.equal(mixed.ids_HW[~mask], one.ids_HW[~mask])
+    assert mixed.preview_HW is not None and other.preview_HW is not None and one.preview_HW is not None
+    small = scale_mask(mask, (2, 4))
+    assert torch.equal(mixed.preview_HW, torch.where(small, other.preview_HW, one.preview_HW))
+    assert torch.equal(one.diff(mixed), (one.ids_HW != other.ids_HW) & mask)
+    with pytest.raises(BadInput, match="boolean"):
+        one.with_region(mask.long(), 1)
+    with pytest.raises(BadInput, match="cannot be compared"):
+        one.diff(some_grid(2, 2))
+    with pytest.raises(BadInput, match="does not fit"):
+        one.mix(some_grid(2, 2), mask)
+
+
+def test_grids_of_another_checkpoint_are_refused() -> None:
+    grid = some_grid()
+    grid.require(64, "abc")
+    grid.require(64)
+    with pytest.raises(BadInput, match="codebook of 64"):
+        grid.require(65)
+    with pytest.raises(BadInput, match="checkpoint abc"):
+        grid.require(64, "def")
+
+
+def test_the_picture_has_one_colour_per_id() -> None:
+    grid = TokenGrid(torch.arange(2048).view(32, 64), 2048)
+    picture = grid.picture(2)
+    assert picture.size == (128, 64)
+    assert len(picture.getcolors(4096)) > 2000
+    assert picture.tobytes() == grid.picture(2).tobytes()
+    assert some_grid().picture(4).size == (24 + 4 + 20, 12)
