@@ -1,0 +1,135 @@
+"""The processor: always there, bfloat16 where it has instructions for it, no more threads than it may use."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from glmimg.backends.base import Backend, MemoryStats
+from glmimg.errors import BackendError
+
+__all__ = ["Cpu", "usable_cpus"]
+
+# A name in /proc/cpuinfo for each family of bfloat16 instructions: AVX512, AMX, Arm.
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+class Cpu(Backend):
+    name: ClassVar[str] = "cpu"
+    can_compile: ClassVar[bool] = any(shutil.which(compiler) for compiler in ("g++", "clang++", "cl"))
+
+    def __init__(self, index: int | None = None, reason: str = "asked for") -> None:
+        if index not in (None, 0):
+            raise BackendError(f"cpu:{index}: there is one cpu device")
+        super().__init__(None, reason)
+        allowed = usable_cpus()
+        # In a container torch counts the host's processors; threads beyond the quota only wait for each other.
+        if torch.get_num_threads() > allowed and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(allowed)
+            self.reason += f"; {allowed} threads, as many processors as this process may use"
+
+    @classmethod
+    def unusable(cls) -> str | None:
+        return None
+
+    @classmethod
+    def count(cls) -> int:
+        return 1
+
+    def resolve_dtype(self, dtype: str | torch.dtype | None) -> torch.dtype:
+        resolved = super().resolve_dtype(dtype)
+        if resolved == torch.float16:
+            raise BackendError(
+                "float16 is some hundred times slower than float32 on processors: use bfloat16 or float32"
+            )
+        return resolved
+
+    def memory(self) -> MemoryStats:
+        """Of the whole process and machine: torch does not count its own here."""
+        resident = peak = free = total = 0
+        try:
+            import resource
+
+            unit = 1 if platform.system() == "Darwin" else 1024
+            resident = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+            total, free = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (ImportError, AttributeError, OSError, KeyError, ValueError):
+            pass  # another system than Linux tells less
+        limit = _cgroup_number("memory.max", "memory/memory.limit_in_bytes")
+        if limit is not None and limit < total:
+            total, free = int(limit), max(0, min(free, int(limit) - resident))
+        return MemoryStats(resident, max(peak, resident), free, total)
+
+    def hardware(self) -> str:
+        for line in _cpuinfo().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {usable_cpus()} processors usable"
+        return f"{platform.machine()}, {usable_cpus()} processors usable"
+
+    def _has_bf16(self) -> bool:
+        return _has_bf16()
+
+
+def usable_cpus() -> int:
+    """Processors that this process may keep busy: its affinity, and the quota of its container, at least 1."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_cpus()
+    return max(1, count if quota is None else min(count, math.ceil(quota)))
+
+
+def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    try:
+        quota, period = (root / "cpu.max").read_text().split()[:2]
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota = (root / "cpu/cpu.cfs_quota_us").read_text()
+        period = (root / "cpu/cpu.cfs_period_us").read_text()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def _cgroup_number(*names: str, root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    for name in names:
+        try:
+            return int((root / name).read_text())
+        except (OSError, ValueError):  # "max" is no number
+            continue
+    return None
+
+
+@cache
+def _has_bf16(cpuinfo: str | None = None) -> bool:
+    if platform.system() == "Darwin":
+        try:
+            flag = subprocess.run(
+                ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"], capture_output=True, text=True, timeout=5, check=False
+            )
+        except OSError:
+            return False
+        return flag.stdout.strip() == "1"
+    for line in (_cpuinfo() if cpuinfo is None else cpuinfo).splitlines():
+        name, _, values = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return bool(_BF16_FLAGS & set(values.split()))
+    return False
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""

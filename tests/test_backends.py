@@ -1,0 +1,172 @@
+"""Choosing a device says why, refuses with the reason, and no broken driver stops another backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from glmimg.backends import BACKENDS, Backend, pick_backend, probe_all
+from glmimg.backends.cpu import _cgroup_cpus, _has_bf16, usable_cpus
+from glmimg.backends.probe import NAMES
+from glmimg.errors import BackendError, BadInput, UnknownName
+
+
+def test_auto_takes_the_first_usable_and_says_so() -> None:
+    usable = [name for name, kind in BACKENDS.items() if kind.unusable() is None]
+    backend = pick_backend("auto")
+    assert backend.name == usable[0]
+    assert backend.reason.startswith("the first usable of cuda, npu, xpu, mps, cpu")
+
+
+def test_ways_to_ask_for_the_processor() -> None:
+    backend = pick_backend("cpu")
+    assert backend.device == torch.device("cpu")
+    assert pick_backend(torch.device("cpu")).device == torch.device("cpu")
+    assert pick_backend("cpu:0").device == torch.device("cpu")
+    assert pick_backend(backend) is backend
+    assert backend.reason.startswith("asked for")
+
+
+def test_refusals() -> None:
+    with pytest.raises(UnknownName, match="backend 'cdua': choose from auto, cpu, .*did you mean 'cuda'"):
+        pick_backend("cdua")
+    with pytest.raises(BackendError, match="there is one cpu"):
+        pick_backend("cpu:1")
+    with pytest.raises(BackendError, match="number of the device"):
+        pick_backend("cpu:first")
+    for name, kind in BACKENDS.items():
+        reason = kind.unusable()
+        if reason is not None:
+            with pytest.raises(BackendError, match="not usable here.*glmimg doctor"):
+                pick_backend(name)
+
+
+def test_dtypes() -> None:
+    backend = pick_backend("cpu")
+    assert backend.dtype in (torch.bfloat16, torch.float32)
+    assert backend.resolve_dtype(None) == backend.dtype
+    assert backend.resolve_dtype("BF16") == backend.resolve_dtype(torch.bfloat16) == torch.bfloat16
+    with pytest.raises(BackendError, match="float16 is .* slower"):
+        backend.resolve_dtype("fp16")
+    with pytest.raises(UnknownName, match="did you mean 'bf16'"):
+        backend.resolve_dtype("bf17")
+    with pytest.raises(BadInput, match="dtype 'int8'"):
+        backend.resolve_dtype(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("model name : x\nflags\t\t: fpu avx2 avx512_bf16 sse", True),
+        ("flags : fpu amx_bf16", True),
+        ("Features\t: fp asimd bf16 i8mm", True),
+        ("flags : fpu avx2 avx512f", False),
+        ("Features : fp asimd", False),
+        ("", False),
+    ],
+)
+def test_bfloat16_by_instructions(cpuinfo: str, expected: bool) -> None:
+    assert _has_bf16(cpuinfo) is expected
+
+
+def test_threads_follow_the_quota_of_the_container(tmp_path: Path) -> None:
+    assert _cgroup_cpus(tmp_path) is None
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("250000\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert _cgroup_cpus(tmp_path) == 2.5
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    assert _cgroup_cpus(tmp_path) is None
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert _cgroup_cpus(tmp_path) == 1.5
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert _cgroup_cpus(tmp_path) is None
+    assert 1 <= usable_cpus() <= (os.cpu_count() or 1)
+
+
+def test_threads_are_lowered_but_a_users_choice_stands() -> None:
+    program = "import torch; torch.set_num_threads(64); from glmimg import pick_backend; b = pick_backend('cpu')\n"
+    program += "print(torch.get_num_threads(), 'threads' in b.reason)"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    for extra, expected in (({}, f"{usable_cpus()} True"), ({"OMP_NUM_THREADS": "3"}, "64 False")):
+        child = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment | extra, check=True
+        )
+        assert child.stdout.strip() == expected
+
+
+def test_memory_figures() -> None:
+    backend = pick_backend("cpu")
+    memory = backend.memory()
+    assert 0 < memory.allocated <= memory.peak
+    assert 0 < memory.free <= memory.total
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert backend.memory().allocated - memory.allocated > 48 * 2**20
+    assert held.sum() > 0
+
+
+def test_transfer_pin_and_autocast() -> None:
+    backend = pick_backend("cpu")
+    tensor = torch.ones(3)
+    assert backend.pin(tensor) is tensor and backend.transfer(tensor) is tensor
+    with backend.autocast(torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with backend.autocast(torch.float32):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_every_backend_fills_in_the_protocol() -> None:
+    assert set(NAMES) == set(BACKENDS)
+    for name, kind in BACKENDS.items():
+        assert issubclass(kind, Backend) and kind.name == name
+        assert kind.distributed in ("gloo", "nccl", "hccl", "xccl")
+        reason = kind.unusable()
+        assert reason is None or len(reason) > 10
+
+
+def test_probe_reports_each() -> None:
+    found = probe_all()
+    assert list(found) == list(NAMES)
+    assert found["cpu"]["usable"] and found["cpu"]["memory_total"] > 0
+    assert all(entry["usable"] or entry["reason"] for entry in found.values())
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise ImportError('libhccl.so: cannot open shared object file')", "libhccl.so.*set_env.sh"),
+        ("import os; os.abort()", "ended with status -6"),
+        ("raise ZeroDivisionError('driver bug')", "driver bug"),
+    ],
+    ids=["no CANN", "crash", "driver bug"],
+)
+def test_a_broken_torch_npu_stops_nothing_else(tmp_path: Path, body: str, reason: str) -> None:
+    """A package as torch_npu installs itself: torch imports it by itself, and it fails."""
+    (tmp_path / "torch_npu.py").write_text(body + "\ndef _autoload(): pass\n")
+    info = tmp_path / "torch_npu-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def run(program: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    assert run("import torch").returncode != 0, "the fake package does not do what the real one does"
+    found = json.loads(run("import json; from glmimg.backends import probe_all; print(json.dumps(probe_all()))").stdout)
+    assert found["cpu"]["usable"] and not found["npu"]["usable"]
+    assert re.search(reason, found["npu"]["reason"]), found["npu"]["reason"]
+    assert found["mps"]["usable"] or "built without" in found["mps"]["reason"]
+    if "ImportError" in body:
+        picked = run("import glmimg; glmimg.pick_backend()")
+        assert picked.returncode == 1 and "BackendError" in picked.stderr
+        assert "torch loads torch_npu by itself" in picked.stderr
+        assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in picked.stderr
