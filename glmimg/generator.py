@@ -1,0 +1,257 @@
+"""The token generator: prefill and decode over a GLM-Image language model's weights.
+
+Letters: B batch, T prompt or sequence, N tokens to come, D width, H heads, K key heads, G = H/K, C head width,
+E = (H + 2K)*C fused q/k/v, V codebook (the head's other rows can never be drawn and are left out), L layers.
+
+The weights are those of transformers' GlmImageForConditionalGeneration; the loops are ours. A decode step is a flat run
+of tensor calls without modules: fused q/k/v, a cache of exactly the final length, rotary tables made beforehand, and
+grouped queries that attend as a short sequence instead of repeated keys. The residual stream stays in fp32 whatever the
+weights' dtype. No state is kept here: a `Decoding` holds what one run needs, so several can go on at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from glmimg.errors import BadInput, CheckpointError
+from glmimg.positions import rotary_tables
+
+__all__ = ["Decoding", "Layer", "TokenGenerator"]
+
+PACK_BELOW = 256 << 20  # bytes of weights up to which a second, transposed copy is worth its memory
+
+Matrix = tuple[torch.Tensor, ...]  # what the product takes after its input: (matrix,), or (int8 matrix, row scales)
+
+
+class Layer(NamedTuple):
+    """One block: norm weights in fp32, matrices as the product takes them."""
+
+    norm_in: torch.Tensor
+    qkv: Matrix
+    qkv_bias: torch.Tensor
+    out: Matrix
+    norm_attended: torch.Tensor
+    norm_mlp: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
+    norm_done: torch.Tensor
+
+
+@dataclass
+class Decoding:
+    """What lies between two steps of B pictures: keys and values so far, and the tables for the tokens to come."""
+
+    cache: torch.Tensor  # (2L, B, K, T + N, C): a layer's keys, then its values
+    cos_NB1C: torch.Tensor
+    sin_NB1C: torch.Tensor
+    mask_B11S: torch.Tensor | None  # over the cache's S = T + N places; None without padding
+    prompt_length: int
+    length: int  # places filled
+
+
+class TokenGenerator:
+    """Prefill, decode steps and teacher-forced logits, on the device and in the dtype of the model's weights.
+
+    `packed` keeps a transposed copy of the matrices, which streams faster through a CPU (default: for small models).
+    `weights="int8"` (bf16 on a CPU only) keeps the matrices in eight bits with a scale per row, faster and a little
+    less precise. Weights that change afterwards (training, adapters) need a new generator.
+    """
+
+    def __init__(self, model: Any, packed: bool | None = None, weights: str | None = None) -> None:
+        text, config = model.model.language_model, model.config.text_config
+        if any(p.is_meta for p in text.parameters()) or model.lm_head.weight.is_meta:
+            raise CheckpointError("the language model is on the meta device: load its weights first")
+        adapted = next((name for name, module in text.named_modules() if hasattr(module, "base_layer")), None)
+        if adapted:
+            raise CheckpointError(f"{adapted} carries an adapter: merge it into the weights before generating")
+        if config.hidden_act != "silu":
+            raise CheckpointError(f"hidden_act {config.hidden_act!r} is not supported; the published one is 'silu'")
+        self.embedding: torch.Tensor = text.embed_tokens.weight.detach()
+        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        on_cpu = self.device.type == "cpu"
+        if weights not in (None, "int8"):
+            raise BadInput(f"weights {weights!r}: choose None (as stored) or 'int8'")
+        if weights == "int8" and not (on_cpu and self.dtype == torch.bfloat16):
+            raise BadInput(f"weights='int8' takes bf16 on a CPU, not {self.dtype} on {self.device}")
+        self.codebook_size: int = model.config.vq_config.num_embeddings
+        self.heads: int = config.num_attention_heads
+        self.key_heads: int = config.num_key_value_heads
+        self.head_width: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.rope = dict(config.rope_parameters)
+        self.eps: float = config.rms_norm_eps
+        self._int8 = weights == "int8"
+        size = sum(p.numel() * p.element_size() for p in text.layers.parameters())
+        self._packed = size <= PACK_BELOW if packed is None else packed
+        self._product = torch._weight_int8pack_mm if self._int8 else torch.mm
+        # On a CPU rms_norm is a composite that costs twice the three calls below; these divide by the vector's length,
+        # so that the norm weights carry the square root of the width.
+        self._norm_by_parts = on_cpu
+        self._norm_scale = math.sqrt(config.hidden_size) if on_cpu else 1.0
+        self._floor = torch.tensor(math.sqrt(config.hidden_size * self.eps))
+        self.layers: Iterable[Layer] = [self._layer(layer) for layer in text.layers]
+        self.layer_count: int = config.num_hidden_layers
+        self.final_norm = text.norm.weight.detach().float() * self._norm_scale
+        self.head = self._matrix(model.lm_head.weight[: self.codebook_size])
+        half = int(self.head_width * self.rope.get("partial_rotary_factor", 1.0)) // 2
+        channels = torch.arange(self.head_width)
+        order = torch.cat((channels[half : 2 * half], channels[:half], channels[2 * half :]))
+        self._partners = order.to(self.device)  # the channel that each one is rotated with
+
+    def _matrix(self, weight: torch.Tensor) -> Matrix:
+        weight = weight.detach()
+        if self._int8:
+            scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
+            return (weight.float() / scale[:, None]).round().to(torch.int8), scale.to(self.dtype)
+        return (weight.T.contiguous(),) if self._packed else (weight.T,)
+
+    def _layer(self, layer: Any) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        norms = (
+            layer.input_layernorm,
+            layer.post_self_attn_layernorm,
+            layer.post_attention_layernorm,
+            layer.post_mlp_layernorm,
+        )
+        norm_in, norm_attended, norm_mlp, norm_done = (n.weight.detach().float() * self._norm_scale for n in norms)
+        qkv = self._matrix(torch.cat([p.weight for p in projections]))
+        biases = [p.weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in projections]
+        return Layer(
+            norm_in,
+            qkv,
+            torch.cat(biases),
+            self._matrix(attention.o_proj.weight),
+            norm_attended,
+            norm_mlp,
+            self._matrix(mlp.gate_up_proj.weight),
+            self._matrix(mlp.down_proj.weight),
+            norm_done,
+        )
+
+    # The pieces of a block. x is the fp32 stream, rows x D.
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm, in the weights' dtype."""
+        if self._norm_by_parts:
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return (x / torch.hypot(length, self._floor)).mul_(weight).to(self.dtype)
+        return F.rms_norm(x, weight.shape, weight, self.eps).to(self.dtype)
+
+    def _added(self, x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The stream plus the RMS-normed change."""
+        if self._norm_by_parts:
+            length = torch.linalg.vector_norm(change, dim=-1, keepdim=True, dtype=torch.float32)
+            return torch.addcmul(x, change / torch.hypot(length, self._floor), weight)
+        return x + F.rms_norm(change.float(), weight.shape, weight, self.eps)
+
+    def _mlp(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+        gate, up = self._product(self._normed(x, layer.norm_mlp), *layer.gate_up).chunk(2, dim=-1)
+        return self._added(x, self._product(F.silu(gate).mul_(up), *layer.down), layer.norm_done)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(self._normed(x, self.final_norm), *self.head).float()
+
+    def _tables(self, positions_3BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and signed sines_BT1C over a whole head, so that rotated = x*cos + x[partners]*sin."""
+        cos, sin = rotary_tables(positions_3BT.to(self.device), self.rope, self.head_width)
+        half, rest = cos.shape[-1] // 2, self.head_width - cos.shape[-1]
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
+        return cos[:, :, None].to(self.dtype), sin[:, :, None].to(self.dtype)
+
+    def _sequence(
+        self,
+        ids_BT: torch.Tensor,
+        positions_3BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        cache: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The stream_BTD after all blocks; keys and values go to `cache`, whose batch may repeat every row."""
+        (B, T), (H, K, C) = ids_BT.shape, (self.heads, self.key_heads, self.head_width)
+        cos, sin = self._tables(positions_3BT)
+        mask = None
+        if mask_BT is not None:
+            causal = torch.ones(T, T, dtype=torch.bool, device=self.device).tril()
+            itself = torch.eye(T, dtype=torch.bool, device=self.device)  # padding sees itself: no empty softmax
+            mask = ((causal & mask_BT[:, None]) | itself)[:, None]
+        x = F.embedding(ids_BT, self.embedding).float().flatten(0, 1)
+        for k, layer in enumerate(self.layers):
+            qkv = self._product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
+            qkv = qkv.view(B, T, H + 2 * K, C)
+            qk = qkv[:, :, : H + K]
+            qk = torch.addcmul(qk * cos, qk[..., self._partners], sin).transpose(1, 2)
+            queries, keys, values = qk[:, :H], qk[:, H:], qkv[:, :, H + K :].transpose(1, 2)
+            if cache is not None:
+                copies = cache.shape[1] // B
+                cache[2 * k, :, :, :T] = keys.repeat_interleave(copies, 0)
+                cache[2 * k + 1, :, :, :T] = values.repeat_interleave(copies, 0)
+            attended = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K
+            )
+            attended = attended.transpose(1, 2).reshape(B * T, H * C)
+            x = self._mlp(self._added(x, self._product(attended, *layer.out), layer.norm_attended), layer)
+        return x.view(B, T, -1)
+
+    # What the loops call.
+
+    @torch.inference_mode()
+    def forward_logits(
+        self, ids_BT: torch.Tensor, positions_3BT: torch.Tensor, mask_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Teacher-forced logits_BTV (fp32) of whole sequences; mask_BT is false at padding."""
+        mask_BT = None if mask_BT is None else mask_BT.to(self.device)
+        x_BTD = self._sequence(ids_BT.to(self.device), positions_3BT, mask_BT)
+        return self._logits(x_BTD.flatten(0, 1)).unflatten(0, ids_BT.shape)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        ids_BT: torch.Tensor,
+        positions_3BT: torch.Tensor,
+        mask_BT: torch.Tensor,
+        following_3BN: torch.Tensor,
+        copies: int = 1,
+    ) -> tuple[torch.Tensor, Decoding]:
+        """Run the prompts once; logits_RV (fp32) of the first token to come and the state for the steps.
+
+        Prompts are padded on the left, `mask_BT` is false there. `following_3BN` are the positions of the N tokens that
+        will be fed to `step`. The R = B * copies rows of the result hold every prompt `copies` times in a row.
+        """
+        (B, T), N = ids_BT.shape, following_3BN.shape[-1]
+        mask = None if bool(mask_BT.all()) else mask_BT.to(self.device)
+        shape = (2 * self.layer_count, B * copies, self.key_heads, T + N, self.head_width)
+        cache = torch.empty(shape, device=self.device, dtype=self.dtype)
+        x_BTD = self._sequence(ids_BT.to(self.device), positions_3BT, mask, cache)
+        tables = self._tables(following_3BN)
+        cos, sin = (table.transpose(0, 1).repeat_interleave(copies, 1) for table in tables)
+        if mask is not None:
+            mask = F.pad(mask.repeat_interleave(copies, 0), (0, N), value=True)[:, None, None]
+        logits_RV = self._logits(x_BTD[:, -1]).repeat_interleave(copies, 0)
+        return logits_RV, Decoding(cache, cos, sin, mask, T, T)
+
+    @torch.inference_mode()
+    def step(self, state: Decoding, ids_B: torch.Tensor) -> torch.Tensor:
+        """Feed the token just emitted for each picture; logits_BV (fp32) of the next one. Advances `state`."""
+        B, H, K, C, at = ids_B.shape[0], self.heads, self.key_heads, self.head_width, state.length
+        state.length = at + 1
+        cos, sin = state.cos_NB1C[at - state.prompt_length], state.sin_NB1C[at - state.prompt_length]
+        mask = None if state.mask_B11S is None else state.mask_B11S[..., : at + 1]
+        slots, filled = state.cache[:, :, :, at].unbind(0), state.cache[:, :, :, : at + 1].unbind(0)
+        x = F.embedding(ids_B, self.embedding).float()
+        for k, layer in enumerate(self.layers):
+            qkv = self._product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias).view(B, H + 2 * K, C)
+            qk = qkv[:, : H + K]
+            qk = torch.addcmul(qk * cos, qk.index_select(-1, self._partners), sin)
+            slots[2 * k].copy_(qk[:, H:])
+            slots[2 * k + 1].copy_(qkv[:, H + K :])
+            queries = qk[:, :H].reshape(B, K, H // K, C)
+            attended = F.scaled_dot_product_attention(queries, filled[2 * k], filled[2 * k + 1], attn_mask=mask)
+            x = self._added(x, self._product(attended.reshape(B, H * C), *layer.out), layer.norm_attended)
+            x = self._mlp(x, layer)
+        return self._logits(x)
