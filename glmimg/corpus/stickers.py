@@ -127,15 +127,20 @@ def _rasterise(picture: bytes | str) -> np.ndarray:
     return np.asarray(image)
 
 
-def build(directory: Path, cache: Path) -> None:
-    """Fetch the packages into `cache` and write bank.npy, index.json and fonts/ into `directory` (about a minute)."""
+def build(directory: Path, cache: Path, *, concepts: int = 0) -> None:
+    """Fetch the packages into `cache` and write bank.npy, index.json and fonts/ into `directory` (about a minute).
+
+    concepts: how many to take, spread over the groups; 0 takes all.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    concepts, tones = _names(cache)
+    known, tones = _names(cache)
+    if concepts:
+        known = {key: known[key] for key in list(known)[:: max(1, len(known) // concepts)]}
     jobs: list[tuple[bytes | str, dict[str, Any]]] = []
     for style in STYLES:
         for key, picture in sorted(_pictures(style, cache).items()):
-            concept, tone = (key, 0) if key in concepts else tones.get(key, ("", 0))
-            if concept in concepts and (tone == 0 or style in _TONED_STYLES):
+            concept, tone = (key, 0) if key in known else tones.get(key, ("", 0))
+            if concept in known and (tone == 0 or style in _TONED_STYLES):
                 jobs.append((picture, {"concept": concept, "style": style, "tone": tone}))
     partial = directory / "bank.npy.part"
     bank = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(jobs), SIDE, SIDE, 4))
@@ -147,9 +152,7 @@ def build(directory: Path, cache: Path) -> None:
     index = {
         "side": SIDE,
         "stickers": [meta for _, meta in jobs],
-        "concepts": {
-            k: {"group": c.group, "labels": c.labels, "tags": c.tags} for k, c in concepts.items() if k in used
-        },
+        "concepts": {k: {"group": c.group, "labels": c.labels, "tags": c.tags} for k, c in known.items() if k in used},
     }
     (directory / "index.json.part").write_text(json.dumps(index, ensure_ascii=False))
     os.replace(directory / "index.json.part", directory / "index.json")
@@ -180,7 +183,8 @@ class StickerBank:
         self.directory = Path(directory)
         if not (self.directory / "bank.npy").exists():
             raise BadInput(
-                f"no sticker bank in {self.directory}: build it with `python -m glmimg.corpus.stickers {self.directory}`"
+                f"no sticker bank in {self.directory}: build it with "
+                f"`python -m glmimg.corpus.stickers {self.directory}`"
             )
         self.pixels = np.load(self.directory / "bank.npy", mmap_mode="r")
         index = json.loads((self.directory / "index.json").read_text())

@@ -30,7 +30,7 @@ KINDS = ("background", *STYLES, "shape", "sign")
 
 
 class Names:
-    """Everything a token can be: concepts, shapes, signs. `vectors_LE` are unit sentence vectors over four languages."""
+    """All that a token can be: concepts, shapes, signs. `vectors_LE` are unit sentence vectors over four languages."""
 
     def __init__(self, bank: StickerBank) -> None:
         self.keys = [*bank.concepts, *(f"shape:{s}" for s in SHAPES), *(f"sign:{s}" for s in SIGNS)]
@@ -163,11 +163,13 @@ class TokenizerTask:
                 rate = (counts / (counts + 20 * self.usage.clamp_min(0.05)))[:, None]
                 mean = F.normalize(sums / counts.clamp_min(1)[:, None], dim=-1)
                 self.codebook.copy_(F.normalize(torch.lerp(self.codebook, mean, rate), dim=-1))
-                dead = (self.usage < 0.03 * float(self.usage.mean())).nonzero().flatten()[:64]
+                dead = (self.usage < 0.05 * float(self.usage.mean())).nonzero().flatten()[:96]
                 if len(dead):
-                    chosen = flat[torch.randint(len(flat), (len(dead),))]
+                    # Where the codebook serves worst: drawn at random they would all land on flat backgrounds.
+                    badness = (1 - (flat * self.codebook[ids]).sum(1)).clamp_min(1e-6)
+                    chosen = flat[torch.multinomial(badness, len(dead))]
                     self.codebook[dead] = F.normalize(chosen + 0.02 * torch.randn_like(chosen), dim=-1)
-                    self.usage[dead] = float(self.usage.mean())
+                    self.usage[dead] = 0.5 * float(self.usage.mean())
             codes = self.codebook[ids].view(unit_BhwE.shape)
         return unit_BhwE + (codes - unit_BhwE).detach(), ids.view(unit_BhwE.shape[:3])
 

@@ -1,0 +1,198 @@
+"""Training the decoder and its glyph encoder: flow matching on latents, told by semantic tokens and quoted words.
+
+Pictures are trained in crops aligned to the token grid: a crop of 4 x 4 tokens costs a quarter of the whole picture and
+teaches the same drawing; size and crop coordinates tell the decoder where it is, as the published model is told.
+
+Legend: B batch, C latent channels, P patches, h x w tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from glmimg.autoencoder import Autoencoder
+from glmimg.decoder import Decoder
+from glmimg.diffusion import (
+    Schedule,
+    guided,
+    interpolate,
+    noise_like,
+    sample,
+    training_sigmas,
+    training_timesteps,
+    velocity_target,
+)
+from glmimg.glyph_encoder import GlyphEncoder
+from glmimg.training.encoded import EncodedScenes
+
+_PIXELS_PER_TOKEN = 32
+_LATENTS_PER_TOKEN = 4
+
+
+@dataclass
+class DecoderBatch:
+    """One batch of crops of equal size. `patches` counts the whole picture's, which sets the noise shift."""
+
+    latents_BCHW: torch.Tensor
+    ids_Bhw: torch.Tensor
+    words: list[list[str]]
+    size: tuple[int, int]
+    crop_B2: torch.Tensor
+    patches: int
+    position: int
+
+
+def upsample_ids(ids_Bhw: torch.Tensor) -> torch.Tensor:
+    """(B, h, w) token ids -> (B, 4hw) patch ids, each token over two by two patches."""
+    return ids_Bhw.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+
+
+class DecoderTask:
+    """See `glmimg.training.loop.Task`.
+
+    crop: side of the crops in tokens; whole: share of batches that take the whole picture (at a quarter of the batch
+    size). token_noise: the share of tokens replaced by random codes, drawn anew up to this value for each picture, so
+    that the decoder forgives the generator's mistakes.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        text_encoder: Any,
+        vae: Autoencoder,
+        train: EncodedScenes,
+        held_out: EncodedScenes,
+        scheduler: dict[str, Any],
+        *,
+        crop: int = 4,
+        whole: float = 0.0,
+        token_noise: float = 0.1,
+        drop: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        if train.latents is None or held_out.latents is None:
+            raise ValueError("the decoder trains on latents: run encode_latents first")
+        self.decoder, self.glyphs, self.vae = Decoder(transformer), GlyphEncoder(text_encoder), vae
+        self.train, self.held_out, self.scheduler = train, held_out, scheduler
+        self.crop, self.whole, self.token_noise, self.drop, self.seed = crop, whole, token_noise, drop, seed
+        self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
+        self.modules = {"transformer": transformer, "text_encoder": text_encoder}
+
+    def batch(self, position: int, size: int) -> DecoderBatch:
+        rng = np.random.default_rng((self.seed, position))
+        assert self.train.latents is not None
+        whole = rng.random() < self.whole
+        count = max(1, size // 4) if whole else size
+        rows = rng.integers(len(self.train.latents), size=count)
+        return self._read(self.train, rows, rng, position, whole=whole)
+
+    def _read(
+        self, data: EncodedScenes, rows: np.ndarray, rng: np.random.Generator, position: int, *, whole: bool
+    ) -> DecoderBatch:
+        h, w = data.target
+        assert data.latents is not None
+        side_h, side_w = (h, w) if whole else (min(self.crop, h), min(self.crop, w))
+        latents, ids, words, crops = [], [], [], []
+        for k in rows:
+            top, left = int(rng.integers(h - side_h + 1)), int(rng.integers(w - side_w + 1))
+            y, x, f = top * _LATENTS_PER_TOKEN, left * _LATENTS_PER_TOKEN, _LATENTS_PER_TOKEN
+            latents.append(data.latents[k, :, y : y + side_h * f, x : x + side_w * f])
+            grid = data.tokens[k, data.prompt_offset :].reshape(h, w)
+            ids.append(grid[top : top + side_h, left : left + side_w])
+            words.append([t.word for t in data.cache.scene(int(k)).things if t.word])
+            crops.append((top * _PIXELS_PER_TOKEN, left * _PIXELS_PER_TOKEN))
+        return DecoderBatch(
+            torch.from_numpy(np.stack(latents)).float(),
+            torch.from_numpy(np.stack(ids).astype(np.int64)),
+            words,
+            (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN),
+            torch.tensor(crops, dtype=torch.float32),
+            4 * h * w,
+            position,
+        )
+
+    def _velocity_error(
+        self, batch: DecoderBatch, ids_Bhw: torch.Tensor, words: list[list[str]], drop_B: torch.Tensor, seed: int
+    ) -> torch.Tensor:
+        """Squared error of the predicted velocity per picture (B,)."""
+        generator = torch.Generator().manual_seed(seed)
+        x0 = batch.latents_BCHW
+        timesteps_B = training_timesteps(len(x0), generator)
+        sigmas_B = training_sigmas(timesteps_B, batch.patches, self.scheduler)
+        noise = torch.randn(x0.shape, generator=generator)
+        states, mask = self.glyphs.encode(words)
+        h, w = ids_Bhw.shape[1:]
+        conditioning = self.decoder.condition(
+            upsample_ids(ids_Bhw),
+            states,
+            mask,
+            size=batch.size,
+            crop=batch.crop_B2,
+            grid=(2 * h, 2 * w),
+            drop_prior=drop_B,
+        )
+        velocity = self.decoder.velocity(interpolate(x0, noise, sigmas_B), timesteps_B, conditioning)
+        return (velocity - velocity_target(x0, noise)).square().mean(dim=(1, 2, 3))
+
+    def loss(self, batch: DecoderBatch, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng((self.seed, 1, batch.position))
+        ids = batch.ids_Bhw.clone()
+        share = torch.from_numpy(rng.random(len(ids)) * 2 * self.token_noise * (rng.random(len(ids)) < 0.5))
+        wrong = torch.from_numpy(rng.random(ids.shape)) < share[:, None, None]
+        ids[wrong] = torch.from_numpy(rng.integers(self.codes, size=int(wrong.sum())))
+        drop_B = torch.from_numpy(rng.random(len(ids)) < self.drop)
+        # Guidance needs both halves empty together: a dropped prior comes without glyphs, and some glyphs go alone.
+        silent = drop_B.numpy() | (rng.random(len(ids)) < self.drop)
+        words = [[] if quiet else word for word, quiet in zip(batch.words, silent, strict=True)]
+        return self._velocity_error(batch, ids, words, drop_B, int(rng.integers(2**62))).mean(), {}
+
+    def evaluate(self) -> dict[str, float]:
+        rows = np.arange(48)
+        batch = self._read(self.held_out, rows, np.random.default_rng(0), 0, whole=True)
+        keep = torch.zeros(len(rows), dtype=torch.bool)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            error = self._velocity_error(batch, batch.ids_Bhw, batch.words, keep, 0)
+        said = torch.tensor([bool(w) for w in batch.words])
+        return {"loss": float(error.mean()), "loss_words": float(error[said].mean())}
+
+    @torch.no_grad()
+    def draw(
+        self, ids_Bhw: torch.Tensor, words: list[list[str]], *, steps: int = 16, guidance: float = 1.5, seed: int = 0
+    ) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] decoded from given tokens."""
+        h, w = ids_Bhw.shape[1:]
+        size = (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN)
+        generators = [torch.Generator().manual_seed(seed + k) for k in range(len(ids_Bhw))]
+        noise = noise_like((16, h * _LATENTS_PER_TOKEN, w * _LATENTS_PER_TOKEN), generators)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            states, mask = self.glyphs.encode(words)
+            ids = upsample_ids(ids_Bhw)
+            told = self.decoder.condition(ids, states, mask, size=size)
+            empty, empty_mask = self.glyphs.encode([[]] * len(ids))
+            untold = self.decoder.condition(ids, empty, empty_mask, size=size, drop_prior=True)
+            velocity = guided(self.decoder.predictor(told, untold), guidance)
+            latents = sample(velocity, noise, Schedule.published(steps, 4 * h * w, self.scheduler))
+            return self.vae.decode(latents)
+
+    def sheet(self) -> Image.Image:
+        from glmimg.corpus.sheet import contact_sheet
+
+        h, w = self.held_out.target
+        rows = range(12)
+        ids = torch.from_numpy(self.held_out.tokens[:12, self.held_out.prompt_offset :].astype(np.int64)).view(-1, h, w)
+        words = [[t.word for t in self.held_out.cache.scene(k).things if t.word] for k in rows]
+        drawn = self.draw(ids, words)
+        pictures: list[Any] = []
+        for k in rows:
+            pictures += [self.held_out.cache.picture(k), to_uint8(drawn[k])]
+        return contact_sheet(pictures, columns=8, cell=160)
+
+
+def to_uint8(pixels_CHW: torch.Tensor) -> np.ndarray:
+    """[-1, 1] -> (h, w, 3) uint8."""
+    return ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()

@@ -1,0 +1,80 @@
+"""Scenes as the models see them: semantic tokens and latents of a scene cache, computed once and kept on disk.
+
+Legend: n scenes, h x w target tokens, p preview tokens, C latent channels, H8 x W8 latents.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from glmimg.autoencoder import Autoencoder
+from glmimg.corpus.cache import SceneCache
+from glmimg.errors import BadInput
+from glmimg.semantic_tokenizer import SemanticTokenizer
+from glmimg.token_grid import preview_grid, target_grid
+from glmimg.training.autoencoder_task import to_pixels
+
+
+class EncodedScenes:
+    """`tokens` (n, p + h*w) int16, preview first; `latents` (m, C, H8, W8) float16 of the first m <= n scenes."""
+
+    def __init__(self, directory: Path | str, cache: SceneCache) -> None:
+        self.directory, self.cache = Path(directory), cache
+        settings = json.loads((self.directory / "settings.json").read_text())
+        self.target, self.preview = tuple(settings["target"]), tuple(settings["preview"])
+        self.tokens = np.load(self.directory / "tokens.npy", mmap_mode="r")
+        file = self.directory / "latents.npy"
+        self.latents = np.load(file, mmap_mode="r") if file.exists() else None
+
+    @property
+    def prompt_offset(self) -> int:
+        """Where the target grid starts in a row of `tokens`."""
+        return self.preview[0] * self.preview[1]
+
+
+@torch.no_grad()
+def encode_tokens(directory: Path, cache: SceneCache, tokenizer: SemanticTokenizer, preview_side: int) -> None:
+    """Write tokens.npy of every complete scene of the cache."""
+    directory.mkdir(parents=True, exist_ok=True)
+    height, width = cache.settings["height"], cache.settings["width"]
+    target, preview = target_grid(height, width), preview_grid(height, width, preview_side)
+    n, begun = len(cache), time.monotonic()
+    rows = np.empty((n, preview[0] * preview[1] + target[0] * target[1]), dtype=np.int16)
+    for start in range(0, n, 64):
+        pixels = to_pixels([cache.picture(k) for k in range(start, min(start + 64, n))])
+        with torch.autocast(tokenizer.visual.device.type, dtype=torch.bfloat16):
+            small, large = tokenizer.tokenize(pixels, preview), tokenizer.tokenize(pixels)
+        rows[start : start + 64] = torch.cat([small.flatten(1), large.flatten(1)], 1).to(torch.int16).cpu().numpy()
+        if start % 6400 == 0:
+            print(f"tokens {start}/{n}, {time.monotonic() - begun:.0f} s", flush=True)
+    np.save(directory / "tokens.npy", rows)
+    (directory / "settings.json").write_text(json.dumps({"target": target, "preview": preview}))
+
+
+@torch.no_grad()
+def encode_latents(directory: Path, cache: SceneCache, vae: Autoencoder, count: int, *, minutes: float = 0.0) -> int:
+    """Write normalised latents of the first `count` scenes, or of as many as `minutes` allow; returns how many."""
+    directory.mkdir(parents=True, exist_ok=True)
+    count = min(count, len(cache))
+    if not count:
+        raise BadInput("the scene cache is empty: render scenes first")
+    height, width = cache.settings["height"] // vae.factor, cache.settings["width"] // vae.factor
+    out = np.empty((count, 16, height, width), dtype=np.float16)
+    begun, done = time.monotonic(), 0
+    for start in range(0, count, 16):
+        pixels = to_pixels([cache.picture(k) for k in range(start, min(start + 16, count))])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            part = vae.encode(pixels.contiguous(memory_format=torch.channels_last))
+        out[start : start + len(part)] = part.to(torch.float16).numpy()
+        done = start + len(part)
+        if start % 1600 == 0:
+            print(f"latents {done}/{count}, {time.monotonic() - begun:.0f} s", flush=True)
+        if minutes and time.monotonic() - begun > minutes * 60:
+            break
+    np.save(directory / "latents.npy", out[:done])
+    return done

@@ -1,0 +1,170 @@
+"""Training the token generator: captions to preview and target grids, teacher-forced.
+
+transformers' own `labels=` loss is broken for this class and its positions are made for generation, so sequences,
+positions and the loss are built here. Sequences are padded on the right: under the causal mask nothing real sees it.
+
+Legend: B batch, T sequence, N emitted tokens (preview, target, end), D width, V vision vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from glmimg.corpus.captions import caption
+from glmimg.positions import rotary_tables, span_positions
+from glmimg.prompt import PromptBuilder
+from glmimg.training.encoded import EncodedScenes
+
+
+@dataclass
+class GeneratorBatch:
+    """Ids_BT with right padding; emitted_B: where each row's emitted tokens start; labels_BN what they must be."""
+
+    ids_BT: torch.Tensor
+    positions_3BT: torch.Tensor
+    first_B: torch.Tensor
+    labels_BN: torch.Tensor
+
+
+def forward_states(language_model: Any, ids_BT: torch.Tensor, positions_3BT: torch.Tensor) -> torch.Tensor:
+    """States_BTD after the last norm, causal, through the model's own (possibly adapted) linear modules."""
+    config = language_model.config
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    head_dim = config.hidden_size // heads
+    cos, sin = (t[:, None] for t in rotary_tables(positions_3BT, config.rope_parameters, head_dim))
+    eps, size = config.rms_norm_eps, (config.hidden_size,)
+    R = cos.shape[-1]
+
+    def rotate(x_BHTd: torch.Tensor) -> torch.Tensor:
+        turned, rest = x_BHTd[..., :R].float(), x_BHTd[..., R:]
+        half = torch.cat([-turned[..., R // 2 :], turned[..., : R // 2]], -1)
+        return torch.cat([(turned * cos + half * sin).to(rest.dtype), rest], -1)
+
+    x_BTD = language_model.embed_tokens(ids_BT)
+    for layer in language_model.layers:
+        attn = layer.self_attn
+        h_BTD = F.rms_norm(x_BTD, size, layer.input_layernorm.weight, eps)
+        q = rotate(attn.q_proj(h_BTD).unflatten(-1, (heads, head_dim)).transpose(1, 2))
+        k = rotate(attn.k_proj(h_BTD).unflatten(-1, (groups, head_dim)).transpose(1, 2))
+        v = attn.v_proj(h_BTD).unflatten(-1, (groups, head_dim)).transpose(1, 2)
+        if groups != heads:
+            k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed_BTD = attn.o_proj(mixed.transpose(1, 2).flatten(2))
+        x_BTD = x_BTD + F.rms_norm(mixed_BTD, size, layer.post_self_attn_layernorm.weight, eps)
+        gate, up = layer.mlp.gate_up_proj(F.rms_norm(x_BTD, size, layer.post_attention_layernorm.weight, eps)).chunk(
+            2, -1
+        )
+        widened_BTD = layer.mlp.down_proj(F.silu(gate) * up)
+        x_BTD = x_BTD + F.rms_norm(widened_BTD, size, layer.post_mlp_layernorm.weight, eps)
+    return F.rms_norm(x_BTD, size, language_model.norm.weight, eps)
+
+
+def start_from_scratch(model: Any) -> None:
+    """Scales for training from nothing: embeddings that outweigh the first blocks' unit-size outputs."""
+    with torch.no_grad():
+        language_model = model.model.language_model
+        torch.nn.init.normal_(language_model.embed_tokens.weight, std=0.5)
+        for layer in language_model.layers:
+            layer.post_self_attn_layernorm.weight.fill_(0.3)
+            layer.post_mlp_layernorm.weight.fill_(0.3)
+
+
+class GeneratorTask:
+    """See `glmimg.training.loop.Task`.
+
+    preview_weight: how much more a preview token counts. drop: share of empty captions. noise: share of emitted tokens
+    that are shown to the model as random codes (their labels stay right), against drift from its own mistakes.
+    paint: pictures of sampled grids for the sheet, or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        builder: PromptBuilder,
+        train: EncodedScenes,
+        held_out: EncodedScenes,
+        *,
+        preview_weight: float = 2.0,
+        drop: float = 0.1,
+        noise: float = 0.03,
+        seed: int = 0,
+        paint: Callable[[Any], Image.Image] | None = None,
+    ) -> None:
+        self.model, self.builder, self.train, self.held_out = model, builder, train, held_out
+        self.preview_weight, self.drop, self.noise, self.seed, self.paint = preview_weight, drop, noise, seed, paint
+        config = model.config
+        self.codes, self.end = int(config.vq_config.num_embeddings), int(config.image_end_token_id)
+        self.modules = {"language_model": model.model.language_model, "lm_head": model.lm_head}
+
+    def batch(self, position: int, size: int) -> GeneratorBatch:
+        rng = np.random.default_rng((self.seed, position))
+        return self._read(self.train, rng.integers(len(self.train.tokens), size=size), rng, self.drop, self.noise)
+
+    def _read(
+        self,
+        data: EncodedScenes,
+        rows: np.ndarray,
+        rng: np.random.Generator,
+        drop: float = 0.0,
+        noise: float = 0.0,
+        shuffled: bool = False,
+    ) -> GeneratorBatch:
+        height, width = data.target[0] * 32, data.target[1] * 32
+        ids, positions, first = [], [], []
+        tokens = torch.from_numpy(data.tokens[rows].astype(np.int64))
+        for at, k in enumerate(rows):
+            scene = data.cache.scene(int(rows[at - 1] if shuffled else k))
+            text = "" if rng.random() < drop else caption(scene, data.cache.bank, rng)
+            prompt = self.builder.build(text, height, width)
+            shown = tokens[at]
+            if noise:
+                wrong = torch.from_numpy(rng.random(len(shown)) < noise)
+                shown = torch.where(wrong, torch.from_numpy(rng.integers(self.codes, size=len(shown))), shown)
+            ids.append(torch.cat([torch.tensor(prompt.ids), shown]))
+            positions.append(span_positions([*prompt.spans, *prompt.grids])[0])
+            first.append(len(prompt.ids) - 1)
+        length = max(len(row) for row in ids)
+        ids_BT = torch.stack([F.pad(row, (0, length - len(row)), value=self.builder.pad_id) for row in ids])
+        positions_3BT = torch.stack([F.pad(p, (0, length - p.shape[1])) for p in positions], 1)
+        labels_BN = F.pad(tokens, (0, 1), value=self.end)
+        return GeneratorBatch(ids_BT, positions_3BT, torch.tensor(first), labels_BN)
+
+    def _losses(self, batch: GeneratorBatch) -> torch.Tensor:
+        """Cross-entropy (B, N) in nats of every emitted token and the end."""
+        states_BTD = forward_states(self.model.model.language_model, batch.ids_BT, batch.positions_3BT)
+        B, N = batch.labels_BN.shape
+        where = batch.first_B[:, None] + torch.arange(N)
+        emitted_BND = states_BTD[torch.arange(B)[:, None], where]
+        logits = self.model.lm_head(emitted_BND).float()
+        return F.cross_entropy(logits.flatten(0, 1), batch.labels_BN.flatten(), reduction="none").view(B, N)
+
+    def loss(self, batch: GeneratorBatch, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+        losses_BN = self._losses(batch)
+        p = self.train.prompt_offset
+        weights_N = torch.ones(losses_BN.shape[1])
+        weights_N[:p] = self.preview_weight
+        loss = (losses_BN * weights_N).sum() / (weights_N.sum() * len(losses_BN))
+        means = losses_BN.detach().mean(0)
+        return loss, {"preview": float(means[:p].mean()), "target": float(means[p:-1].mean())}
+
+    def evaluate(self) -> dict[str, float]:
+        rows, p = np.arange(192), self.held_out.prompt_offset
+        out = {}
+        for name, shuffled in (("", False), ("shuffled_", True)):
+            batch = self._read(self.held_out, rows, np.random.default_rng(0), shuffled=shuffled)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                bits = self._losses(batch).mean(0) / np.log(2)
+            out[f"{name}preview_bits"] = float(bits[:p].mean())
+            out[f"{name}target_bits"] = float(bits[p:-1].mean())
+        return out
+
+    def sheet(self) -> Image.Image | None:
+        return self.paint(self) if self.paint else None

@@ -1,0 +1,59 @@
+"""Complete training settings for each learned part: a recipe is a function, a variant calls it and replaces fields."""
+
+from __future__ import annotations
+
+from glmimg.training.loop import TrainConfig
+
+
+def autoencoder(minutes: float, threads: int = 0) -> TrainConfig:
+    """AdamW with a small clip: what did not stall in the comparison of docs/training.md."""
+    return TrainConfig(
+        learning_rate=4e-4,
+        batch_size=8,
+        minutes=minutes,
+        warmup=100,
+        decay=0.3,
+        weight_decay=0.0,
+        betas=(0.9, 0.99),
+        clip=0.1,
+        ema=0.999,
+        muon=False,
+        threads=threads,
+    )
+
+
+def tokenizer(minutes: float, threads: int = 0) -> TrainConfig:
+    """Vision tower, quantiser and the reader that judges them."""
+    return TrainConfig(
+        learning_rate=1e-3, batch_size=64, minutes=minutes, warmup=100, decay=0.3, weight_decay=0.02, threads=threads
+    )
+
+
+def generator(minutes: float, threads: int = 0) -> TrainConfig:
+    """Language model and head from nothing."""
+    return TrainConfig(
+        learning_rate=1.5e-3,
+        batch_size=32,
+        minutes=minutes,
+        warmup=100,
+        decay=0.3,
+        weight_decay=0.05,
+        ema=0.998,
+        threads=threads,
+    )
+
+
+def decoder(minutes: float, threads: int = 0) -> TrainConfig:
+    """Decoder and glyph encoder on crops; AdamW, because Muon's cost per step is a third of so small a step."""
+    return TrainConfig(
+        learning_rate=8e-4,
+        batch_size=32,
+        minutes=minutes,
+        warmup=200,
+        decay=0.3,
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        ema=0.999,
+        muon=False,
+        threads=threads,
+    )

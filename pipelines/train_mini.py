@@ -1,0 +1,281 @@
+"""Make the embedded checkpoint from nothing: registry packages -> corpus -> four trainings -> checkpoint folder.
+
+    python -m glmimg.pipelines.train_mini --work runs --out runs/mini --budget 12
+
+Every stage resumes where it stopped; `--stages` runs some of them, `--minutes` replaces a stage's share of the budget
+so that chunks of a longer training can be run one by one. See docs/training.md for what each stage reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glmimg.corpus import stickers
+from glmimg.corpus.cache import SceneCache, render
+from glmimg.corpus.captions import caption
+from glmimg.corpus.packages import attribution
+from glmimg.corpus.scenes import SceneSampler
+from glmimg.corpus.stickers import StickerBank
+from glmimg.errors import BadInput, UnknownName
+from glmimg.presets import PRESETS, Preset
+from glmimg.training import recipes
+from glmimg.training.loop import Run, Task, TrainConfig
+
+# Shares of the budget; what is left over goes into drawing and encoding scenes.
+SHARES = {"autoencoder": 0.10, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much data a run draws: scenes to render, scenes whose latents are kept, texts for the tokenizer's merges."""
+
+    scenes: int = 48_000
+    latents: int = 14_000
+    held_out: int = 1_000
+    texts: int = 40_000
+    concepts: int = 0  # 0: all
+
+
+SMOKE = Scale(scenes=128, latents=64, held_out=208, texts=300, concepts=40)
+
+
+class MiniTraining:
+    """The chain over one work folder. Models are built once; each stage loads what earlier stages left."""
+
+    def __init__(
+        self, work: Path, preset: str, scale: Scale, minutes: dict[str, float], threads: int, seed: int
+    ) -> None:
+        if preset not in PRESETS:
+            raise UnknownName.of("preset", preset, PRESETS)
+        self.work, self.preset_name, self.preset, self.scale = work, preset, PRESETS[preset], scale
+        self.minutes, self.threads, self.seed = minutes, threads, seed
+
+    # Data
+
+    def corpus(self) -> None:
+        folder = self.work / "corpus"
+        if not (folder / "bank.npy").exists():
+            stickers.build(folder, self.work / "packages", concepts=self.scale.concepts)
+        (folder / "ATTRIBUTION.md").write_text(attribution())
+        bank = self.bank
+        for name, split, seed, count in (
+            ("scenes", "train", 0, self.scale.scenes),
+            ("scenes_held_out", "train", 1, self.scale.held_out),
+            ("scenes_cells", "cells", 2, min(300, self.scale.held_out)),
+        ):
+            render(self.work / name, bank, count, split=split, seed=seed)
+
+    @cached_property
+    def bank(self) -> StickerBank:
+        return StickerBank(self.work / "corpus")
+
+    def scenes(self, name: str = "scenes") -> SceneCache:
+        return SceneCache(self.work / name, self.bank)
+
+    # Models
+
+    @cached_property
+    def models(self) -> dict[str, Any]:
+        from glmimg.training.autoencoder_task import start_residual_blocks_at_identity
+        from glmimg.training.generator_task import start_from_scratch
+        from glmimg.weights_tools.init import build_models
+
+        models = build_models(self.preset, seed=self.seed)
+        start_residual_blocks_at_identity(models["vae"])
+        start_from_scratch(models["vision_language_encoder"])
+        tower = models["vision_language_encoder"].model.visual
+        torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.02)
+        return models
+
+    def load(self, stage: str) -> None:
+        """Put a finished stage's averaged weights into the models."""
+        file = self.work / stage / "state.pt"
+        if not file.exists():
+            raise BadInput(f"{file} is missing: run stage '{stage}' first")
+        state = torch.load(file, weights_only=True)
+        values = state["ema"] or state["modules"]
+        for name, module in self._parts(stage).items():
+            module.load_state_dict(values[name])
+        if stage == "autoencoder":
+            self._measure_latents()
+
+    def _parts(self, stage: str) -> dict[str, Any]:
+        model = self.models["vision_language_encoder"]
+        return {
+            "autoencoder": {"vae": self.models["vae"]},
+            "tokenizer": {"visual": model.model.visual, "vqmodel": model.model.vqmodel},
+            "generator": {"language_model": model.model.language_model, "lm_head": model.lm_head},
+            "decoder": {"transformer": self.models["transformer"], "text_encoder": self.models["text_encoder"]},
+        }[stage]
+
+    def _measure_latents(self) -> None:
+        from glmimg.training.autoencoder_task import measure_latents
+
+        vae = self.models["vae"].eval()
+        mean, std = measure_latents(vae, self.scenes("scenes_held_out"), n=min(128, self.scale.held_out))
+        vae.register_to_config(latents_mean=mean, latents_std=std, force_upcast=False)
+
+    # Stages
+
+    def _run(self, stage: str, task: Task, config: TrainConfig) -> None:
+        run = Run(task, replace(config, seed=self.seed), self.work / stage)
+        if run.resume():
+            print(f"{stage}: resumed at step {run.step}", file=sys.stderr)
+        if run.progress() < 1:
+            run.train()
+
+    def autoencoder(self) -> None:
+        from glmimg.training.autoencoder_task import AutoencoderTask
+
+        task = AutoencoderTask(self.models["vae"], self.scenes(), self.scenes("scenes_held_out"))
+        self._run("autoencoder", task, recipes.autoencoder(self.minutes["autoencoder"], self.threads))
+
+    def tokenizer(self) -> None:
+        from glmimg.training.tokenizer_task import TokenizerTask
+
+        task = TokenizerTask(
+            self.semantic_tokenizer,
+            self.scenes(),
+            self.scenes("scenes_held_out"),
+            self.scenes("scenes_cells"),
+            preview=self.preset["generation"]["preview_side"],
+        )
+        self._run("tokenizer", task, recipes.tokenizer(self.minutes["tokenizer"], self.threads))
+
+    @property
+    def semantic_tokenizer(self) -> Any:
+        from glmimg.semantic_tokenizer import SemanticTokenizer
+
+        return SemanticTokenizer.of(self.models["vision_language_encoder"])
+
+    def encode_tokens(self) -> None:
+        from glmimg.training.encoded import encode_tokens
+
+        self.load("tokenizer")
+        side = self.preset["generation"]["preview_side"]
+        for name in ("scenes", "scenes_held_out"):
+            if not (self.work / name / "encoded" / "tokens.npy").exists():
+                encode_tokens(self.work / name / "encoded", self.scenes(name), self.semantic_tokenizer, side)
+
+    def encode_latents(self) -> None:
+        from glmimg.autoencoder import Autoencoder
+        from glmimg.training.encoded import encode_latents
+
+        self.load("autoencoder")
+        vae = Autoencoder(self.models["vae"])
+        for name, count in (("scenes_held_out", 64), ("scenes", self.scale.latents)):
+            if not (self.work / name / "encoded" / "latents.npy").exists():
+                encode_latents(self.work / name / "encoded", self.scenes(name), vae, count)
+
+    def bpe(self) -> Any:
+        """The text tokenizer, trained once on captions in all four languages."""
+        from tokenizers import Tokenizer
+
+        from glmimg.weights_tools.init import train_bpe
+
+        file = self.work / "tokenizer.json"
+        if not file.exists():
+            sampler = SceneSampler(self.bank, seed=7)
+            texts = [
+                caption(sampler.sample(i), self.bank, np.random.default_rng((7, i))) for i in range(self.scale.texts)
+            ]
+            train_bpe(texts, self.preset).save(str(file))
+        return Tokenizer.from_file(str(file))
+
+    def encoded(self, name: str) -> Any:
+        from glmimg.training.encoded import EncodedScenes
+
+        return EncodedScenes(self.work / name / "encoded", self.scenes(name))
+
+    def generator(self) -> None:
+        from glmimg.prompt import PromptBuilder
+        from glmimg.training.generator_task import GeneratorTask
+
+        side = self.preset["generation"]["preview_side"]
+        builder = PromptBuilder(self.bpe(), self.preset["vision_language_encoder"], side)
+        model = self.models["vision_language_encoder"]
+        task = GeneratorTask(model, builder, self.encoded("scenes"), self.encoded("scenes_held_out"))
+        self._run("generator", task, recipes.generator(self.minutes["generator"], self.threads))
+
+    def decoder(self) -> None:
+        from glmimg.autoencoder import Autoencoder
+        from glmimg.training.decoder_task import DecoderTask
+
+        self.load("autoencoder")
+        task = DecoderTask(
+            self.models["transformer"],
+            self.models["text_encoder"],
+            Autoencoder(self.models["vae"]),
+            self.encoded("scenes"),
+            self.encoded("scenes_held_out"),
+            self.preset["scheduler"],
+        )
+        self._run("decoder", task, recipes.decoder(self.minutes["decoder"], self.threads))
+
+    def export(self, out: Path) -> None:
+        """Write the checkpoint folder in bf16 from the averaged weights of every stage."""
+        from glmimg.atomic_write import atomic_folder
+        from glmimg.checkpoint import save_component
+        from glmimg.weights_tools.init import write_settings
+
+        for stage in SHARES:
+            self.load(stage)
+        with atomic_folder(out) as folder:
+            write_settings(folder, self.preset, self.bpe())
+            for name, module in self.models.items():
+                torch.nn.Module.to(module, torch.bfloat16)
+                save_component(folder, name, module)
+            (folder / "ATTRIBUTION.md").write_text(attribution())
+
+
+STAGES: dict[str, Callable[[MiniTraining], None]] = {
+    "corpus": MiniTraining.corpus,
+    "autoencoder": MiniTraining.autoencoder,
+    "tokenizer": MiniTraining.tokenizer,
+    "encode_tokens": MiniTraining.encode_tokens,
+    "encode_latents": MiniTraining.encode_latents,
+    "generator": MiniTraining.generator,
+    "decoder": MiniTraining.decoder,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m glmimg.pipelines.train_mini", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for data and training state")
+    parser.add_argument("--out", type=Path, help="checkpoint folder to write at the end (must not exist)")
+    parser.add_argument("--budget", type=float, default=12.0, help="hours of training over all stages")
+    parser.add_argument("--minutes", type=float, help="minutes of the stages named, instead of their share")
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated: " + ", ".join(STAGES))
+    parser.add_argument("--preset", default="mini", choices=sorted(PRESETS))
+    parser.add_argument("--smoke", action="store_true", help="a few concepts and scenes, to see that the chain works")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args(argv)
+    wanted = [stage for stage in a.stages.split(",") if stage]
+    for stage in wanted:
+        if stage not in STAGES:
+            raise UnknownName.of("stage", stage, STAGES)
+    minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
+    training = MiniTraining(a.work, a.preset, SMOKE if a.smoke else Scale(), minutes, a.threads, a.seed)
+    for stage in wanted:
+        print(f"stage {stage}", file=sys.stderr, flush=True)
+        STAGES[stage](training)
+    if a.out:
+        training.export(a.out)
+        print(a.out)
+    return 0
+
+
+__all__ = ["SHARES", "STAGES", "MiniTraining", "Preset", "Scale", "main"]
+
+if __name__ == "__main__":
+    sys.exit(main())
