@@ -1,0 +1,229 @@
+"""The loop that emits a picture's tokens, and the draw of one token.
+
+Letters: B rows (pictures), T prompt, N emitted tokens of a picture (preview grid first), V codebook.
+
+Each picture draws from its own generator on the CPU: one uniform number per token, laid against the cumulated
+probabilities in the order of the ids. So picture k of a batch is what its generator gives alone, a forced token does
+not shift the numbers of those after it, and small differences of arithmetic change a token only where the number falls
+on a border. Grids are always complete, and the head offers nothing but the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from glmimg.errors import BadInput
+from glmimg.positions import batch_positions, decode_positions
+from glmimg.prompt import Prompt, pad_prompts
+from glmimg.token_grid import TokenGrid, scale_mask
+
+__all__ = ["Forced", "OnStep", "TokenModel", "TokenSampling", "generate_tokens", "probabilities", "sample"]
+
+OnStep = Callable[[int, int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class TokenSampling:
+    """How a token is drawn: the published defaults are temperature 0.9 and top_p 0.75.
+
+    temperature 0 takes the likeliest. top_k 0, top_p 1 and min_p 0 leave nothing out; they apply in this order, as in
+    transformers. guidance w moves the logits from those without a caption to without + w * (with - without); 1 is off.
+    """
+
+    temperature: float = 0.9
+    top_k: int = 0
+    top_p: float = 0.75
+    min_p: float = 0.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "temperature": (0 <= self.temperature <= 100, "0 to 100"),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 for no limit"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p < 1, "0 and below 1"),
+            "guidance": (0 <= self.guidance <= 100, "0 to 100, 1 for none"),
+        }
+        for name, (good, words) in allowed.items():
+            if not good:
+                raise BadInput(f"{name} {getattr(self, name)!r}: give {words}")
+
+
+def probabilities(logits_BV: torch.Tensor, sampling: TokenSampling) -> torch.Tensor:
+    """Weights_BV (fp32, not summing to one) from which a token is drawn; zero where it cannot fall."""
+    V = logits_BV.shape[-1]
+    logits = logits_BV.float() / sampling.temperature
+    if 0 < sampling.top_k < V:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    weights = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ranked = weights.sort(dim=-1, descending=True).values
+        # The likeliest tokens up to and including the one that reaches top_p.
+        last = (ranked.cumsum(-1) < sampling.top_p).sum(-1, keepdim=True).clamp_max_(V - 1)
+        weights = weights * (weights >= ranked.gather(-1, last))
+    if sampling.min_p > 0:
+        weights = weights * (weights >= sampling.min_p * weights.amax(-1, keepdim=True))
+    return weights
+
+
+def _draw(logits_BV: torch.Tensor, sampling: TokenSampling, uniform_B: torch.Tensor) -> torch.Tensor:
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    reached = probabilities(logits_BV, sampling).cumsum(-1)
+    total = reached[:, -1:]
+    # Below the total even after rounding, so that the count ends on a token that has some weight.
+    wanted = torch.minimum(uniform_B[:, None] * total, total * (1 - 2**-23))
+    return (reached <= wanted).sum(-1)
+
+
+def sample(
+    logits_BV: torch.Tensor, sampling: TokenSampling, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Draw one id per row, ids_B; row b takes one number from `generators[b]`, a generator on the CPU."""
+    uniform_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+    return _draw(logits_BV, sampling, uniform_B.to(logits_BV.device))
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Tokens that must come out as they are: where `keep_HW` is true, `grid`'s ids are kept and the rest drawn anew.
+
+    The preview grid's tokens are kept where the picture behind them is, unless `keep_preview_HW` says otherwise.
+    """
+
+    grid: TokenGrid
+    keep_HW: torch.Tensor
+    keep_preview_HW: torch.Tensor | None = None
+
+    def flat(self, prompt: Prompt, codebook_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids_N and keep_N in the order of emission."""
+        self.grid.require(codebook_size)
+        if self.grid.grid != prompt.target or self.keep_HW.shape != self.grid.ids_HW.shape:
+            raise BadInput(
+                f"forced tokens of {self.grid.grid} with a mask of {tuple(self.keep_HW.shape)} do not fit a picture of "
+                f"{prompt.target} tokens"
+            )
+        ids, keep = [self.grid.ids_HW.flatten()], [self.keep_HW.flatten()]
+        if prompt.preview is not None:
+            preview = self.grid.preview_HW
+            if preview is None:
+                preview, kept = torch.zeros(prompt.preview, dtype=torch.int64), torch.zeros(prompt.preview).bool()
+            else:
+                kept = ~scale_mask(~self.keep_HW, prompt.preview)
+                kept = kept if self.keep_preview_HW is None else self.keep_preview_HW
+            if tuple(preview.shape) != prompt.preview or kept.shape != preview.shape:
+                raise BadInput(f"a forced preview grid of {tuple(preview.shape)} does not fit one of {prompt.preview}")
+            ids, keep = [preview.flatten(), *ids], [kept.flatten(), *keep]
+        return torch.cat(ids), torch.cat(keep)
+
+
+class TokenModel(Protocol):
+    """What the loop needs of a token generator; see `TokenGenerator`."""
+
+    codebook_size: int
+    device: torch.device
+
+    def prefill(
+        self,
+        ids_BT: torch.Tensor,
+        positions_3BT: torch.Tensor,
+        mask_BT: torch.Tensor,
+        following_3BN: torch.Tensor,
+        copies: int = 1,
+    ) -> tuple[torch.Tensor, Any]: ...
+
+    def step(self, state: Any, ids_B: torch.Tensor) -> torch.Tensor: ...
+
+
+def generate_tokens(
+    model: TokenModel,
+    prompts: Sequence[Prompt],
+    generators: Sequence[torch.Generator],
+    sampling: TokenSampling | None = None,
+    *,
+    unconditional: Sequence[Prompt] | None = None,
+    forced: Sequence[Forced | None] | None = None,
+    on_step: OnStep | None = None,
+    checkpoint: str | None = None,
+) -> list[TokenGrid]:
+    """Emit the token grids of every prompt, all in one batch.
+
+    There is a picture per generator, the same number for each prompt, those of a prompt together; a prompt is run once
+    however many pictures it has. Prompts may differ in length and in their grids. With `sampling.guidance` other than
+    1, `unconditional` gives each prompt's counterpart, the same markers around an empty caption. `forced` has an entry
+    per picture. `on_step(done, total, ids_BN)` is called after each drawn token with the ids so far, on the model's
+    device; what it raises (`Cancelled`) ends the run. `checkpoint` is written into the grids.
+    """
+    sampling = sampling or TokenSampling()
+    if not prompts or not generators or len(generators) % len(prompts):
+        raise BadInput(f"{len(generators)} generators for {len(prompts)} prompts: give the same number for each prompt")
+    copies, guided = len(generators) // len(prompts), sampling.guidance != 1
+    if guided and (unconditional is None or len(unconditional) != len(prompts)):
+        raise BadInput("token guidance needs the counterpart without caption of each prompt")
+    rows = [prompt for prompt in prompts for _ in range(copies)]
+    kept_BN, keep_BN = _kept(rows, forced, model.codebook_size)
+    N = kept_BN.shape[1]
+    some_kept = keep_BN.any(0).tolist()
+    lead = int(keep_BN.all(0).long().cumprod(0).sum())  # tokens known for every picture are not drawn one by one
+
+    uniform_BN = torch.stack([torch.rand(N, generator=generator) for generator in generators]).to(model.device)
+    ids_BN, keep_BN = kept_BN.to(model.device), keep_BN.to(model.device)
+    if lead < N:
+        sides = [*prompts, *(unconditional or ())] if guided else list(prompts)
+        logits_BV, state = _prefill(model, sides, copies, kept_BN[:, :lead], N)
+    for n in range(lead, N):
+        if guided:
+            with_BV, without_BV = logits_BV.chunk(2)
+            logits_BV = without_BV + sampling.guidance * (with_BV - without_BV)
+        drawn_B = _draw(logits_BV, sampling, uniform_BN[:, n])
+        ids_BN[:, n] = torch.where(keep_BN[:, n], ids_BN[:, n], drawn_B) if some_kept[n] else drawn_B
+        if on_step is not None:
+            on_step(n + 1, N, ids_BN[:, : n + 1])
+        if n + 1 < N:
+            logits_BV = model.step(state, ids_BN[:, n].repeat(2) if guided else ids_BN[:, n])
+    return [_grid(ids_N, row, model.codebook_size, checkpoint) for ids_N, row in zip(ids_BN.cpu(), rows, strict=True)]
+
+
+def _kept(
+    rows: Sequence[Prompt], forced: Sequence[Forced | None] | None, codebook_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids_BN and keep_BN of what is not drawn: forced tokens, and the places behind a picture's end."""
+    if forced is not None and len(forced) != len(rows):
+        raise BadInput(f"{len(forced)} forced entries for {len(rows)} pictures: give one, or None, for each")
+    lengths = [sum(h * w for h, w in row.grids) for row in rows]
+    ids_BN = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    keep_BN = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+    for b, entry in enumerate(forced or ()):
+        if entry is not None:
+            ids_BN[b, : lengths[b]], keep_BN[b, : lengths[b]] = entry.flat(rows[b], codebook_size)
+    return ids_BN, keep_BN
+
+
+def _prefill(
+    model: TokenModel, prompts: Sequence[Prompt], copies: int, lead_BN: torch.Tensor, N: int
+) -> tuple[torch.Tensor, Any]:
+    """Run the prompts, and behind them the first tokens where all pictures have them already."""
+    lead = lead_BN.shape[1]
+    if lead:  # these differ between the pictures of a prompt
+        prompts, copies = [prompt for prompt in prompts for _ in range(copies)], 1
+    ids_BT, mask_BT = pad_prompts(prompts, 0)
+    positions_3BT, _ = batch_positions([prompt.spans for prompt in prompts])
+    emitted = [decode_positions(prompt.spans, prompt.grids) for prompt in prompts]
+    emitted_3BN = torch.stack([torch.cat((p, p[:, -1:].expand(3, N - p.shape[1])), dim=1) for p in emitted], dim=1)
+    if lead:
+        ids_BT = torch.cat((ids_BT, lead_BN.repeat(len(prompts) // len(lead_BN), 1)), dim=1)
+        mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(prompts), lead)), dim=1)
+        positions_3BT = torch.cat((positions_3BT, emitted_3BN[..., :lead]), dim=-1)
+    return model.prefill(ids_BT, positions_3BT, mask_BT, emitted_3BN[..., lead : N - 1], copies)
+
+
+def _grid(ids_N: torch.Tensor, prompt: Prompt, codebook_size: int, checkpoint: str | None) -> TokenGrid:
+    grids, start = [], 0
+    for h, w in prompt.grids:
+        grids.append(ids_N[start : start + h * w].view(h, w))
+        start += h * w
+    return TokenGrid(grids[-1], codebook_size, grids[0] if len(grids) > 1 else None, checkpoint)
