@@ -1,0 +1,128 @@
+"""What a pipeline hands back, and the events that it sends while it works.
+
+Letters: H x W tokens of a grid, N tokens in the order of emission (preview grid first), B pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from glmimg import __version__
+from glmimg.image_io import read_metadata, save_png
+from glmimg.token_grid import TokenGrid
+
+if TYPE_CHECKING:
+    from glmimg.pipelines.stages import Stages
+
+__all__ = ["Callback", "Clock", "Event", "Result", "metadata_tokens", "picture_metadata"]
+
+FORMAT = "glmimg.picture/1"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of a stage ("tokens" or "decoder"). A callback that raises, `Cancelled` by custom, ends the call.
+
+    `pictures` are the numbers of those in work. `grids()` gives, in the token stage, each one's (preview_HW or None,
+    target_HW) with -1 where nothing is drawn yet. `preview()` makes small pictures, at a cost only when called: in the
+    token stage from the preview grid once that is complete (None before), in the decoder stage from what the latents
+    are heading for.
+    """
+
+    stage: str
+    step: int
+    total: int
+    seconds: float
+    eta: float
+    pictures: tuple[int, ...]
+    grids: Callable[[], list[tuple[torch.Tensor | None, torch.Tensor]]] = field(repr=False)
+    preview: Callable[[], list[Image.Image] | None] = field(repr=False)
+
+
+Callback = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures, each with the token grid it was made from and the settings that make it again; seconds by stage."""
+
+    images: list[Image.Image]
+    tokens: list[TokenGrid]
+    timings: dict[str, float]
+    settings: list[dict[str, Any]]
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Writes PNGs that carry settings and tokens: `path`, and path-2, path-3... where there are several."""
+        first = Path(path)
+        paths = [first, *(first.with_stem(f"{first.stem}-{k}") for k in range(2, len(self.images) + 1))]
+        for k, target in enumerate(paths):
+            save_png(self.images[k], target, picture_metadata(self.settings[k], self.tokens[k]))
+        return paths
+
+
+def picture_metadata(settings: dict[str, Any], tokens: TokenGrid) -> dict[str, Any]:
+    """What a PNG carries."""
+    return {"format": FORMAT, "version": __version__, **settings, "tokens": tokens.to_dict()}
+
+
+def metadata_tokens(path: str | Path) -> TokenGrid:
+    """The token grid that a PNG of ours was made from."""
+    return TokenGrid.from_dict(read_metadata(path).get("tokens", {}))
+
+
+class Clock:
+    """Seconds by stage, loading counted apart, and the events' arithmetic."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
+        self.timings = {"load": 0.0, "tokens": 0.0, "decoder": 0.0, "total": 0.0}
+        self._began = time.perf_counter()
+        self._loaded = stages.load_seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began, loaded = time.perf_counter(), self.stages.load_seconds
+        try:
+            yield
+        finally:
+            for backend in self.stages.backends.values():
+                backend.synchronize()
+            self.timings[name] += time.perf_counter() - began - (self.stages.load_seconds - loaded)
+
+    def stopped(self) -> dict[str, float]:
+        self.timings["load"] = self.stages.load_seconds - self._loaded
+        self.timings["total"] = time.perf_counter() - self._began
+        return {name: round(seconds, 4) for name, seconds in self.timings.items()}
+
+
+class Reporter:
+    """Sends a stage's events to a callback, if there is one; the clock starts at the first step's beginning."""
+
+    def __init__(self, callback: Callback | None, stage: str, total: int) -> None:
+        self.callback = callback
+        self.stage = stage
+        self.total = total
+        self.began = time.perf_counter()
+        self.done = 0
+
+    def step(
+        self,
+        pictures: tuple[int, ...],
+        preview: Callable[[], list[Image.Image] | None],
+        grids: Callable[[], list[tuple[torch.Tensor | None, torch.Tensor]]] = list,
+        done: int | None = None,
+    ) -> None:
+        self.done = self.done + 1 if done is None else done
+        if self.callback is None:
+            return
+        seconds = time.perf_counter() - self.began
+        eta = seconds / self.done * (self.total - self.done)
+        self.callback(Event(self.stage, self.done, self.total, seconds, eta, pictures, grids, preview))

@@ -1,0 +1,208 @@
+"""The parts of one checkpoint: each loaded when it is first needed, on its stage's device, and freed as `offload` says.
+
+Two stages: "generator" (prompt to token grid; also the semantic tokenizer of reference pictures) and "decoder" (glyph
+encoder, diffusion transformer, VAE). Text-to-image never asks for the vision tower, the quantiser or the VAE's encoder.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+
+from glmimg.autoencoder import Autoencoder, compute_dtype
+from glmimg.backends import Backend, pick_backend
+from glmimg.checkpoint import Checkpoint
+from glmimg.decoder import Decoder, fuse_qkv
+from glmimg.errors import BackendError, BadInput, UnknownName
+from glmimg.generator import TokenGenerator
+from glmimg.glyph_encoder import GlyphEncoder
+from glmimg.prompt import PromptBuilder
+from glmimg.semantic_tokenizer import SemanticTokenizer
+
+__all__ = ["OFFLOADS", "STAGES", "Stages"]
+
+STAGES = ("generator", "decoder")
+# What stays on the device: everything; one stage at a time; one transformer block at a time.
+OFFLOADS = ("none", "stage", "block")
+TILE = 1024  # pixels: larger pictures go through the VAE in tiles where memory is being saved
+
+_PARTS = {"generator": ("generator", "tokenizer"), "decoder": ("glyphs", "decoder", "autoencoder")}
+_CODEBOOK = "model.vqmodel.quantize.embedding.weight"
+
+Part = TypeVar("Part")
+
+
+class Stages:
+    """A checkpoint's parts on one backend, or on one for each stage. Arguments are checked at once, weights come later.
+
+    `backend`: "auto", a name, a Backend, or {"generator": ..., "decoder": ...}. `dtype` None: the backend's own.
+    `load_seconds` counts the time spent loading.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        backend: str | Backend | Mapping[str, str | Backend] = "auto",
+        dtype: str | torch.dtype | None = None,
+        offload: str = "none",
+        compile: bool = False,
+    ) -> None:
+        if offload not in OFFLOADS:
+            raise UnknownName.of("offload", offload, OFFLOADS)
+        self.checkpoint = checkpoint
+        self.offload = offload
+        self.compile = compile
+        self.backends = _placed(backend)
+        self.dtypes = {stage: place.resolve_dtype(dtype) for stage, place in self.backends.items()}
+        if compile and not self.backends["decoder"].can_compile:
+            raise BackendError(
+                f"compile=True needs a compiler for {self.backends['decoder'].device}, and none was found (g++ or clang "
+                "for a processor, triton for a GPU): install it, or leave compile out"
+            )
+        if compile and offload == "block":
+            raise BadInput("compile=True and offload='block' exclude each other: streamed blocks change their weights")
+        self.load_seconds = 0.0
+        self._loaded: dict[str, Any] = {}
+
+    # What needs no weights.
+
+    @cached_property
+    def prompts(self) -> PromptBuilder:
+        return PromptBuilder(self.checkpoint.tokenizer(), self.checkpoint.config("vision_language_encoder"))
+
+    @cached_property
+    def codebook(self) -> str:
+        """Twelve digits that tell codebooks apart, the same for every fine-tuned version or dtype of a checkpoint."""
+        from safetensors import safe_open
+
+        info = self.checkpoint.weights["vision_language_encoder"].infos[_CODEBOOK]
+        with safe_open(info.file, framework="pt") as file:
+            rows = file.get_slice(_CODEBOOK)[:256].to(torch.bfloat16).contiguous()
+        return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:12]
+
+    # The parts.
+
+    @property
+    def generator(self) -> TokenGenerator:
+        return self._part("generator", self._load_generator)
+
+    @property
+    def tokenizer(self) -> SemanticTokenizer:
+        device, dtype = self._place("generator")
+        return self._part("tokenizer", lambda: SemanticTokenizer(*self.checkpoint.vision(device, dtype)))
+
+    @property
+    def glyphs(self) -> GlyphEncoder:
+        device, dtype = self._place("decoder")
+        return self._part("glyphs", lambda: GlyphEncoder(self.checkpoint.glyph_encoder(device, dtype)))
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._part("decoder", self._load_decoder)
+
+    def autoencoder(self, encoder: bool = False) -> Autoencoder:
+        """The VAE; its encoder only for those who ask."""
+        loaded = self._loaded.get("autoencoder")
+        if loaded is not None and encoder and loaded.vae.encoder is None:
+            del self._loaded["autoencoder"]
+
+        def load() -> Autoencoder:
+            device, stage_dtype = self._place("decoder")
+            dtype = compute_dtype(self.checkpoint.config("vae")) or stage_dtype
+            vae = self.checkpoint.vae(device, dtype, encoder=encoder)
+            return Autoencoder(vae, dtype, None if self.offload == "none" else TILE)
+
+        return self._part("autoencoder", load)
+
+    @property
+    def guidance_batched(self) -> bool:
+        """Whether guidance runs as one forward of twice the batch: it fills an accelerator, a processor is full."""
+        return self.backends["decoder"].has_pinned_memory and self.offload != "block"
+
+    def enter(self, stage: str) -> None:
+        """Frees the other stage's parts, unless everything may stay."""
+        if self.offload == "none":
+            return
+        other = next(name for name in STAGES if name != stage)
+        self.release(*_PARTS[other])
+
+    def release(self, *names: str) -> None:
+        """Drops those parts (default: all) and gives their memory back."""
+        dropped = [self._loaded.pop(name) for name in names or list(self._loaded) if name in self._loaded]
+        if dropped:
+            del dropped
+            gc.collect()
+            for backend in self.backends.values():
+                backend.empty_cache()
+
+    def to_diffusers(self) -> Any:
+        """A diffusers.GlmImagePipeline on these weights; the decoder's parts are shared, not copied."""
+        if self.offload == "block":
+            raise BadInput("to_diffusers needs whole models: open the pipeline with offload='none' or 'stage'")
+        places = {str(backend.device) for backend in self.backends.values()}
+        if len(places) > 1:
+            raise BadInput(f"to_diffusers needs one device, and the stages are on {', '.join(sorted(places))}")
+        from diffusers.pipelines.glm_image.pipeline_glm_image import GlmImagePipeline
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+        from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
+        from transformers.models.glm_image.processing_glm_image import GlmImageProcessor
+
+        root = self.checkpoint.root
+        self.release("generator", "tokenizer")  # theirs is the whole model; ours comes back when it is needed
+        return GlmImagePipeline(
+            tokenizer=ByT5Tokenizer.from_pretrained(root / "tokenizer"),
+            processor=GlmImageProcessor.from_pretrained(root / "processor"),
+            text_encoder=self.glyphs.model,
+            vision_language_encoder=self.checkpoint.generator(*self._place("generator"), vision=True),
+            vae=self.autoencoder(encoder=True).vae,
+            transformer=self.decoder.model,
+            scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.checkpoint.settings.scheduler),
+        )
+
+    # Loading.
+
+    def _place(self, stage: str) -> tuple[torch.device, torch.dtype]:
+        return self.backends[stage].device, self.dtypes[stage]
+
+    def _part(self, name: str, load: Callable[[], Part]) -> Part:
+        if name not in self._loaded:
+            began = time.perf_counter()
+            self._loaded[name] = load()
+            self.load_seconds += time.perf_counter() - began
+        return self._loaded[name]
+
+    def _load_generator(self) -> TokenGenerator:
+        if self.offload == "block":
+            from glmimg.block_streaming import streamed_generator
+
+            return streamed_generator(self.checkpoint, self.backends["generator"], self.dtypes["generator"])
+        device, dtype = self._place("generator")
+        return TokenGenerator(self.checkpoint.generator(device, dtype))
+
+    def _load_decoder(self) -> Decoder:
+        if self.offload == "block":
+            from glmimg.block_streaming import streamed_decoder
+
+            return streamed_decoder(self.checkpoint, self.backends["decoder"], self.dtypes["decoder"])
+        model = self.checkpoint.decoder(*self._place("decoder"))
+        fuse_qkv(model)
+        decoder = Decoder(model)
+        if self.compile:
+            decoder.velocity = torch.compile(decoder.velocity)  # type: ignore[method-assign]
+        return decoder
+
+
+def _placed(choice: str | Backend | Mapping[str, str | Backend]) -> dict[str, Backend]:
+    if not isinstance(choice, Mapping):
+        backend = pick_backend(choice)
+        return {stage: backend for stage in STAGES}
+    for name in choice:
+        if name not in STAGES:
+            raise UnknownName.of("stage", name, STAGES)
+    return {stage: pick_backend(choice.get(stage, "auto")) for stage in STAGES}

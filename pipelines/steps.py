@@ -1,0 +1,214 @@
+"""The steps that the pipelines' recipes are made of: tokens, conditioning, denoising; with their events.
+
+Letters: B batch, C latent channels, H x W tokens of a grid, N emitted tokens, P decoder patches, T glyph tokens,
+G width of the glyph encoder, h x w latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from PIL import Image
+
+from glmimg.decoder import Conditioning, Reference, ReferenceCache
+from glmimg.diffusion import Schedule, guided, noise_like, sample
+from glmimg.image_io import to_pil
+from glmimg.pipelines.request import Request
+from glmimg.pipelines.result import Callback, Reporter
+from glmimg.pipelines.stages import Stages
+from glmimg.prompt import Prompt, glyph_texts
+from glmimg.token_grid import TOKEN_SIDE, TokenGrid, patch_ids
+from glmimg.token_sampling import generate_tokens
+
+__all__ = [
+    "Glyphs",
+    "batches",
+    "condition",
+    "decoder_events",
+    "denoise",
+    "draw_tokens",
+    "encode_glyphs",
+    "encode_references",
+]
+
+PREVIEW_STEPS = 8
+BATCH_PATCHES = 1024  # decoder patches that an accelerator takes at a time; more pictures at once gain nothing
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """Glyph states of each prompt, (T, G), and those of guidance's other half."""
+
+    prompts: list[torch.Tensor]
+    negative: torch.Tensor
+
+
+def draw_tokens(
+    stages: Stages,
+    request: Request,
+    prompts: Sequence[Prompt],
+    unconditional: Sequence[Prompt] | None,
+    callback: Callback | None = None,
+) -> list[TokenGrid]:
+    """A token grid for each picture, all in one batch; given ones are handed back."""
+    if request.tokens is not None and request.region is None:
+        return list(request.tokens)
+    rows = [prompt for prompt in prompts for _ in range(request.copies)]
+    model = stages.generator
+    reporter = Reporter(callback, "tokens", max(sum(h * w for h, w in row.grids) for row in rows))
+
+    def on_step(done: int, total: int, ids_BN: torch.Tensor) -> None:
+        if callback is None:
+            return
+        drawn_BN = ids_BN.clone()  # the loop goes on writing into its own
+        reporter.step(
+            tuple(range(len(rows))),
+            lambda: _token_preview(stages, request, rows, drawn_BN),
+            lambda: [_partial(row, ids_N) for row, ids_N in zip(rows, drawn_BN.cpu(), strict=True)],
+            done=done,
+        )
+
+    return generate_tokens(
+        model,
+        prompts,
+        request.token_generators(),
+        request.token_sampling,
+        unconditional=unconditional,
+        forced=request.forced(),
+        on_step=on_step,
+        checkpoint=stages.codebook,
+    )
+
+
+def encode_glyphs(stages: Stages, request: Request) -> Glyphs:
+    """What the decoder is told to spell, prompt by prompt."""
+    texts = [*map(glyph_texts, request.prompts), glyph_texts(request.negative_prompt)]
+    states_BTG, mask_BT = stages.glyphs.encode(texts)
+    *prompts, negative = [states_TG[mask_T] for states_TG, mask_T in zip(states_BTG, mask_BT, strict=True)]
+    return Glyphs(prompts, negative)
+
+
+def batches(stages: Stages, request: Request) -> Iterator[tuple[int, ...]]:
+    """Which pictures the decoder makes together: one after the other, unless they are too small to fill the device."""
+    size = 1
+    if stages.guidance_batched and not request.references:
+        size = max(1, BATCH_PATCHES // request.patches)
+    for start in range(0, request.pictures, size):
+        yield tuple(range(start, min(start + size, request.pictures)))
+
+
+def condition(
+    stages: Stages,
+    request: Request,
+    pictures: Sequence[int],
+    ids_BHW: torch.Tensor,
+    glyphs: Glyphs,
+    references: ReferenceCache | None = None,
+) -> tuple[Conditioning, Conditioning | None]:
+    """What the decoder is told of these pictures besides noise and time, and the same without the prompt."""
+    decoder, device = stages.decoder, stages.backends["decoder"].device
+    prior_ids_BP = patch_ids(ids_BHW).to(device)
+    size = (ids_BHW.shape[1] * TOKEN_SIDE, ids_BHW.shape[2] * TOKEN_SIDE)
+    rows = [glyphs.prompts[k // request.copies] for k in pictures]
+    states_BTG = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths_B = torch.tensor([len(row) for row in rows], device=device)
+    mask_BT = torch.arange(states_BTG.shape[1], device=device) < lengths_B[:, None]
+    with_prompt = decoder.condition(prior_ids_BP, states_BTG, mask_BT, size=size, references=references)
+    if request.config.guidance_scale == 1.0:
+        return with_prompt, None
+    negative_BTG = glyphs.negative[None].expand(len(rows), -1, -1)
+    return with_prompt, decoder.condition(prior_ids_BP, negative_BTG, size=size, drop_prior=True)
+
+
+def denoise(
+    stages: Stages,
+    request: Request,
+    pictures: tuple[int, ...],
+    conditioning: tuple[Conditioning, Conditioning | None],
+    on_step: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None,
+    steps: int | None = None,
+) -> torch.Tensor:
+    """Latents_BChw from each picture's own noise."""
+    config, settings = request.config, stages.checkpoint.settings
+    rows, columns = conditioning[0].grid
+    noise_BChw = noise_like((settings.latent_channels, 2 * rows, 2 * columns), request.noise_generators(pictures))
+    predict = stages.decoder.predictor(
+        *conditioning, batched=stages.guidance_batched and conditioning[0].references is None
+    )
+    return sample(
+        guided(predict, config.guidance_scale, config.guidance_interval),
+        noise_BChw.to(stages.backends["decoder"].device),
+        Schedule.published(steps or config.num_inference_steps, rows * columns, settings.scheduler),
+        config.sampler,
+        on_step,
+    )
+
+
+def decoder_events(
+    stages: Stages, request: Request, callback: Callback | None
+) -> Callable[[tuple[int, ...]], Callable[[int, int, torch.Tensor, torch.Tensor], None]]:
+    """Gives, for each batch of pictures, what `denoise` calls after a step."""
+    _ = stages.decoder  # loaded before the clock starts
+    steps = request.config.num_inference_steps * len(list(batches(stages, request)))
+    reporter = Reporter(callback, "decoder", steps)
+
+    def of(pictures: tuple[int, ...]) -> Callable[[int, int, torch.Tensor, torch.Tensor], None]:
+        return partial(on_step, pictures)
+
+    def on_step(
+        pictures: tuple[int, ...], done: int, total: int, latents_BChw: torch.Tensor, x0_BChw: torch.Tensor
+    ) -> None:
+        reporter.step(pictures, lambda: to_pil(stages.autoencoder().preview(x0_BChw)))
+
+    return of
+
+
+def _partial(prompt: Prompt, ids_N: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(preview_HW or None, target_HW), -1 where nothing is drawn yet."""
+    total = sum(h * w for h, w in prompt.grids)
+    ids_N = torch.nn.functional.pad(ids_N, (0, max(0, total - len(ids_N))), value=-1)[:total]
+    parts = ids_N.split([h * w for h, w in prompt.grids])
+    grids = [part.view(grid) for part, grid in zip(parts, prompt.grids, strict=True)]
+    return (grids[0] if prompt.preview else None), grids[-1]
+
+
+def _token_preview(
+    stages: Stages, request: Request, rows: Sequence[Prompt], drawn_BN: torch.Tensor
+) -> list[Image.Image] | None:
+    """Small pictures from the preview grids, once these are complete, in few steps."""
+    previews = [_partial(row, ids_N)[0] for row, ids_N in zip(rows, drawn_BN.cpu(), strict=True)]
+    if any(preview_HW is None or int(preview_HW.min()) < 0 for preview_HW in previews):
+        return None
+    glyphs = encode_glyphs(stages, request)
+    images = []
+    for k, preview_HW in enumerate(previews):
+        assert preview_HW is not None
+        conditioning = condition(stages, request, (k,), preview_HW[None], glyphs)
+        steps = min(PREVIEW_STEPS, request.config.num_inference_steps)
+        latents_BChw = denoise(stages, request, (k,), conditioning, steps=steps)
+        images += to_pil(stages.autoencoder().decode(latents_BChw))
+    return images
+
+
+def encode_references(
+    stages: Stages, references: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
+) -> list[ReferenceCache | None]:
+    """For each prompt's references, (pixels_3HW, ids_HW) each, the keys and values that the decoder attends to."""
+    if not any(references):
+        return [None for _ in references]
+    device, autoencoder = stages.backends["decoder"].device, stages.autoencoder(encoder=True)
+    caches: list[ReferenceCache | None] = []
+    for pictures in references:
+        encoded = [
+            Reference(
+                autoencoder.encode(pixels_3HW[None].to(device))[0],
+                patch_ids(ids_HW[None])[0].to(device),
+                (pixels_3HW.shape[1], pixels_3HW.shape[2]),
+            )
+            for pixels_3HW, ids_HW in pictures
+        ]
+        caches.append(stages.decoder.write_references([encoded]) if encoded else None)
+    return caches
