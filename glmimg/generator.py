@@ -100,8 +100,9 @@ class TokenGenerator:
         self.head = self._matrix(model.lm_head.weight[: self.codebook_size])
         half = int(self.head_width * self.rope.get("partial_rotary_factor", 1.0)) // 2
         channels = torch.arange(self.head_width)
-        order = torch.cat((channels[half : 2 * half], channels[:half], channels[2 * half :]))
-        self._partners = order.to(self.device)  # the channel that each one is rotated with
+        partners = torch.cat((channels[half : 2 * half], channels[:half], channels[2 * half :]))
+        starts = torch.arange(self.heads + self.key_heads)[:, None] * self.head_width
+        self._partners = (starts + partners).flatten().to(self.device)  # what each channel of q and k is rotated with
 
     def _matrix(self, weight: torch.Tensor) -> Matrix:
         weight = weight.detach()
@@ -183,9 +184,9 @@ class TokenGenerator:
         x = F.embedding(ids_BT, self.embedding).float().flatten(0, 1)
         for k, layer in enumerate(self.layers):
             qkv = self._product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
+            partners = qkv.index_select(1, self._partners).view(B, T, H + K, C)
             qkv = qkv.view(B, T, H + 2 * K, C)
-            qk = qkv[:, :, : H + K]
-            qk = torch.addcmul(qk * cos, qk[..., self._partners], sin).transpose(1, 2)
+            qk = torch.addcmul(qkv[:, :, : H + K] * cos, partners, sin).transpose(1, 2)
             queries, keys, values = qk[:, :H], qk[:, H:], qkv[:, :, H + K :].transpose(1, 2)
             if cache is not None:
                 copies = cache.shape[1] // B
@@ -245,9 +246,10 @@ class TokenGenerator:
         slots, filled = state.cache[:, :, :, at].unbind(0), state.cache[:, :, :, : at + 1].unbind(0)
         x = F.embedding(ids_B, self.embedding).float()
         for k, layer in enumerate(self.layers):
-            qkv = self._product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias).view(B, H + 2 * K, C)
-            qk = qkv[:, : H + K]
-            qk = torch.addcmul(qk * cos, qk.index_select(-1, self._partners), sin)
+            qkv = self._product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
+            partners = qkv.index_select(1, self._partners).view(B, H + K, C)
+            qkv = qkv.view(B, H + 2 * K, C)
+            qk = torch.addcmul(qkv[:, : H + K] * cos, partners, sin)
             slots[2 * k].copy_(qk[:, H:])
             slots[2 * k + 1].copy_(qkv[:, H + K :])
             queries = qk[:, :H].reshape(B, K, H // K, C)

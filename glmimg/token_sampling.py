@@ -25,6 +25,8 @@ __all__ = ["Forced", "OnStep", "TokenModel", "TokenSampling", "generate_tokens",
 
 OnStep = Callable[[int, int, torch.Tensor], None]
 
+LIKELY = 256  # as many tokens nearly always hold top_p of the weight
+
 
 @dataclass(frozen=True)
 class TokenSampling:
@@ -61,13 +63,24 @@ def probabilities(logits_BV: torch.Tensor, sampling: TokenSampling) -> torch.Ten
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
     weights = logits.softmax(-1)
     if sampling.top_p < 1:
-        ranked = weights.sort(dim=-1, descending=True).values
-        # The likeliest tokens up to and including the one that reaches top_p.
-        last = (ranked.cumsum(-1) < sampling.top_p).sum(-1, keepdim=True).clamp_max_(V - 1)
-        weights = weights * (weights >= ranked.gather(-1, last))
+        weights = weights * (weights >= _nucleus_border(weights, sampling.top_p))
     if sampling.min_p > 0:
         weights = weights * (weights >= sampling.min_p * weights.amax(-1, keepdim=True))
     return weights
+
+
+def _nucleus_border(weights_BV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest weight_B1 that is kept: of the likeliest tokens, the first with which they reach top_p."""
+    V = weights_BV.shape[-1]
+    ranked = reached = None
+    if weights_BV.device.type == "cpu" and V > 2 * LIKELY:  # sorting everything there costs as much as a decode step
+        ranked = weights_BV.topk(LIKELY).values
+        reached = ranked.cumsum(-1)
+    if ranked is None or reached is None or bool((reached[:, -1] < top_p).any()):
+        ranked = weights_BV.sort(dim=-1, descending=True).values
+        reached = ranked.cumsum(-1)
+    last = (reached < top_p).sum(-1, keepdim=True).clamp_max_(V - 1)
+    return ranked.gather(-1, last)
 
 
 def _draw(logits_BV: torch.Tensor, sampling: TokenSampling, uniform_B: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,18 @@ def test_probabilities_equal_transformers(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), warpers(None, logits).softmax(-1))
 
 
+@pytest.mark.parametrize("scale", [0.1, 4.0])
+def test_nucleus_of_a_large_codebook(scale: float) -> None:
+    """Narrow nuclei are found among the likeliest tokens, wide ones by sorting all."""
+    logits = torch.randn(3, 2048, generator=rng(0)) * scale
+    theirs = TopPLogitsWarper(0.75)(None, logits).softmax(-1)
+    ours = probabilities(logits, TokenSampling(temperature=1.0))
+    torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), theirs)
+    assert ((ours > 0).sum(-1) < 256).all() == (scale > 1)
+    rows = torch.cat([probabilities(row[None], TokenSampling(temperature=1.0)) for row in logits])
+    assert torch.equal(ours, rows)
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(20_000, 4)
     sampling = TokenSampling(temperature=1.0, top_p=1.0)
