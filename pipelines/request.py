@@ -129,7 +129,7 @@ def check_request(
     seed: int | Sequence[int] | None = None,
     tokens: TokenGrid | Sequence[TokenGrid] | None = None,
     region: Region | None = None,
-    config: SamplingConfig | None = None,
+    config: SamplingConfig | Mapping[str, Any] | None = None,
     options: Mapping[str, Any],
     default_size: tuple[int, int] | None = None,
 ) -> Request:
@@ -142,8 +142,10 @@ def check_request(
     count = len(prompts) * num_images_per_prompt
     require(count <= MAX_PICTURES, f"{count} pictures in one call: at most {MAX_PICTURES}; make several calls")
     given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(config, Mapping):
+        given, config = {**config, **given}, None
     if config is not None and not isinstance(config, SamplingConfig):
-        raise BadInput(f"config is a {type(config).__name__}; give a SamplingConfig, or a replaced pipeline.defaults")
+        raise BadInput(f"config is a {type(config).__name__}; give a SamplingConfig or a dict of some of its fields")
     grids = _grids(stages, tokens, count)
     if config is None and default_size is not None:
         given = {"height": default_size[0], "width": default_size[1]} | given
@@ -177,7 +179,13 @@ def check_request(
         region = (int(region[0]), int(region[1]), int(region[2]), int(region[3]))
         region_mask(target_grid(resolved.height, resolved.width), region)
     return Request(
-        prompts, num_images_per_prompt, dataclasses.replace(resolved, seed=seeds[0]), seeds, negative_prompt, grids, region
+        prompts,
+        num_images_per_prompt,
+        dataclasses.replace(resolved, seed=seeds[0]),
+        seeds,
+        negative_prompt,
+        grids,
+        region,
     )
 
 
@@ -228,9 +236,7 @@ def _seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _grids(
-    stages: Stages, tokens: TokenGrid | Sequence[TokenGrid] | None, count: int
-) -> tuple[TokenGrid, ...] | None:
+def _grids(stages: Stages, tokens: TokenGrid | Sequence[TokenGrid] | None, count: int) -> tuple[TokenGrid, ...] | None:
     if tokens is None:
         return None
     grids = [tokens] * count if isinstance(tokens, TokenGrid) else list(tokens)

@@ -62,8 +62,8 @@ class Stages:
         self.dtypes = {stage: place.resolve_dtype(dtype) for stage, place in self.backends.items()}
         if compile and not self.backends["decoder"].can_compile:
             raise BackendError(
-                f"compile=True needs a compiler for {self.backends['decoder'].device}, and none was found (g++ or clang "
-                "for a processor, triton for a GPU): install it, or leave compile out"
+                f"compile=True needs a compiler for {self.backends['decoder'].device}, and none was found (g++ or "
+                "clang for a processor, triton for a GPU): install it, or leave compile out"
             )
         if compile and offload == "block":
             raise BadInput("compile=True and offload='block' exclude each other: streamed blocks change their weights")

@@ -71,16 +71,17 @@ class TextToImagePipeline:
         seed: int | Sequence[int] | None = None,
         tokens: TokenGrid | Sequence[TokenGrid] | None = None,
         region: Region | None = None,
-        config: SamplingConfig | None = None,
+        config: SamplingConfig | Mapping[str, Any] | None = None,
         callback: Callback | None = None,
     ) -> Result:
         """`num_images_per_prompt` pictures of each prompt, those of a prompt together.
 
-        What is left out comes from `config`, else from the checkpoint (`defaults`). Picture k has seed + k (or the k-th
-        of a list) and is what that seed gives alone. `tokens`, a grid for all pictures or one for each, are decoded as
-        they are; with `region`, (left, top, right, bottom) in pixels, the tokens inside it are drawn anew, which another
-        seed does differently. `negative_prompt` takes the place of the empty one in token guidance, and its quoted text
-        that of no text in the decoder's. `callback` is sent every step as an `Event`; what it raises ends the call.
+        What is left out comes from `config` (a SamplingConfig, or a dict of some of its fields: temperature, top_p,
+        sampler...), else from the checkpoint (`defaults`). Picture k has seed + k (or the k-th of a list) and is what
+        that seed gives alone. `tokens`, a grid for all pictures or one for each, are decoded as they are; with
+        `region`, (left, top, right, bottom) in pixels, the tokens inside it are drawn anew, which another seed does
+        differently. `negative_prompt` takes the place of the empty one in token guidance, and its quoted text that of
+        no text in the decoder's. `callback` is sent every step as an `Event`; what it raises ends the call.
         """
         stages, clock = self.stages, Clock(self.stages)
         request = check_request(

@@ -1,0 +1,112 @@
+"""The glmimg command: finds the command in a table, parses its flags, runs it, and turns errors into one clear line.
+
+A row of COMMANDS names a function `command(parser) -> run`: it adds its flags to the parser and returns what is called
+with the parsed arguments and gives the exit status. Modules are imported when their command is asked for, so that
+`--help` needs no torch.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from glmimg import __version__
+from glmimg.errors import BadInput, Cancelled, GlmimgError, UnknownName
+
+__all__ = ["COMMANDS", "main"]
+
+Run = Callable[[argparse.Namespace], int]
+
+# name -> (what it does, "module:function"); two words make a group.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("make pictures from prompts", "glmimg.cli_generate:generate"),
+    "edit": ("change pictures as a prompt says", "glmimg.cli_generate:edit"),
+    "tokens show": ("draw a token grid as a picture of colours", "glmimg.cli_tokens:show"),
+    "tokens diff": ("compare two token grids", "glmimg.cli_tokens:diff"),
+    "tokens extract": ("write the token grid of any picture", "glmimg.cli_tokens:extract"),
+    "weights init": ("write a checkpoint with random weights", "glmimg.cli_weights:init"),
+    "doctor": ("tell which devices work here, and why others do not", "glmimg.cli_doctor:doctor"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's) and returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except (KeyboardInterrupt, Cancelled):
+        print("\nglmimg: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except GlmimgError as error:
+        print(f"glmimg: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            print(
+                f"glmimg: out of memory: try --offload stage, --offload block, or a smaller --size ({error})",
+                file=sys.stderr,
+            )
+            return 1
+        raise
+
+
+def _dispatch(arguments: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="glmimg: %(message)s", stream=sys.stderr)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"glmimg {__version__}")
+        return 0
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return _run(name, arguments[words:])
+    group = {name: row for name, row in COMMANDS.items() if name.startswith(f"{arguments[0]} ")}
+    if not group:
+        raise UnknownName.of("command", arguments[0], {name.split()[0] for name in COMMANDS})
+    if len(arguments) > 1 and arguments[1] not in ("-h", "--help"):
+        raise UnknownName.of(f"{arguments[0]} command", arguments[1], [name.split()[1] for name in group])
+    print(_overview(group))
+    return 0 if len(arguments) > 1 else 2
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    description, target = COMMANDS[name]
+    module, function = target.split(":")
+    parser = argparse.ArgumentParser(
+        f"glmimg {name}", description=description[0].upper() + description[1:] + ".", allow_abbrev=False
+    )
+    run: Run = getattr(import_module(module), function)(parser)
+    parsed, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        raise UnknownName.of("option", unknown[0].split("=")[0], options)
+    return run(parsed)
+
+
+def _overview(commands: dict[str, tuple[str, str]] = COMMANDS) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {description}" for name, (description, _) in commands.items()]
+    return "\n".join(
+        [
+            "usage: glmimg COMMAND ...",
+            "",
+            *lines,
+            "",
+            "glmimg COMMAND --help tells the flags; glmimg --version the version.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""glmimg generate and glmimg edit: flags, prompts, files; the work is the pipelines'."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glmimg.config import parse_size
+from glmimg.errors import BadInput
+
+if TYPE_CHECKING:
+    from glmimg.pipelines.result import Event, Result
+    from glmimg.token_grid import TokenGrid
+
+__all__ = ["edit", "generate"]
+
+CHUNK = 8  # prompts of one call: their tokens are drawn together
+# Flags whose value a PNG's settings give under another name, and those on which the tokens depend.
+_CONFIG = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "sampler": "sampler",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "token_guidance": "token_guidance",
+}
+_DECODER_ONLY = {"num_inference_steps", "guidance_scale", "sampler"}
+
+
+def generate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what is to be seen; '-' reads prompts from stdin")
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt on each line; '-' for stdin")
+    _add_options(parser)
+    parser.add_argument("--best-of", type=int, metavar="N", help="make N, keep the one whose quoted text reads best")
+    return _generate
+
+
+def edit(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="the reference pictures, the one to change first")
+    parser.add_argument("--prompt", help="what the picture is to become")
+    _add_options(parser)
+    return _edit
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "-o", "--output", default="picture.png", metavar="PNG", help="default: picture.png; more get -2, -3..."
+    )
+    out.add_argument("-n", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    out.add_argument("--save-tokens", metavar="FILE", help="write the token grid as well")
+    out.add_argument("--preview", metavar="PNG", help="write a small first look as soon as there is one")
+    out.add_argument("--json", action="store_true", help="print an object for each picture instead of its path")
+    out.add_argument("-q", "--quiet", action="store_true", help="draw no progress bars")
+
+    how = parser.add_argument_group("the picture (defaults: the checkpoint's)")
+    how.add_argument("--size", metavar="WxH", help="in pixels, multiples of 32, such as 256x256")
+    how.add_argument("--steps", type=int, help="of the decoder")
+    how.add_argument("--guidance", type=float, help="of the decoder; 1 turns it off")
+    how.add_argument("--seed", default=None, help="a number, or 'random' (default: 0)")
+    how.add_argument("--sampler", help="euler, heun, unipc or dpm++")
+    how.add_argument("--negative", default="", metavar="PROMPT", help="what to lead away from; needs --token-guidance")
+
+    tokens = parser.add_argument_group("the layout")
+    tokens.add_argument("--temperature", type=float, help="0 takes the likeliest tokens")
+    tokens.add_argument("--top-p", type=float)
+    tokens.add_argument("--top-k", type=int, help="0 for all")
+    tokens.add_argument("--min-p", type=float)
+    tokens.add_argument("--token-guidance", type=float, help="1 turns it off")
+    tokens.add_argument("--tokens", metavar="FILE", help="decode this token grid, or that of a PNG made here")
+    tokens.add_argument("--region", metavar="L,T,R,B", help="draw these pixels of the given tokens anew")
+    tokens.add_argument("--from", dest="source", metavar="PNG", help="repeat that picture; other flags change it")
+
+    run = parser.add_argument_group("the machine")
+    run.add_argument("--model", default="embedded", metavar="PATH|HUB_ID", help="default: the embedded model")
+    run.add_argument("--backend", default="auto", help="cpu, cuda, cuda:1, npu, xpu, mps, or generator=...,decoder=...")
+    run.add_argument("--dtype", help="bf16 or fp32 (default: what the device is best at)")
+    run.add_argument("--offload", default="none", help="none, stage or block: the less memory, the slower")
+    run.add_argument("--compile", action="store_true", help="compile the decoder; pays for many pictures of one size")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    source = _source(arguments, "text-to-image")
+    prompts = [line for text in arguments.prompt for line in (_lines("-") if text == "-" else [text])]
+    prompts += _lines(arguments.prompts) if arguments.prompts else []
+    if source is not None and prompts:
+        source["tokens"] = None
+    if not prompts:
+        if source is None:
+            raise BadInput('no prompt: glmimg generate "a red apple on a table" -o apple.png')
+        prompts = [source["prompt"]]
+    options = _options(arguments, source)
+    count = _count(arguments, len(prompts))
+    _check_outputs(arguments)
+    seed = options.pop("seed")
+    from glmimg.pipelines.text_to_image import TextToImagePipeline
+
+    pipeline = TextToImagePipeline.from_pretrained(**_place(arguments, source))
+    _compare(source, pipeline.stages.checkpoint.hash)
+    verifier = None
+    if arguments.best_of is not None:
+        from glmimg.pipelines.best_of import TextVerifier, best_of
+
+        verifier = TextVerifier()
+        for prompt in prompts:
+            verifier.require(prompt)
+    report = _Report(arguments, count)
+    for start in range(0, len(prompts), CHUNK):
+        chunk = prompts[start : start + CHUNK]
+        if verifier is not None:
+            options |= {"seed": seed, "callback": report.event}
+            for prompt in chunk:
+                report.add(best_of(pipeline, prompt, arguments.best_of, verifier, **options))
+            continue
+        seeds = [seed + k for _ in chunk for k in range(arguments.n)]
+        report.add(pipeline(chunk, seed=seeds, num_images_per_prompt=arguments.n, callback=report.event, **options))
+    return 0
+
+
+def _edit(arguments: argparse.Namespace) -> int:
+    source = _source(arguments, "image-to-image")
+    prompt = arguments.prompt or (source or {}).get("prompt")
+    if not prompt:
+        raise BadInput("no prompt: glmimg edit photo.png --prompt 'make the sky red'")
+    if source is not None and arguments.prompt:
+        source["tokens"] = None
+    options = _options(arguments, source)
+    count = _count(arguments, 1)
+    _check_outputs(arguments)
+    seed = options.pop("seed")
+    from glmimg.image_io import open_picture
+    from glmimg.pipelines.image_to_image import ImageToImagePipeline
+
+    images = [open_picture(path) for path in arguments.images]
+    pipeline = ImageToImagePipeline.from_pretrained(**_place(arguments, source))
+    if source is not None:
+        _compare(source, pipeline.stages.checkpoint.hash)
+        pipeline.require_references(images, source.get("references", []))
+    report = _Report(arguments, count)
+    report.add(pipeline(prompt, images, seed=seed, num_images_per_prompt=arguments.n, callback=report.event, **options))
+    return 0
+
+
+def _compare(source: dict[str, Any] | None, checkpoint: str) -> None:
+    made_with = checkpoint if source is None else source.get("checkpoint", {}).get("hash")
+    if made_with != checkpoint:
+        print(f"glmimg: the picture was made with checkpoint {made_with}, this is {checkpoint}", file=sys.stderr)
+
+
+# From flags to arguments.
+
+
+def _source(arguments: argparse.Namespace, task: str) -> dict[str, Any] | None:
+    """The settings of --from's picture."""
+    if arguments.source is None:
+        return None
+    from glmimg.image_io import read_metadata
+
+    settings = read_metadata(arguments.source)
+    if settings.get("format") != "glmimg.picture/1" or not isinstance(settings.get("config"), dict):
+        raise BadInput(f"{arguments.source} carries settings of another version or program: they cannot be repeated")
+    if settings.get("task") != task:
+        command = (
+            "glmimg edit REFERENCE... --from" if settings.get("task") == "image-to-image" else "glmimg generate --from"
+        )
+        raise BadInput(f"{arguments.source} was made by another command; repeat it with: {command} {arguments.source}")
+    return settings
+
+
+def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of a pipeline's call."""
+    given = {field: getattr(arguments, flag) for flag, field in _CONFIG.items() if getattr(arguments, flag) is not None}
+    if arguments.size is not None:
+        given["width"], given["height"] = parse_size(arguments.size)
+    options: dict[str, Any] = {"config": given, "negative_prompt": arguments.negative, "seed": 0}
+    if source is not None:
+        if set(given) - _DECODER_ONLY or arguments.seed is not None or arguments.negative:
+            source["tokens"] = None  # other tokens are wanted
+        options["config"] = source["config"] | given
+        options["seed"] = options["config"].pop("seed", 0)
+        options["negative_prompt"] = arguments.negative or source.get("negative_prompt", "")
+    if arguments.seed == "random":
+        options["seed"] = int.from_bytes(os.urandom(4), "little")
+    elif arguments.seed is not None:
+        if not arguments.seed.isdigit():
+            raise BadInput(f"seed {arguments.seed!r}: give a whole number from 0, or 'random'")
+        options["seed"] = int(arguments.seed)
+    tokens = _tokens(arguments, source)
+    if tokens is not None:
+        options["tokens"] = tokens
+        if arguments.tokens:
+            for side in ("width", "height"):
+                if arguments.size is None:
+                    options["config"].pop(side, None)
+    if arguments.region is not None:
+        options["region"] = _region(arguments.region)
+        if tokens is None:
+            raise BadInput("--region needs the tokens to keep outside it: give --tokens FILE")
+    return options
+
+
+def _tokens(arguments: argparse.Namespace, source: dict[str, Any] | None) -> TokenGrid | None:
+    if arguments.tokens is None and (source is None or not source.get("tokens")):
+        return None
+    from glmimg.token_grid import TokenGrid
+
+    if arguments.tokens is None:
+        return TokenGrid.from_dict((source or {})["tokens"])
+    return load_tokens(arguments.tokens)
+
+
+def load_tokens(path: str) -> TokenGrid:
+    """A token grid from its own file, or from a PNG that carries one."""
+    from glmimg.token_grid import TokenGrid
+
+    if Path(path).suffix.lower() == ".png":
+        from glmimg.pipelines.result import metadata_tokens
+
+        return metadata_tokens(path)
+    return TokenGrid.load(path)
+
+
+def _region(text: str) -> tuple[int, ...]:
+    try:
+        left, top, right, bottom = (int(side) for side in text.split(","))
+    except ValueError:
+        raise BadInput(f"region {text!r}: write left,top,right,bottom in pixels, such as 0,0,128,128") from None
+    return left, top, right, bottom
+
+
+def _place(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained`; a repeated picture is computed in its own dtype."""
+    backend: str | dict[str, str] = arguments.backend
+    if "=" in arguments.backend:
+        pairs = [part.partition("=") for part in arguments.backend.split(",")]
+        backend = {stage.strip(): name.strip() for stage, _, name in pairs}
+    dtype = arguments.dtype
+    if dtype is None and source is not None:
+        dtype = source.get("dtype", {}).get("decoder")
+    model = arguments.model
+    if source is not None and model == "embedded":
+        model = source.get("checkpoint", {}).get("name", model)
+    return {
+        "model": model,
+        "backend": backend,
+        "dtype": dtype,
+        "offload": arguments.offload,
+        "compile": arguments.compile,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as text ({error})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if not lines:
+        raise BadInput(f"{'stdin' if path == '-' else path} holds no prompt: write one on each line")
+    return lines
+
+
+def _count(arguments: argparse.Namespace, prompts: int) -> int:
+    if arguments.n < 1:
+        raise BadInput(f"-n {arguments.n}: make at least 1 picture")
+    if getattr(arguments, "best_of", None) is not None:
+        if arguments.n != 1:
+            raise BadInput("--best-of keeps one picture of each prompt: leave -n out")
+        return prompts
+    return prompts * arguments.n
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuses places that cannot be written to before any work is done."""
+    for flag in ("output", "save_tokens", "preview"):
+        value = getattr(arguments, flag)
+        if value is None:
+            continue
+        path = Path(value)
+        if flag != "save_tokens" and path.suffix.lower() != ".png":
+            raise BadInput(f"{path}: pictures are written as .png, the format that can carry their settings")
+        parent = path.absolute().parent
+        while not os.path.exists(parent) and parent != parent.parent:
+            parent = parent.parent
+        if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+            raise BadInput(f"cannot write {path}: name a file in a folder that you may write to")
+
+
+def numbered(path: str | Path, number: int) -> Path:
+    """The name of the `number`-th file, counted from 1."""
+    return Path(path) if number == 1 else Path(path).with_stem(f"{Path(path).stem}-{number}")
+
+
+class _Report:
+    """Draws progress, writes files as pictures come, prints what was written."""
+
+    def __init__(self, arguments: argparse.Namespace, count: int) -> None:
+        from glmimg.cli_progress import Bars
+
+        self.arguments = arguments
+        self.count = count
+        self.done = 0
+        self.bars = None if arguments.quiet else Bars()
+        self.previewed = False
+
+    def event(self, event: Event) -> None:
+        if self.bars is not None:
+            self.bars(event)
+        if self.arguments.preview and not self.previewed and event.stage == "tokens":
+            pictures = event.preview()
+            if pictures:
+                from glmimg.image_io import save_png
+
+                self.previewed = True
+                for k, picture in enumerate(pictures):
+                    save_png(picture, numbered(self.arguments.preview, k + 1))
+
+    def add(self, result: Result) -> None:
+        from glmimg.image_io import save_png
+        from glmimg.pipelines.result import picture_metadata
+
+        for image, tokens, settings in zip(result.images, result.tokens, result.settings, strict=True):
+            self.done += 1
+            path = numbered(self.arguments.output, self.done)
+            save_png(image, path, picture_metadata(settings, tokens))
+            line: dict[str, Any] = {"path": str(path), **settings, "timings": result.timings}
+            if self.arguments.save_tokens:
+                line["tokens"] = str(numbered(self.arguments.save_tokens, self.done))
+                tokens.save(line["tokens"])
+            print(json.dumps(line) if self.arguments.json else path, flush=True)

@@ -1,0 +1,46 @@
+"""The bars that the command line draws on stderr, one for each stage."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from glmimg.pipelines.result import Event
+
+__all__ = ["Bars"]
+
+WIDTH = 24
+INTERVAL = 0.1  # seconds between two drawings
+
+
+class Bars:
+    """A callback for pipelines. On a terminal it draws bars; elsewhere it writes a line when a stage is done."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self._drawn = 0.0
+
+    def __call__(self, event: Event) -> None:
+        done = event.step == event.total
+        if not done and (not self.live or time.monotonic() - self._drawn < INTERVAL):
+            return
+        self._drawn = time.monotonic()
+        line = f"{event.stage:<8}{_bar(event.step, event.total)} {event.step}/{event.total}  "
+        line += _duration(event.seconds) if done else f"{_duration(event.eta)} left"
+        start = "\r\x1b[K" if self.live else ""
+        print(start + line, end="\n" if done else "", file=self.stream, flush=True)
+
+
+def _bar(step: int, total: int) -> str:
+    filled = round(WIDTH * step / total)
+    return "[" + "#" * filled + "." * (WIDTH - filled) + "]"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"

@@ -1,0 +1,200 @@
+"""Reference pictures and a prompt to pictures.
+
+Letters: B batch, H x W tokens of a grid, h x w latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from glmimg.checkpoint import EMBEDDED, Checkpoint
+from glmimg.config import SamplingConfig
+from glmimg.errors import BadInput
+from glmimg.image_io import open_picture, to_pil, to_tensor
+from glmimg.pipelines.request import Region, build_prompts, check_request, default_config
+from glmimg.pipelines.result import Callback, Clock, Result
+from glmimg.pipelines.stages import Stages
+from glmimg.pipelines.steps import (
+    batches,
+    condition,
+    decoder_events,
+    denoise,
+    draw_tokens,
+    encode_glyphs,
+    encode_references,
+)
+from glmimg.semantic_tokenizer import fit_reference
+from glmimg.token_grid import TokenGrid, preview_grid
+
+if TYPE_CHECKING:
+    from glmimg.backends import Backend
+
+__all__ = ["ImageToImagePipeline"]
+
+Picture = Image.Image | str | Path
+# One picture for a prompt, several, or none at all: that prompt is text-to-image.
+References = Picture | Sequence[Picture] | None
+
+
+class ImageToImagePipeline:
+    """Editing and reference pictures on any GLM-Image checkpoint. Opening one reads no weights."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | Checkpoint = EMBEDDED,
+        backend: str | Backend | Mapping[str, str | Backend] = "auto",
+        dtype: str | torch.dtype | None = None,
+        offload: str = "none",
+        compile: bool = False,
+    ) -> ImageToImagePipeline:
+        """As `TextToImagePipeline.from_pretrained`."""
+        return cls(Stages(Checkpoint.open(model), backend, dtype, offload, compile))
+
+    @cached_property
+    def defaults(self) -> SamplingConfig:
+        """The checkpoint's own steps, guidance and token sampling; the size is the first reference's instead."""
+        return default_config(self.stages)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: References | Sequence[References],
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        tokens: TokenGrid | Sequence[TokenGrid] | None = None,
+        region: Region | None = None,
+        config: SamplingConfig | Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+    ) -> Result:
+        """`num_images_per_prompt` pictures of each prompt, made after its reference pictures.
+
+        `image`: with one prompt a picture or a list of them; with a list of prompts a list with one entry for each, a
+        picture, a list of pictures, or None for a prompt without references. References of any size are fitted to
+        multiples of 32 pixels. Without a size the result has that of the first reference. Everything else is as in
+        `TextToImagePipeline`.
+        """
+        stages, clock = self.stages, Clock(self.stages)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        pictures = self._fitted(image, len(prompts), single=isinstance(prompt, str))
+        first = next(picture for row in pictures for picture in row)
+        request = check_request(
+            stages,
+            prompts,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            tokens=tokens,
+            region=region,
+            config=config,
+            options={
+                "height": height,
+                "width": width,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+            },
+            default_size=(first.height, first.width),
+        )
+        request = replace(request, references=tuple(tuple(picture.size for picture in row) for row in pictures))
+        blank = [[torch.zeros(picture.height // 32, picture.width // 32).long() for picture in row] for row in pictures]
+        build_prompts(stages, request, request.prompts, blank)  # too long? told before weights are loaded
+        pixels = [[to_tensor([picture])[0] for picture in row] for row in pictures]
+        # 1. The references as semantic tokens, and the prompts that hold them.
+        with clock.stage("tokens"):
+            stages.enter("generator")
+            references = [
+                [stages.tokenizer.tokenize(pixels_3HW[None])[0].cpu() for pixels_3HW in row] for row in pixels
+            ]
+            inputs = build_prompts(stages, request, request.prompts, references)
+            unconditional = build_prompts(stages, request, [negative_prompt] * len(inputs), references)
+            # 2. The layouts: one grid of semantic tokens for each picture.
+            grids = draw_tokens(stages, request, inputs, unconditional, callback)
+        images: list[Image.Image] = []
+        with clock.stage("decoder"):
+            stages.enter("decoder")
+            glyphs = encode_glyphs(stages, request)
+            # 3. The references as keys and values that the decoder attends to.
+            paired = [list(zip(row, ids, strict=True)) for row, ids in zip(pixels, references, strict=True)]
+            caches = encode_references(stages, paired)
+            on_step, autoencoder = decoder_events(stages, request, callback), stages.autoencoder()
+            for numbers in batches(stages, request):
+                cache = caches[numbers[0] // request.copies]
+                # 4. What the decoder is told of the picture, and from noise to latents.
+                ids_BHW = torch.stack([grids[k].ids_HW for k in numbers])
+                conditioning = condition(stages, request, numbers, ids_BHW, glyphs, cache)
+                latents_BChw = denoise(stages, request, numbers, conditioning, on_step(numbers))
+                # 5. From latents to pixels.
+                images += to_pil(autoencoder.decode(latents_BChw))
+        settings = request.settings(stages, "image-to-image")
+        for k, values in enumerate(settings):
+            values["references"] = [_digest(picture) for picture in pictures[k // request.copies]]
+        return Result(images, grids, clock.stopped(), settings)
+
+    @torch.no_grad()
+    def extract_tokens(self, image: Picture) -> TokenGrid:
+        """The token grid of any picture, fitted to multiples of 32 pixels, with its preview grid."""
+        stages = self.stages
+        picture = self._fit(image)
+        pixels_1CHW = to_tensor([picture])
+        stages.enter("generator")
+        preview = preview_grid(picture.height, picture.width, stages.checkpoint.settings.preview_side)
+        target_1HW, preview_1HW = (stages.tokenizer.tokenize(pixels_1CHW, grid=grid).cpu() for grid in (None, preview))
+        return TokenGrid(target_1HW[0], stages.tokenizer.codebook_size, preview_1HW[0], stages.codebook)
+
+    def require_references(self, images: Sequence[Picture], digests: Sequence[str]) -> None:
+        """BadInput unless these are the references of which a picture's settings hold the digests."""
+        if [_digest(self._fit(image)) for image in images] != list(digests):
+            raise BadInput(
+                f"these are not the {len(digests)} reference pictures that it was made after: a repetition needs the "
+                "same ones in the same order"
+            )
+
+    def to_diffusers(self) -> Any:
+        """A diffusers.GlmImagePipeline on this checkpoint."""
+        return self.stages.to_diffusers()
+
+    def _fitted(self, image: Any, prompts: int, *, single: bool) -> list[list[Image.Image]]:
+        """For each prompt its references, each of a size that both grids can have."""
+        rows = [image] if single else image
+        if isinstance(rows, (str, Path, Image.Image)) or not isinstance(rows, Sequence) or len(rows) != prompts:
+            raise BadInput(
+                f"give a list of {prompts} entries as image, one for each prompt: a picture, a list, or None"
+            )
+        pictures = []
+        for row in rows:
+            listed = [] if row is None else [row] if isinstance(row, (str, Path, Image.Image)) else list(row)
+            pictures.append([self._fit(picture) for picture in listed])
+        if not any(pictures):
+            raise BadInput("no reference picture at all: give one, or use TextToImagePipeline")
+        return pictures
+
+    def _fit(self, image: Picture) -> Image.Image:
+        if not isinstance(image, (str, Path, Image.Image)):
+            raise BadInput(f"a reference is a {type(image).__name__}; give a PIL picture or a path")
+        picture = open_picture(image)
+        settings = self.stages.checkpoint.settings
+        size = fit_reference(*picture.size, settings.min_size, settings.max_size)
+        return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _digest(picture: Image.Image) -> str:
+    """Of a reference's pixels; a repetition is only exact with the same ones."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]
