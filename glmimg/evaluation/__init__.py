@@ -1,0 +1,1 @@
+"""The report card: prompts with exact ground truth, and measures that each come with a ceiling and a floor."""
