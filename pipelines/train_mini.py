@@ -200,8 +200,7 @@ class MiniTraining:
         from glmimg.prompt import PromptBuilder
         from glmimg.training.generator_task import GeneratorTask
 
-        side = self.preset["generation"]["preview_side"]
-        builder = PromptBuilder(self.bpe(), self.preset["vision_language_encoder"], side)
+        builder = PromptBuilder(self.bpe(), self.preset["vision_language_encoder"])
         model = self.models["vision_language_encoder"]
         task = GeneratorTask(model, builder, self.encoded("scenes"), self.encoded("scenes_held_out"))
         self._run("generator", task, recipes.generator(self.minutes["generator"], self.threads))

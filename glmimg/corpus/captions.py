@@ -61,7 +61,7 @@ def _name(thing: Thing, bank: StickerBank, lang: str, rng: np.random.Generator, 
 def _noun(
     thing: Thing, bank: StickerBank, lang: str, rng: np.random.Generator, *, styled: bool = True, tagged: bool = True
 ) -> str:
-    """The thing without an article: `flat fox`, `red silhouette of a fox`, `green circle`, `blue mug that says "hi"`."""
+    """The thing without an article: `flat fox`, `red silhouette of a fox`, `green circle`, `mug that says "hi"`."""
     i = LANGUAGE_INDEX[lang]
     colour = COLOURS[thing.colour][1][i] if thing.colour else ""
     if thing.kind == "shape":

@@ -72,14 +72,16 @@ class AutoencoderTask:
             crops.append(crop)
         return to_pixels(crops)
 
-    def loss(self, batch: torch.Tensor, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(
+        self, batch: torch.Tensor, progress: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         x_BCHW = batch
         z_BCHW = self.vae.encode(x_BCHW).latent_dist.mode()
-        noisy = z_BCHW + self.noise * torch.randn_like(z_BCHW)
+        noisy = z_BCHW + self.noise * torch.randn(z_BCHW.shape, generator=generator).to(z_BCHW)
         loss = torch.zeros(())
         # Scale equivariance: the halved latents must decode to the halved picture (cheap previews, smoother latents).
         pairs = [(noisy, x_BCHW)]
-        if torch.rand(()) < 0.25:
+        if torch.rand((), generator=generator) < 0.25:
             pairs.append((F.avg_pool2d(noisy, 2), F.avg_pool2d(x_BCHW, 2)))
         for latents, target in pairs:
             error = self.vae.decode(latents).sample.float() - target
@@ -96,11 +98,13 @@ class AutoencoderTask:
         y = torch.cat([self.vae.decode(self.vae.encode(part).latent_dist.mode()).sample for part in x.split(8)])
         return x, y.float().clamp(-1, 1)
 
+    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         x, y = self._decode_held_out(48)
         error = (x - y).square().mean(dim=(1, 2, 3)) / 4
         return {"psnr": float((-10 * error.log10()).mean())}
 
+    @torch.no_grad()
     def sheet(self) -> Image.Image:
         from glmimg.corpus.sheet import contact_sheet
 

@@ -44,7 +44,6 @@ class DecoderBatch:
     size: tuple[int, int]
     crop_B2: torch.Tensor
     patches: int
-    position: int
 
 
 def upsample_ids(ids_Bhw: torch.Tensor) -> torch.Tensor:
@@ -89,11 +88,9 @@ class DecoderTask:
         whole = rng.random() < self.whole
         count = max(1, size // 4) if whole else size
         rows = rng.integers(len(self.train.latents), size=count)
-        return self._read(self.train, rows, rng, position, whole=whole)
+        return self._read(self.train, rows, rng, whole=whole)
 
-    def _read(
-        self, data: EncodedScenes, rows: np.ndarray, rng: np.random.Generator, position: int, *, whole: bool
-    ) -> DecoderBatch:
+    def _read(self, data: EncodedScenes, rows: np.ndarray, rng: np.random.Generator, *, whole: bool) -> DecoderBatch:
         h, w = data.target
         assert data.latents is not None
         side_h, side_w = (h, w) if whole else (min(self.crop, h), min(self.crop, w))
@@ -113,7 +110,6 @@ class DecoderTask:
             (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN),
             torch.tensor(crops, dtype=torch.float32),
             4 * h * w,
-            position,
         )
 
     def _velocity_error(
@@ -139,8 +135,10 @@ class DecoderTask:
         velocity = self.decoder.velocity(interpolate(x0, noise, sigmas_B), timesteps_B, conditioning)
         return (velocity - velocity_target(x0, noise)).square().mean(dim=(1, 2, 3))
 
-    def loss(self, batch: DecoderBatch, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        rng = np.random.default_rng((self.seed, 1, batch.position))
+    def loss(
+        self, batch: DecoderBatch, progress: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         ids = batch.ids_Bhw.clone()
         share = torch.from_numpy(rng.random(len(ids)) * 2 * self.token_noise * (rng.random(len(ids)) < 0.5))
         wrong = torch.from_numpy(rng.random(ids.shape)) < share[:, None, None]
@@ -151,9 +149,10 @@ class DecoderTask:
         words = [[] if quiet else word for word, quiet in zip(batch.words, silent, strict=True)]
         return self._velocity_error(batch, ids, words, drop_B, int(rng.integers(2**62))).mean(), {}
 
+    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         rows = np.arange(48)
-        batch = self._read(self.held_out, rows, np.random.default_rng(0), 0, whole=True)
+        batch = self._read(self.held_out, rows, np.random.default_rng(0), whole=True)
         keep = torch.zeros(len(rows), dtype=torch.bool)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             error = self._velocity_error(batch, batch.ids_Bhw, batch.words, keep, 0)
@@ -179,6 +178,7 @@ class DecoderTask:
             latents = sample(velocity, noise, Schedule.published(steps, 4 * h * w, self.scheduler))
             return self.vae.decode(latents)
 
+    @torch.no_grad()
     def sheet(self) -> Image.Image:
         from glmimg.corpus.sheet import contact_sheet
 

@@ -26,7 +26,8 @@ class EncodedScenes:
     def __init__(self, directory: Path | str, cache: SceneCache) -> None:
         self.directory, self.cache = Path(directory), cache
         settings = json.loads((self.directory / "settings.json").read_text())
-        self.target, self.preview = tuple(settings["target"]), tuple(settings["preview"])
+        (h, w), (preview_h, preview_w) = settings["target"], settings["preview"]
+        self.target, self.preview = (int(h), int(w)), (int(preview_h), int(preview_w))
         self.tokens = np.load(self.directory / "tokens.npy", mmap_mode="r")
         file = self.directory / "latents.npy"
         self.latents = np.load(file, mmap_mode="r") if file.exists() else None

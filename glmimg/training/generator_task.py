@@ -117,13 +117,12 @@ class GeneratorTask:
         noise: float = 0.0,
         shuffled: bool = False,
     ) -> GeneratorBatch:
-        height, width = data.target[0] * 32, data.target[1] * 32
         ids, positions, first = [], [], []
         tokens = torch.from_numpy(data.tokens[rows].astype(np.int64))
         for at, k in enumerate(rows):
             scene = data.cache.scene(int(rows[at - 1] if shuffled else k))
             text = "" if rng.random() < drop else caption(scene, data.cache.bank, rng)
-            prompt = self.builder.build(text, height, width)
+            prompt = self.builder.build(text, data.target, data.preview)
             shown = tokens[at]
             if noise:
                 wrong = torch.from_numpy(rng.random(len(shown)) < noise)
@@ -146,7 +145,9 @@ class GeneratorTask:
         logits = self.model.lm_head(emitted_BND).float()
         return F.cross_entropy(logits.flatten(0, 1), batch.labels_BN.flatten(), reduction="none").view(B, N)
 
-    def loss(self, batch: GeneratorBatch, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(
+        self, batch: GeneratorBatch, progress: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         losses_BN = self._losses(batch)
         p = self.train.prompt_offset
         weights_N = torch.ones(losses_BN.shape[1])
@@ -155,6 +156,7 @@ class GeneratorTask:
         means = losses_BN.detach().mean(0)
         return loss, {"preview": float(means[:p].mean()), "target": float(means[p:-1].mean())}
 
+    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         rows, p = np.arange(192), self.held_out.prompt_offset
         out = {}
@@ -166,5 +168,6 @@ class GeneratorTask:
             out[f"{name}target_bits"] = float(bits[p:-1].mean())
         return out
 
+    @torch.no_grad()
     def sheet(self) -> Image.Image | None:
         return self.paint(self) if self.paint else None

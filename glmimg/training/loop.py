@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import sys
 import time
 from collections.abc import Mapping
@@ -64,13 +63,16 @@ class TrainConfig:
 
 
 class Task(Protocol):
-    """What is trained. `position` counts the samples drawn so far and decides the batch."""
+    """What is trained. `position` counts the samples drawn so far and decides the batch; all randomness of a loss comes
+    from the run's own generator, whose state is saved with the run."""
 
     modules: Mapping[str, nn.Module]
 
     def batch(self, position: int, size: int) -> Any: ...
 
-    def loss(self, batch: Any, progress: float) -> tuple[torch.Tensor, dict[str, float]]: ...
+    def loss(
+        self, batch: Any, progress: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]: ...
 
     def evaluate(self) -> dict[str, float]: ...
 
@@ -94,8 +96,7 @@ class Run:
         )
         self.ema = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
         self.step, self.position, self.elapsed = 0, 0, 0.0
-        torch.manual_seed(config.seed)
-        random.seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
 
     # State
 
@@ -108,7 +109,7 @@ class Run:
             "step": self.step,
             "position": self.position,
             "elapsed": self.elapsed,
-            "rng": torch.get_rng_state(),
+            "rng": self.generator.get_state(),
         }
         part = self.directory / "state.pt.part"
         torch.save(state, part)
@@ -126,7 +127,7 @@ class Run:
             self.ema = state["ema"]
         self.optimizers.load_state_dict(state["optimizers"])
         self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
-        torch.set_rng_state(state["rng"])
+        self.generator.set_state(state["rng"])
         return True
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -200,7 +201,7 @@ class Run:
                 ahead = pool.submit(self.task.batch, self.position, c.batch_size)
                 self.optimizers.scale_learning_rate(self.learning_rate_factor())
                 with autocast:
-                    loss, metrics = self.task.loss(batch, self.progress())
+                    loss, metrics = self.task.loss(batch, self.progress(), self.generator)
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(self.optimizers.parameters, c.clip)
                 if not torch.isfinite(norm):

@@ -127,11 +127,13 @@ class TokenizerTask:
         self.names, self.preview, self.seed = Names(train.bank), preview, seed
         visual, vq = tokenizer.visual, tokenizer.vqmodel
         width = visual.config.hidden_size
-        self.reader = Reader(vq.config.embed_dim, width, 2, visual.config.num_heads, tokenizer.patch, 512, 8)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.reader = Reader(vq.config.embed_dim, width, 2, visual.config.num_heads, tokenizer.patch, 512, 8)
         self.codebook = vq.quantize.embedding.weight
         self.codebook.requires_grad_(False)  # a moving average of what is assigned to it, not a gradient
         with torch.no_grad():
-            self.codebook.copy_(F.normalize(torch.randn_like(self.codebook), dim=-1))
+            self.codebook.copy_(F.normalize(self.codebook, dim=-1))
         vq.post_quant_conv.requires_grad_(False)
         self.modules = {"visual": visual, "vqmodel": vq, "reader": self.reader, "usage": _Usage(len(self.codebook))}
         self.usage: torch.Tensor = self.modules["usage"].count  # type: ignore[assignment]
@@ -151,12 +153,14 @@ class TokenizerTask:
         truth = torch.from_numpy(np.stack([token_targets(cache.scene(int(k)), self.names, h, w) for k in rows]))
         return x_BCHW.clamp(-1, 1), Targets(truth[:, 0], truth[:, 1], truth[:, 2])
 
-    def _quantise(self, unit_BhwE: torch.Tensor, *, update: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Straight-through nearest codes, and their ids; `update` moves the codebook and revives dead codes."""
+    def _quantise(
+        self, unit_BhwE: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Straight-through nearest codes, and their ids; a generator moves the codebook and revives dead codes."""
         with torch.no_grad():
             flat = unit_BhwE.detach().float().flatten(0, 2)
             ids = (flat @ self.codebook.T).argmax(1)
-            if update:
+            if generator is not None:
                 counts = torch.bincount(ids, minlength=len(self.codebook)).float()
                 sums = torch.zeros_like(self.codebook).index_add_(0, ids, flat)
                 self.usage.lerp_(counts, 0.02)
@@ -167,16 +171,20 @@ class TokenizerTask:
                 if len(dead):
                     # Where the codebook serves worst: drawn at random they would all land on flat backgrounds.
                     badness = (1 - (flat * self.codebook[ids]).sum(1)).clamp_min(1e-6)
-                    chosen = flat[torch.multinomial(badness, len(dead))]
-                    self.codebook[dead] = F.normalize(chosen + 0.02 * torch.randn_like(chosen), dim=-1)
+                    chosen = flat[torch.multinomial(badness, len(dead), generator=generator)]
+                    self.codebook[dead] = F.normalize(
+                        chosen + 0.02 * torch.randn(chosen.shape, generator=generator), dim=-1
+                    )
                     self.usage[dead] = 0.5 * float(self.usage.mean())
             codes = self.codebook[ids].view(unit_BhwE.shape)
         return unit_BhwE + (codes - unit_BhwE).detach(), ids.view(unit_BhwE.shape[:3])
 
-    def loss(self, batch: tuple[torch.Tensor, Targets], progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(
+        self, batch: tuple[torch.Tensor, Targets], progress: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         x_BCHW, truth = batch
         unit_BhwE = self.tokenizer.code_vectors(self.tokenizer.features(x_BCHW))
-        codes_BhwE, ids = self._quantise(unit_BhwE, update=True)
+        codes_BhwE, ids = self._quantise(unit_BhwE, generator)
         state = self.reader(codes_BhwE)
         error = self._paint(state) - x_BCHW
         pixels = error.square().mean() + 0.5 * error.abs().mean()
@@ -207,6 +215,7 @@ class TokenizerTask:
         guess = F.normalize(self.reader.head_name(state_BhwD).float(), dim=-1)
         return 20 * guess @ self.names.vectors_LE.T
 
+    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         out: dict[str, float] = {}
         for label, cache, small in (
@@ -215,7 +224,7 @@ class TokenizerTask:
             ("cells_", self.cells, False),
         ):
             x, truth = self._read(cache, np.arange(200), small=small)
-            codes, ids = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)), update=False)
+            codes, ids = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)))
             state = self.reader(codes)
             logits, named = self._name_logits(state), truth.name >= 0
             top = logits[named].topk(5).indices == truth.name[named][:, None]
@@ -232,11 +241,12 @@ class TokenizerTask:
         out["codes_used"] = float((self.usage > 0.02 * self.usage.mean()).float().mean())
         return out
 
+    @torch.no_grad()
     def sheet(self) -> Image.Image:
         from glmimg.corpus.sheet import contact_sheet
 
         x, _ = self._read(self.held_out, np.arange(12))
-        codes, _ = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)), update=False)
+        codes, _ = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)))
         y = self._paint(self.reader(codes)).float().clamp(-1, 1)
         pairs = [p for pair in zip(x, y, strict=True) for p in pair]
         return contact_sheet([((p.permute(1, 2, 0) + 1) * 127.5).to(torch.uint8).numpy() for p in pairs], cell=128)

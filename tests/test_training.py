@@ -1,0 +1,228 @@
+"""The training loop and tasks on a synthetic corpus with real tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from glmimg.autoencoder import Autoencoder
+from glmimg.corpus.cache import SceneCache, render
+from glmimg.corpus.captions import caption
+from glmimg.corpus.scenes import SceneSampler, draw
+from glmimg.corpus.stickers import SIDE, STYLES, StickerBank
+from glmimg.errors import BadInput
+from glmimg.presets import PRESETS
+from glmimg.prompt import PromptBuilder
+from glmimg.semantic_tokenizer import SemanticTokenizer
+from glmimg.training.autoencoder_task import AutoencoderTask, measure_latents
+from glmimg.training.decoder_task import DecoderTask
+from glmimg.training.encoded import EncodedScenes, encode_latents, encode_tokens
+from glmimg.training.generator_task import GeneratorTask, forward_states
+from glmimg.training.loop import Run, TrainConfig
+from glmimg.training.tokenizer_task import TokenizerTask, token_targets
+from glmimg.weights_tools.init import build_models, train_bpe
+
+CODES = ["1f98a", "1f431", "1f34e", "1f680", "26bd", "1f600", "1f4a1", "1f697", "1f436", "1f347", "1f355", "2708"]
+
+
+@pytest.fixture(scope="session")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> StickerBank:
+    """Twelve concepts in five styles: coloured discs and bars, and Pillow's own font."""
+    folder = tmp_path_factory.mktemp("bank")
+    stickers, pixels = [], []
+    for i, code in enumerate(CODES):
+        for j, style in enumerate(STYLES):
+            image = Image.new("RGBA", (SIDE, SIDE))
+            shade = (20 * i, 40 * j, 255 - 20 * i, 255)
+            ImageDraw.Draw(image).ellipse((10 + 5 * i, 10, 180, 120 + 10 * j), fill=shade)
+            pixels.append(np.asarray(image))
+            stickers.append({"concept": code, "style": style, "tone": 0})
+    np.save(folder / "bank.npy", np.stack(pixels))
+    names = {lang: f"thing {i}" for lang in ("en", "es", "pt", "zh") for i in (1,)}
+    concepts = {
+        code: {
+            "group": "animals",
+            "labels": {lang: f"{name}{i}" for lang, name in names.items()},
+            "tags": {"en": ["hello", "open", "fox", "words"], "es": ["hola"], "pt": ["casa"], "zh": ["狐狸"]},
+        }
+        for i, code in enumerate(CODES)
+    }
+    (folder / "index.json").write_text(json.dumps({"side": SIDE, "stickers": stickers, "concepts": concepts}))
+    (folder / "fonts").mkdir()
+    font = ImageFont.load_default(20)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    for name in ("plain.latin.woff2", "inter.latin.woff2", "cjk.ttc"):
+        (folder / "fonts" / name).write_bytes(font.font_bytes)
+    vectors = np.random.default_rng(0).normal(size=(len(CODES) + 13, 512)).astype(np.float32)
+    np.save(folder / "name_vectors.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    return StickerBank(folder)
+
+
+@pytest.fixture(scope="session")
+def scenes(bank: StickerBank, tmp_path_factory: pytest.TempPathFactory) -> SceneCache:
+    return render(tmp_path_factory.mktemp("scenes"), bank, 208, seed=3, height=64, width=64)
+
+
+@pytest.fixture
+def models() -> dict[str, torch.nn.Module]:
+    return build_models(PRESETS["tiny"], seed=0)
+
+
+def config(**changes: object) -> TrainConfig:
+    values: dict[str, object] = dict(learning_rate=1e-3, batch_size=4, steps=4, warmup=1, autocast=False)
+    return TrainConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_scene_is_a_pure_function_of_seed_and_index(bank: StickerBank) -> None:
+    first, second = SceneSampler(bank, seed=5), SceneSampler(bank, seed=5)
+    for index in (0, 7, 1000):
+        assert first.sample(index) == second.sample(index)
+        assert np.array_equal(draw(first.sample(index), bank), draw(second.sample(index), bank))
+    assert first.sample(1) != first.sample(2)
+
+
+def test_captions_name_the_background_and_the_words(bank: StickerBank) -> None:
+    sampler, said, words = SceneSampler(bank, seed=1), 0, 0
+    for index in range(200):
+        scene = sampler.sample(index)
+        text = caption(scene, bank, np.random.default_rng(index), "en")
+        said += scene.background[0] in text
+        for thing in scene.things:
+            if thing.word:
+                words += 1
+                assert f'"{thing.word}"' in text
+    assert said > 150 and words > 10
+
+
+def test_every_language_has_captions(bank: StickerBank) -> None:
+    scene = SceneSampler(bank, seed=1).sample(0)
+    texts = {lang: caption(scene, bank, np.random.default_rng(0), lang) for lang in ("en", "es", "pt", "zh")}
+    assert len(set(texts.values())) == 4
+
+
+def test_render_resumes_and_refuses_other_settings(bank: StickerBank, tmp_path: Path) -> None:
+    made = render(tmp_path / "a", bank, 10, seed=3, height=64, width=64)
+    kept = made.picture(9).copy()
+    (tmp_path / "a" / "done").write_text("5")
+    again = render(tmp_path / "a", bank, 10, seed=3, height=64, width=64)
+    assert len(again) == 10 and np.array_equal(kept, again.picture(9))
+    with pytest.raises(BadInput, match="other settings"):
+        render(tmp_path / "a", bank, 10, seed=4, height=64, width=64)
+
+
+def test_token_targets_name_what_the_boxes_hold(bank: StickerBank, scenes: SceneCache, models: dict) -> None:
+    tokenizer = SemanticTokenizer.of(models["vision_language_encoder"])
+    task = TokenizerTask(tokenizer, scenes, scenes, scenes, preview=1)
+    for k in range(40):
+        scene = scenes.scene(k)
+        targets = token_targets(scene, task.names, 8, 8)
+        stickers = {task.names.index[t.concept] for t in scene.things if t.kind == "sticker"}
+        found = set(targets[1][targets[1] >= 0].tolist())
+        assert stickers <= found or not stickers
+
+
+def test_loop_needs_an_end() -> None:
+    with pytest.raises(BadInput, match="needs an end"):
+        TrainConfig(learning_rate=1e-3, batch_size=1)
+
+
+def test_resumed_run_equals_a_straight_one_bit_for_bit(scenes: SceneCache, tmp_path: Path) -> None:
+    """20 steps straight equal 10, a new process's worth of objects, and 10 more."""
+
+    def make(folder: str) -> Run:
+        models = build_models(PRESETS["tiny"], seed=0)
+        task = AutoencoderTask(models["vae"], scenes, scenes, crop=32)
+        return Run(task, config(steps=20, ema=0.9, muon=True), tmp_path / folder)
+
+    straight = make("straight")
+    straight.train()
+    first = make("halves")
+    first.task.batch = _stop_after(first, 10)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    first.save()
+    second = make("halves")
+    assert second.resume() and second.step == 10
+    second.train()
+    for name, value in straight.modules["vae"].state_dict().items():
+        assert torch.equal(value, second.modules["vae"].state_dict()[name]), name
+    for name, value in straight.ema["vae"].items():
+        assert torch.equal(value, second.ema["vae"][name]), name
+
+
+def _stop_after(run: Run, steps: int):  # type: ignore[no-untyped-def]
+    plain = run.task.batch
+
+    def batch(position: int, size: int):  # type: ignore[no-untyped-def]
+        if position == steps * size:
+            raise KeyboardInterrupt
+        return plain(position, size)
+
+    return batch
+
+
+def test_autoencoder_learns(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
+    task = AutoencoderTask(models["vae"], scenes, scenes, crop=32)
+    before = task.evaluate()["psnr"]
+    Run(task, config(steps=30, clip=0.5, muon=False, learning_rate=3e-3), tmp_path).train()
+    assert task.evaluate()["psnr"] > before + 1
+    mean, std = measure_latents(models["vae"], scenes, n=16)
+    assert len(mean) == len(std) == 16 and min(std) > 0
+    assert (tmp_path / "latest.png").exists() and (tmp_path / "state.pt").exists()
+
+
+def test_tokenizer_moves_its_codebook_and_reports(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
+    tokenizer = SemanticTokenizer.of(models["vision_language_encoder"])
+    task = TokenizerTask(tokenizer, scenes, scenes, scenes, preview=1)
+    before = task.codebook.clone()
+    Run(task, config(steps=6, batch_size=8), tmp_path).train()
+    assert not torch.equal(before, task.codebook)
+    assert torch.allclose(task.codebook.norm(dim=1), torch.ones(len(before)), atol=1e-4)
+    assert 0 <= task.evaluate()["name_top5"] <= 1
+
+
+def test_generator_and_decoder_learn_on_encoded_scenes(
+    bank: StickerBank, scenes: SceneCache, tmp_path: Path, models: dict
+) -> None:
+    preset = PRESETS["tiny"]
+    encode_tokens(tmp_path / "e", scenes, SemanticTokenizer.of(models["vision_language_encoder"]), 1)
+    encode_latents(tmp_path / "e", scenes, Autoencoder(models["vae"]), 64)
+    data = EncodedScenes(tmp_path / "e", scenes)
+    assert data.tokens.shape == (208, 1 + 4) and data.latents is not None and data.latents.shape == (64, 16, 8, 8)
+
+    builder = PromptBuilder(train_bpe(["a fox"], preset), preset["vision_language_encoder"])
+    generator = GeneratorTask(models["vision_language_encoder"], builder, data, data, drop=0.0, noise=0.0)
+    before = generator.evaluate()["target_bits"]
+    Run(generator, config(steps=12, batch_size=16), tmp_path / "g").train()
+    assert generator.evaluate()["target_bits"] < before - 0.5
+
+    decoder = DecoderTask(
+        models["transformer"],
+        models["text_encoder"],
+        Autoencoder(models["vae"]),
+        data,
+        data,
+        preset["scheduler"],
+        crop=1,
+        whole=0.5,
+    )
+    before = decoder.evaluate()["loss"]
+    Run(decoder, config(steps=12, batch_size=8, muon=False), tmp_path / "d").train()
+    assert decoder.evaluate()["loss"] < before
+    assert decoder.sheet().size[0] > 100
+
+
+def test_forward_states_equal_transformers(models: dict) -> None:
+    language_model = models["vision_language_encoder"].model.language_model
+    ids = torch.randint(0, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(9).expand(3, 2, 9).contiguous()
+    positions[1, :, 5:] = 5
+    with torch.no_grad():
+        ours = forward_states(language_model, ids, positions)
+        theirs = language_model(input_ids=ids, position_ids=positions).last_hidden_state
+    assert (ours - theirs).abs().max() < 1e-4
