@@ -97,9 +97,9 @@ class Judge:
 
     @torch.no_grad()
     def rank_of(
-        self, features_BD: torch.Tensor, truth: Sequence[str], within: Sequence[str] | None = None
+        self, features_BD: torch.Tensor, truth: Sequence[str], within: Iterable[str] | None = None
     ) -> np.ndarray:
-        """Rank (0 = first choice) of the true concept per row; `within` limits the choices. Unknown truth ranks last."""
+        """Rank (0 = first choice) of the true concept per row; `within` limits the choices; unknown truth is last."""
         scores_BK = self.net.concept(features_BD)
         if within is not None:
             allowed = torch.zeros(len(self.concepts), dtype=torch.bool)

@@ -1,0 +1,171 @@
+"""What the report card asks of a model: four callables, and a checkpoint's pipeline wired to them.
+
+The card itself imports no pipeline: anything that gives these callables can be judged.
+
+Legend: B batch, T sequence, N emitted tokens, C latent channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from glmimg.diffusion import interpolate, noise_like, training_sigmas, training_timesteps, velocity_target
+from glmimg.image_io import to_tensor
+from glmimg.pipelines.image_to_image import ImageToImagePipeline
+from glmimg.pipelines.stages import Stages
+from glmimg.pipelines.text_to_image import TextToImagePipeline
+from glmimg.positions import span_positions
+from glmimg.prompt import glyph_texts
+from glmimg.token_grid import TokenGrid, patch_ids
+
+
+@dataclass(frozen=True)
+class Model:
+    """draw(prompts, seeds) makes pictures; decode(pictures, prompts, seeds) redraws given pictures from their true
+    tokens (the second ceiling); edit(prompts, pictures, seeds) changes them; losses(pictures, prompts) gives per
+    picture its bits per token and the decoder's loss. `about` is put into the report as it is; `size` (height, width).
+    """
+
+    size: tuple[int, int]
+    draw: Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
+    decode: Callable[[Sequence[Image.Image], Sequence[str], Sequence[int]], list[Image.Image]] | None = None
+    edit: Callable[[Sequence[str], Sequence[Image.Image], Sequence[int]], list[Image.Image]] | None = None
+    losses: Callable[[Sequence[Image.Image], Sequence[str]], dict[str, list[float]]] | None = None
+    about: Callable[[], dict[str, Any]] = dict
+
+
+class PipelineModel:
+    """The callables of `Model` over one checkpoint's stages. `options` go to every call (steps, guidance, config)."""
+
+    def __init__(self, stages: Stages, *, size: tuple[int, int] | None = None, batch: int = 8, **options: Any) -> None:
+        self.stages, self.batch, self.options = stages, batch, options
+        self.size = size or stages.checkpoint.settings.default_size
+        self.pictures, self.editor = TextToImagePipeline(stages), ImageToImagePipeline(stages)
+        self.seconds: list[float] = []  # of each drawn picture, loading left out
+
+    def model(self) -> Model:
+        return Model(self.size, self.draw, self.decode, self.edit, self.losses, self.about)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        height, width = self.size
+        images: list[Image.Image] = []
+        for part in _parts(len(prompts), self.batch):
+            texts, numbers = list(prompts[part]), list(seeds[part])
+            result = self.pictures(texts, height=height, width=width, seed=numbers, **self.options)
+            images += result.images
+            self.seconds += [(result.timings["total"] - result.timings["load"]) / len(texts)] * len(texts)
+        return images
+
+    def decode(self, pictures: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        for part in _parts(len(prompts), self.batch):
+            grids = [self.editor.extract_tokens(picture) for picture in pictures[part]]
+            images += self.pictures(list(prompts[part]), tokens=grids, seed=list(seeds[part]), **self.options).images
+        return images
+
+    def edit(self, prompts: Sequence[str], pictures: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        for part in _parts(len(prompts), self.batch):
+            images += self.editor(
+                list(prompts[part]), list(pictures[part]), seed=list(seeds[part]), **self.options
+            ).images
+        return images
+
+    @torch.no_grad()
+    def losses(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[float]]:
+        """Preview and target bits per token given the prompt, target bits given another prompt, decoder loss.
+
+        The decoder's loss is the flow-matching error at one noise level per picture, drawn as in training from a
+        generator seeded with the picture's number.
+        """
+        out: dict[str, list[float]] = {"preview_bits": [], "target_bits": [], "shuffled_target_bits": [], "decoder": []}
+        for k, picture in enumerate(pictures):
+            grid = self.editor.extract_tokens(picture)
+            preview, target = self._bits(prompts[k], grid)
+            out["preview_bits"].append(preview)
+            out["target_bits"].append(target)
+            out["shuffled_target_bits"].append(self._bits(prompts[k - 1], grid)[1])
+            out["decoder"].append(self._decoder_loss(picture, prompts[k], grid, k))
+        return out
+
+    def _bits(self, text: str, grid: TokenGrid) -> tuple[float, float]:
+        assert grid.preview_HW is not None
+        preview = (grid.preview_HW.shape[0], grid.preview_HW.shape[1])
+        prompt = self.stages.prompts.build(text, grid.grid, preview)
+        emitted_N = torch.cat([grid.preview_HW.flatten(), grid.ids_HW.flatten()])
+        ids_1T = torch.cat([torch.tensor(prompt.ids), emitted_N])[None]
+        positions_31T = span_positions([*prompt.spans, *prompt.grids])[0][:, None]
+        logits_NV = self.stages.generator.forward_logits(ids_1T, positions_31T)[0, len(prompt.ids) - 1 : -1]
+        bits_N = F.cross_entropy(logits_NV.float().cpu(), emitted_N, reduction="none") / 0.6931471805599453
+        split = preview[0] * preview[1]
+        return float(bits_N[:split].mean()), float(bits_N[split:].mean())
+
+    def _decoder_loss(self, picture: Image.Image, text: str, grid: TokenGrid, seed: int) -> float:
+        stages, settings = self.stages, self.stages.checkpoint.settings
+        device = stages.backends["decoder"].device
+        x0 = stages.autoencoder(encoder=True).encode(to_tensor([picture]).to(device))
+        generator = torch.Generator().manual_seed(seed)
+        timesteps_B = training_timesteps(1, generator)
+        sigmas_B = training_sigmas(timesteps_B, 4 * grid.ids_HW.numel(), settings.scheduler)
+        noise = noise_like(tuple(x0.shape[1:]), [generator]).to(device)
+        states_BTG, mask_BT = stages.glyphs.encode([glyph_texts(text)])
+        ids_BP = patch_ids(grid.ids_HW[None]).to(device)
+        size = (picture.height, picture.width)
+        told = stages.decoder.condition(ids_BP, states_BTG, mask_BT, size=size)
+        velocity = stages.decoder.velocity(interpolate(x0, noise, sigmas_B), timesteps_B.to(device), told)
+        return float((velocity.float() - velocity_target(x0, noise)).square().mean())
+
+    def about(self) -> dict[str, Any]:
+        """Name, hash, parameters and megabytes by part, settings, median seconds of a picture, peak memory."""
+        checkpoint = self.stages.checkpoint
+        parts = {}
+        for name, files in checkpoint.weights.items():
+            numbers = sum(_count(info.shape) for info in files.infos.values())
+            parts[name] = {"parameters": numbers, "megabytes": round(_bytes(files.folder) / 1e6, 2)}
+        config = self.pictures.defaults.to_dict() | {"height": self.size[0], "width": self.size[1]} | self.options
+        seconds = sorted(self.seconds)
+        return {
+            "checkpoint": checkpoint.name,
+            "hash": checkpoint.hash,
+            "parts": parts,
+            "settings": config,
+            "backend": {name: str(place.device) for name, place in self.stages.backends.items()},
+            "threads": torch.get_num_threads(),
+            "seconds_per_picture": round(seconds[len(seconds) // 2], 3) if seconds else None,
+            "peak_memory_mb": peak_memory(),
+            "finished": time.strftime("%Y-%m-%d"),
+        }
+
+
+def peak_memory() -> int | None:
+    """Megabytes of resident memory at its highest, or None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def _parts(n: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+
+def _count(shape: Sequence[int]) -> int:
+    numbers = 1
+    for side in shape:
+        numbers *= side
+    return numbers
+
+
+def _bytes(folder: Any) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
