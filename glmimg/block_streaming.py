@@ -1,0 +1,120 @@
+"""Models larger than the device's memory: transformer blocks that are there only while they are in use.
+
+On a processor each block is mapped from its file, used, and let go, so that memory stays bounded by two blocks. On an
+accelerator all blocks wait in pinned host memory, and the next one is copied while the present one works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from glmimg.backends import Backend
+from glmimg.checkpoint import Checkpoint
+from glmimg.decoder import Decoder
+from glmimg.generator import TokenGenerator
+from glmimg.weight_files import WeightFiles, fill, require_fit
+
+__all__ = ["StreamedBlocks", "streamed_decoder", "streamed_generator"]
+
+Block = TypeVar("Block")
+Tensors = dict[str, torch.Tensor]
+
+
+class StreamedBlocks(Generic[Block]):
+    """Yields `prepare(block)` for each block in order, every time it is iterated over.
+
+    `blocks` are modules on the meta device, whose weights are `weights`' tensors "{prefix}{number}.{name}".
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        weights: WeightFiles,
+        prefix: str,
+        backend: Backend,
+        dtype: torch.dtype,
+        prepare: Callable[[Any], Block],
+    ) -> None:
+        self.blocks = list(blocks)
+        self.weights, self.prefix, self.backend, self.dtype, self.prepare = weights, prefix, backend, dtype, prepare
+        self._empty = [dict(block.state_dict()) for block in self.blocks]
+        names = {f"{prefix}{k}.{name}": tuple(t.shape) for k, e in enumerate(self._empty) for name, t in e.items()}
+        stored = {name: info.shape for name, info in weights.infos.items() if name.startswith(prefix)}
+        require_fit(weights.folder, names, stored)
+        self._checked: set[int] = set()  # blocks known to hold no NaN
+        self._pinned: dict[int, Tensors] = {}
+        self._stream = torch.Stream(device=backend.device) if backend.has_pinned_memory else None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        arriving = self._fetch(0)
+        for k, block in enumerate(self.blocks):
+            tensors, ready = arriving
+            if ready is not None:
+                present = torch.accelerator.current_stream(self.backend.device)
+                present.wait_event(ready)
+                for tensor in tensors.values():
+                    tensor.record_stream(present)  # its memory is free after this stream
+            if k + 1 < len(self.blocks):
+                arriving = self._fetch(k + 1)
+            block.load_state_dict(tensors, assign=True)
+            del tensors
+            yield self.prepare(block)
+            block.load_state_dict(self._empty[k], assign=True)
+
+    def _fetch(self, k: int) -> tuple[Tensors, Any]:
+        if self._stream is None:
+            return self._read(k, self.backend.device), None
+        if k not in self._pinned:
+            host = self._read(k, torch.device("cpu"))
+            self._pinned[k] = {name: self.backend.pin(tensor) for name, tensor in host.items()}
+        with self._stream:
+            tensors = {name: self.backend.transfer(tensor) for name, tensor in self._pinned[k].items()}
+        return tensors, self._stream.record_event()
+
+    def _read(self, k: int, device: torch.device) -> Tensors:
+        start = f"{self.prefix}{k}."
+        names = [start + name for name in self._empty[k]]
+        new = k not in self._checked
+        tensors = self.weights.load(names, device=device, dtype=self.dtype, check_finite=new)
+        self._checked.add(k)
+        return {name.removeprefix(start): tensor for name, tensor in tensors.items()}
+
+
+def streamed_generator(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype) -> TokenGenerator:
+    """The token generator with everything but its blocks on the device."""
+    from transformers.models.glm_image.configuration_glm_image import GlmImageConfig
+    from transformers.models.glm_image.modeling_glm_image import GlmImageForConditionalGeneration
+
+    name, prefix = "vision_language_encoder", "model.language_model.layers."
+    with torch.device("meta"):
+        model = GlmImageForConditionalGeneration(GlmImageConfig.from_dict(checkpoint.config(name)))
+    model.model.visual = model.model.vqmodel = None
+    blocks, model.model.language_model.layers = model.model.language_model.layers, nn.ModuleList()
+    elsewhere = ("model.visual.", "model.vqmodel.", prefix)
+    weights = checkpoint.weights[name]
+    fill(model, weights, device=backend.device, dtype=dtype, skip=lambda tensor: tensor.startswith(elsewhere))
+    generator = TokenGenerator(model, packed=False)
+    generator.layers = StreamedBlocks(blocks, weights, prefix, backend, dtype, generator._layer)
+    return generator
+
+
+def streamed_decoder(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype) -> Decoder:
+    """The decoder with everything but its blocks on the device."""
+    from diffusers.models.transformers.transformer_glm_image import GlmImageTransformer2DModel
+
+    prefix = "transformer_blocks."
+    with torch.device("meta"):
+        model = GlmImageTransformer2DModel.from_config(checkpoint.config("transformer"))
+    blocks, model.transformer_blocks = model.transformer_blocks, nn.ModuleList()
+    weights = checkpoint.weights["transformer"]
+    fill(model, weights, device=backend.device, dtype=dtype, skip=lambda tensor: tensor.startswith(prefix))
+    model.eval()
+    streamed: StreamedBlocks[Any] = StreamedBlocks(blocks, weights, prefix, backend, dtype, lambda block: block)
+    return Decoder(model, blocks=lambda: streamed)
