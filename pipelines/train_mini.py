@@ -36,9 +36,10 @@ SHARES = {"autoencoder": 0.10, "tokenizer": 0.18, "generator": 0.25, "decoder": 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much data a run draws: scenes to render, scenes whose latents are kept, texts for the tokenizer's merges."""
+    """How much data a run draws: scenes rendered, tokenized, with latents kept; texts for the tokenizer's merges."""
 
     scenes: int = 48_000
+    tokens: int = 0  # 0: all
     latents: int = 14_000
     held_out: int = 1_000
     texts: int = 40_000
@@ -164,7 +165,8 @@ class MiniTraining:
         side = self.preset["generation"]["preview_side"]
         for name in ("scenes", "scenes_held_out"):
             if not (self.work / name / "encoded" / "tokens.npy").exists():
-                encode_tokens(self.work / name / "encoded", self.scenes(name), self.semantic_tokenizer, side)
+                count = self.scale.tokens if name == "scenes" else 0
+                encode_tokens(self.work / name / "encoded", self.scenes(name), self.semantic_tokenizer, side, count)
 
     def encode_latents(self) -> None:
         from glmimg.autoencoder import Autoencoder
@@ -256,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated: " + ", ".join(STAGES))
     parser.add_argument("--preset", default="mini", choices=sorted(PRESETS))
     parser.add_argument("--smoke", action="store_true", help="a few concepts and scenes, to see that the chain works")
+    parser.add_argument("--tokens", type=int, help="scenes to tokenize, instead of all that are rendered")
+    parser.add_argument("--latents", type=int, help="scenes whose latents are kept on disk (32 KB each at 256x256)")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
@@ -264,7 +268,9 @@ def main(argv: list[str] | None = None) -> int:
         if stage not in STAGES:
             raise UnknownName.of("stage", stage, STAGES)
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
-    training = MiniTraining(a.work, a.preset, SMOKE if a.smoke else Scale(), minutes, a.threads, a.seed)
+    scale = SMOKE if a.smoke else Scale()
+    scale = replace(scale, tokens=a.tokens or scale.tokens, latents=a.latents or scale.latents)
+    training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed)
     for stage in wanted:
         print(f"stage {stage}", file=sys.stderr, flush=True)
         STAGES[stage](training)

@@ -39,12 +39,14 @@ class EncodedScenes:
 
 
 @torch.no_grad()
-def encode_tokens(directory: Path, cache: SceneCache, tokenizer: SemanticTokenizer, preview_side: int) -> None:
-    """Write tokens.npy of every complete scene of the cache."""
+def encode_tokens(
+    directory: Path, cache: SceneCache, tokenizer: SemanticTokenizer, preview_side: int, count: int = 0
+) -> None:
+    """Write tokens.npy of the first `count` scenes of the cache (0: of all that are complete)."""
     directory.mkdir(parents=True, exist_ok=True)
     height, width = cache.settings["height"], cache.settings["width"]
     target, preview = target_grid(height, width), preview_grid(height, width, preview_side)
-    n, begun = len(cache), time.monotonic()
+    n, begun = min(count or len(cache), len(cache)), time.monotonic()
     rows = np.empty((n, preview[0] * preview[1] + target[0] * target[1]), dtype=np.int16)
     for start in range(0, n, 64):
         pixels = to_pixels([cache.picture(k) for k in range(start, min(start + 64, n))])
