@@ -1,0 +1,41 @@
+"""The package on a device that is not the processor: every case of run_on_npu.py, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CASES = re.findall(r'^    "(\w+)": \w+,$', (HERE / "run_on_npu.py").read_text(), flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="session")
+def library() -> str:
+    """The compiled device. It takes a minute the first time."""
+    if shutil.which("g++") is None:
+        pytest.skip("the simulated NPU needs g++, which this machine lacks: NOTHING was tested on another device")
+    built = subprocess.run([sys.executable, HERE / "build.py"], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-4000:]
+    return built.stdout.strip()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_simulated_npu(case: str, library: str, tiny_checkpoint: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, HERE / "run_on_npu.py", case, tiny_checkpoint],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(HERE), "SIMULATED_NPU": library},
+    )
+    assert run.returncode == 0 and f"{case} passed" in run.stdout, run.stderr[-4000:]
+
+
+def test_all_cases_are_found() -> None:
+    assert len(CASES) >= 5

@@ -1,0 +1,151 @@
+"""What gets installed is what lies here, imports stay cheap, and the public names are the promised ones."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import glmimg
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MOVED = {"glmimg.pipelines": "pipelines", "glmimg.weights_tools": "weights_tools"}
+
+PUBLIC = {
+    "EMBEDDED",
+    "BackendError",
+    "BadInput",
+    "Cancelled",
+    "Checkpoint",
+    "CheckpointError",
+    "GlmimgError",
+    "ImageToImagePipeline",
+    "MissingExtra",
+    "TextToImagePipeline",
+    "TokenGrid",
+    "UnknownName",
+    "__version__",
+    "pick_backend",
+}
+
+
+def test_every_folder_with_code_is_installed() -> None:
+    folders = {"glmimg"} | {f"glmimg.{p.parent.name}" for p in (ROOT / "glmimg").glob("*/*.py")} | set(MOVED)
+    deeper = [
+        p for top in ("glmimg", *MOVED.values()) for p in (ROOT / top).glob("*/*/*.py") if "assets" not in p.parts
+    ]
+    assert not deeper, "list the new sub-package in pyproject.toml and here"
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
+    for package in folders:
+        folder = ROOT / MOVED.get(package, package.replace(".", "/"))
+        assert (folder / "__init__.py").is_file(), f"{folder} needs an __init__.py"
+
+
+def test_every_module_imports_under_its_installed_name() -> None:
+    for package in PROJECT["tool"]["setuptools"]["packages"]:
+        folder = ROOT / MOVED.get(package, package.replace(".", "/"))
+        installed = Path(importlib.import_module(package).__file__ or "").parent
+        assert {p.name for p in folder.glob("*.py")} == {p.name for p in installed.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", sorted(MOVED.values()))
+def test_bare_names_are_refused(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert f"import glmimg.{name}" in run.stderr and "ImportError" in run.stderr
+
+
+def test_public_names() -> None:
+    assert set(glmimg.__all__) == PUBLIC
+    assert dir(glmimg) == sorted(glmimg.__all__)
+    for name in glmimg.__all__:
+        assert getattr(glmimg, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = glmimg.nothing
+
+
+@pytest.mark.parametrize("package", PROJECT["tool"]["setuptools"]["packages"])
+def test_all_lists_hold_only_what_is_there(package: str) -> None:
+    folder = ROOT / MOVED.get(package, package.replace(".", "/"))
+    for file in folder.glob("*.py"):
+        if file.stem == "__main__":
+            continue
+        module = importlib.import_module(package if file.stem == "__init__" else f"{package}.{file.stem}")
+        names = getattr(module, "__all__", [])
+        assert len(set(names)) == len(names)
+        for name in names:
+            getattr(module, name)
+
+
+def test_version_is_the_projects() -> None:
+    assert glmimg.__version__ == PROJECT["project"]["version"]
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    program = "import sys, json, glmimg, glmimg.presets, glmimg.config, glmimg.errors, glmimg.backends\n"
+    program += "print(json.dumps([m for m in ('torch', 'numpy', 'PIL', 'transformers') if m in sys.modules]))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == []
+
+
+def test_only_backends_name_devices() -> None:
+    kinds = ('"cuda', "'cuda", "torch.cuda", '"npu', "torch.npu", "torch_npu", '"xpu', "torch.xpu", '"mps', "torch.mps")
+    for top in ("glmimg", *MOVED.values()):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            if "backends" not in file.parts:
+                found = [kind for kind in kinds if kind in file.read_text()]
+                assert not found, f"{file.relative_to(ROOT)} names a kind of device: {found}"
+
+
+# The table of docs/architecture.md: a file imports only from rows above its own here; a folder counts as one.
+ROWS = [
+    {"errors"},
+    {"atomic_write", "backends", "config", "presets"},
+    {"image_io", "positions", "prompt", "token_grid", "weight_files"},
+    {"autoencoder", "decoder", "diffusion", "generator", "glyph_encoder", "semantic_tokenizer", "token_sampling"},
+    {"block_streaming", "checkpoint", "lora"},
+    {"corpus", "training"},
+    {"evaluation", "pipelines", "weights_tools"},
+    {"cli", "serving"},
+]
+
+
+def test_imports_go_one_way() -> None:
+    row_of = {name: number for number, row in enumerate(ROWS) for name in row}
+    wrong = []
+    for top in ("glmimg", *MOVED.values()):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            own = _room(file.relative_to(ROOT).with_suffix("").parts[-2 if file.parent.parent != ROOT else -1])
+            own = top if top in MOVED.values() else own
+            if own == "__init__":
+                continue
+            assert own in row_of, f"{file.relative_to(ROOT)}: give {own} a row"
+            for node in ast.walk(ast.parse(file.read_text())):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                for other in (_room(name.split(".")[1]) for name in modules if name.startswith("glmimg.")):
+                    if other != own and row_of[other] >= row_of[own]:
+                        wrong.append(f"{file.relative_to(ROOT)} imports {other}")
+    assert not wrong
+
+
+def _room(name: str) -> str:
+    return "cli" if name.startswith("cli") else name
+
+
+def test_files_stay_short() -> None:
+    for top in ("glmimg", *MOVED.values()):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            assert len(file.read_text().splitlines()) < 450, file
