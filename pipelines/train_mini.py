@@ -87,12 +87,14 @@ class MiniTraining:
     @cached_property
     def models(self) -> dict[str, Any]:
         from glmimg.training.autoencoder_task import start_residual_blocks_at_identity
-        from glmimg.training.generator_task import start_from_scratch
+        from glmimg.training.decoder_task import start_from_scratch as start_decoder
+        from glmimg.training.generator_task import start_from_scratch as start_generator
         from glmimg.weights_tools.init import build_models
 
         models = build_models(self.preset, seed=self.seed)
         start_residual_blocks_at_identity(models["vae"])
-        start_from_scratch(models["vision_language_encoder"])
+        start_generator(models["vision_language_encoder"])
+        start_decoder(models["transformer"])
         tower = models["vision_language_encoder"].model.visual
         torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.02)
         return models

@@ -51,6 +51,14 @@ def upsample_ids(ids_Bhw: torch.Tensor) -> torch.Tensor:
     return ids_Bhw.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
 
 
+def start_from_scratch(transformer: Any) -> None:
+    """Every block an identity and every velocity zero at first: zero modulation and output, as in DiT."""
+    linears = [block.norm1.linear for block in transformer.transformer_blocks]
+    for linear in (*linears, transformer.norm_out.linear, transformer.proj_out):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+
+
 class DecoderTask:
     """See `glmimg.training.loop.Task`.
 
