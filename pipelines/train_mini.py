@@ -9,6 +9,7 @@ so that chunks of a longer training can be run one by one. See docs/training.md 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,12 +54,19 @@ class MiniTraining:
     """The chain over one work folder. Models are built once; each stage loads what earlier stages left."""
 
     def __init__(
-        self, work: Path, preset: str, scale: Scale, minutes: dict[str, float], threads: int, seed: int
+        self,
+        work: Path,
+        preset: str,
+        scale: Scale,
+        minutes: dict[str, float],
+        threads: int,
+        seed: int,
+        start_from: Path | None = None,
     ) -> None:
         if preset not in PRESETS:
             raise UnknownName.of("preset", preset, PRESETS)
         self.work, self.preset_name, self.preset, self.scale = work, preset, PRESETS[preset], scale
-        self.minutes, self.threads, self.seed = minutes, threads, seed
+        self.minutes, self.threads, self.seed, self.start_from = minutes, threads, seed, start_from
 
     # Data
 
@@ -92,6 +100,9 @@ class MiniTraining:
         from glmimg.weights_tools.init import build_models
 
         models = build_models(self.preset, seed=self.seed)
+        if self.start_from:
+            self._load_checkpoint(models, self.start_from)
+            return models
         start_residual_blocks_at_identity(models["vae"])
         start_generator(models["vision_language_encoder"])
         start_decoder(models["transformer"])
@@ -103,13 +114,34 @@ class MiniTraining:
         """Put a finished stage's averaged weights into the models."""
         file = self.work / stage / "state.pt"
         if not file.exists():
-            raise BadInput(f"{file} is missing: run stage '{stage}' first")
+            if self.start_from:
+                return  # the checkpoint's weights stand for this stage
+            raise BadInput(f"{file} is missing: run stage '{stage}' first, or continue a checkpoint with --start-from")
         state = torch.load(file, weights_only=True)
         values = state["ema"] or state["modules"]
         for name, module in self._parts(stage).items():
             module.load_state_dict(values[name])
         if stage == "autoencoder":
             self._measure_latents()
+
+    @staticmethod
+    def _load_checkpoint(models: dict[str, Any], folder: Path) -> None:
+        """A checkpoint's weights as fp32 masters, and its measured latents."""
+        from glmimg.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(folder)
+        for name, module in models.items():
+            weights = checkpoint.weights[name]
+            state = weights.load(weights.infos, device="cpu", dtype=torch.float32)
+            missing, unexpected = module.load_state_dict(state, strict=False)
+            if unexpected or set(missing) - {"encoder.embed_tokens.weight"}:  # T5's second name for one tensor
+                raise BadInput(
+                    f"{folder} does not fit preset {name}: missing {missing[:3]}, unexpected {unexpected[:3]}"
+                )
+        config = checkpoint.config("vae")
+        models["vae"].register_to_config(
+            latents_mean=config["latents_mean"], latents_std=config["latents_std"], force_upcast=False
+        )
 
     def _parts(self, stage: str) -> dict[str, Any]:
         model = self.models["vision_language_encoder"]
@@ -133,6 +165,9 @@ class MiniTraining:
         run = Run(task, replace(config, seed=self.seed), self.work / stage)
         if run.resume():
             print(f"{stage}: resumed at step {run.step}", file=sys.stderr)
+        elif self.start_from and (self.start_from / "training.json").exists():
+            # New data from where the checkpoint's own training stopped; the optimizer starts afresh.
+            run.position = json.loads((self.start_from / "training.json").read_text())[stage]["position"]
         if run.progress() < 1:
             run.train()
 
@@ -238,6 +273,23 @@ class MiniTraining:
                 torch.nn.Module.to(module, torch.bfloat16)
                 save_component(folder, name, module)
             (folder / "ATTRIBUTION.md").write_text(attribution())
+            (folder / "training.json").write_text(
+                json.dumps({stage: self._record(stage) for stage in SHARES}, indent=1)
+            )
+
+    def _record(self, stage: str) -> dict[str, Any]:
+        """How far a stage has come over all its chunks: optimizer steps, samples drawn, minutes."""
+        record: dict[str, Any] = {"steps": 0, "position": 0, "minutes": 0.0}
+        if self.start_from and (self.start_from / "training.json").exists():
+            record = json.loads((self.start_from / "training.json").read_text())[stage]
+        if (self.work / stage / "state.pt").exists():
+            state = torch.load(self.work / stage / "state.pt", weights_only=True)
+            record = {
+                "steps": record["steps"] + state["step"],
+                "position": state["position"],
+                "minutes": round(record["minutes"] + state["elapsed"] / 60, 1),
+            }
+        return record
 
 
 STAGES: dict[str, Callable[[MiniTraining], None]] = {
@@ -258,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=12.0, help="hours of training over all stages")
     parser.add_argument("--minutes", type=float, help="minutes of the stages named, instead of their share")
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated: " + ", ".join(STAGES))
+    parser.add_argument("--start-from", type=Path, help="continue the weights of this checkpoint folder")
     parser.add_argument("--preset", default="mini", choices=sorted(PRESETS))
     parser.add_argument("--smoke", action="store_true", help="a few concepts and scenes, to see that the chain works")
     parser.add_argument("--tokens", type=int, help="scenes to tokenize, instead of all that are rendered")
@@ -272,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
     scale = SMOKE if a.smoke else Scale()
     scale = replace(scale, tokens=a.tokens or scale.tokens, latents=a.latents or scale.latents)
-    training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed)
+    training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from)
     for stage in wanted:
         print(f"stage {stage}", file=sys.stderr, flush=True)
         STAGES[stage](training)
