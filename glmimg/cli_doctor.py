@@ -48,7 +48,12 @@ def _report() -> dict[str, Any]:
 
     print("trying the backends ...", file=sys.stderr)
     backends = probe_all()
-    usable = [name for name in ("cuda", "npu", "xpu", "mps", "cpu") if backends.get(name, {}).get("usable")]
+    try:
+        from glmimg.backends import BACKENDS
+
+        auto = next((name for name in BACKENDS if backends[name]["usable"]), None)
+    except GlmimgError:  # torch cannot be imported; the backends' reasons say why
+        auto = None
     try:
         embedded: dict[str, Any] = {"usable": True, "hash": Checkpoint.open(EMBEDDED).hash}
     except GlmimgError as error:
@@ -61,7 +66,7 @@ def _report() -> dict[str, Any]:
         "extras": {name: _version(package) for name, package in EXTRAS.items()},
         "embedded": embedded,
         "backends": backends,
-        "auto": usable[0] if usable else None,
+        "auto": auto,
     }
 
 

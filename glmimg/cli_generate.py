@@ -181,10 +181,12 @@ def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> di
         given["width"], given["height"] = parse_size(arguments.size)
     options: dict[str, Any] = {"config": given, "negative_prompt": arguments.negative, "seed": 0}
     if source is not None:
-        if set(given) - _DECODER_ONLY or arguments.seed is not None or arguments.negative:
+        changed = set(given) - _DECODER_ONLY or arguments.seed is not None or arguments.negative
+        if changed and arguments.region is None:
             source["tokens"] = None  # other tokens are wanted
         options["config"] = source["config"] | given
-        options["seed"] = options["config"].pop("seed", 0)
+        # The same numbers would draw the region's tokens as they were.
+        options["seed"] = options["config"].pop("seed", 0) + (arguments.region is not None)
         options["negative_prompt"] = arguments.negative or source.get("negative_prompt", "")
     if arguments.seed == "random":
         options["seed"] = int.from_bytes(os.urandom(4), "little")

@@ -179,7 +179,7 @@ class Stages:
 
     def _load_generator(self) -> TokenGenerator:
         if self.offload == "block":
-            from glmimg.block_streaming import streamed_generator
+            from glmimg.pipelines.block_streaming import streamed_generator
 
             return streamed_generator(self.checkpoint, self.backends["generator"], self.dtypes["generator"])
         device, dtype = self._place("generator")
@@ -187,7 +187,7 @@ class Stages:
 
     def _load_decoder(self) -> Decoder:
         if self.offload == "block":
-            from glmimg.block_streaming import streamed_decoder
+            from glmimg.pipelines.block_streaming import streamed_decoder
 
             return streamed_decoder(self.checkpoint, self.backends["decoder"], self.dtypes["decoder"])
         model = self.checkpoint.decoder(*self._place("decoder"))

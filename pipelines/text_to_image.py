@@ -46,7 +46,7 @@ class TextToImagePipeline:
     ) -> TextToImagePipeline:
         """Opens a folder, a hub id or the embedded model.
 
-        `backend`: "auto", "cpu", "cuda:1"..., or one for each stage, {"generator": "cuda:0", "decoder": "cuda:1"}.
+        `backend`: "auto", a kind or a device, or one for each stage: {"generator": "auto", "decoder": "cpu"}.
         `dtype` None takes the backend's own. `offload`: "none" keeps what is loaded; "stage" frees the generator before
         the decoder is loaded, and the other way round; "block" holds one transformer block at a time.
         """

@@ -1,0 +1,290 @@
+"""Text to image on a tiny checkpoint: what is loaded when, tokens as a control, events, cancelling, memory policies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glmimg import TextToImagePipeline
+from glmimg.config import SamplingConfig
+from glmimg.errors import BackendError, BadInput, Cancelled, UnknownName
+from glmimg.image_io import read_metadata
+from glmimg.pipelines.best_of import TextVerifier, best_of, normalised
+from glmimg.pipelines.result import Event, metadata_tokens
+from glmimg.token_grid import TokenGrid
+
+SMALL: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint: Path) -> TextToImagePipeline:
+    return TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_a_picture_loads_only_what_it_needs(tiny_checkpoint: Path) -> None:
+    pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")
+    assert not pipeline.stages._loaded, "opening must not load weights"
+    result = pipeline('a red cat "HI"', **SMALL)
+    assert result.images[0].size == (96, 64) and result.images[0].mode == "RGB"
+    assert result.tokens[0].grid == (2, 3) and result.tokens[0].preview_HW is not None
+    assert set(pipeline.stages._loaded) == {"generator", "glyphs", "decoder", "autoencoder"}
+    assert pipeline.stages.autoencoder().vae.encoder is None, "the VAE's encoder is for editing"
+    assert result.timings["total"] >= result.timings["tokens"] + result.timings["decoder"] > 0
+    assert result.timings["load"] > 0
+    assert pipeline("another", **SMALL).timings["load"] == 0
+
+
+def test_defaults_are_the_checkpoints(pipeline: TextToImagePipeline) -> None:
+    settings = pipeline.stages.checkpoint.settings
+    defaults = pipeline.defaults
+    assert (defaults.height, defaults.width) == settings.default_size == (256, 256)
+    assert (defaults.num_inference_steps, defaults.guidance_scale) == (20, 1.5)
+    assert (defaults.temperature, defaults.top_p, defaults.top_k) == (0.9, 0.75, 50)
+
+
+def test_pictures_of_a_prompt_have_layouts_of_their_own(pipeline: TextToImagePipeline) -> None:
+    result = pipeline(["a cat", "a dog on a hill"], num_images_per_prompt=2, seed=5, **SMALL)
+    assert [s["config"]["seed"] for s in result.settings] == [5, 6, 7, 8]
+    assert [s["prompt"] for s in result.settings] == ["a cat", "a cat", "a dog on a hill", "a dog on a hill"]
+    assert len({tuple(grid.ids_HW.flatten().tolist()) for grid in result.tokens}) == 4
+
+
+def test_tokens_are_decoded_as_given_and_skip_the_generator(tiny_checkpoint: Path) -> None:
+    pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")
+    first = pipeline("a cat", seed=3, **SMALL)
+    pipeline.stages.release("generator")
+    again = pipeline("a cat", seed=3, tokens=first.tokens[0], num_inference_steps=2)
+    assert "generator" not in pipeline.stages._loaded and again.timings["tokens"] < 0.5
+    assert again.images[0].size == (96, 64), "the size is the tokens'"
+    assert (pixels(again.images[0]) == pixels(first.images[0])).all()
+    other = pipeline("a cat", seed=4, tokens=first.tokens[0], num_inference_steps=2)
+    assert other.tokens == first.tokens and np.abs(pixels(other.images[0]) - pixels(first.images[0])).max() > 8
+
+
+def test_region_is_drawn_anew_and_the_rest_kept(pipeline: TextToImagePipeline) -> None:
+    grid = pipeline("a cat", **SMALL).tokens[0]
+    changed = 0
+    for seed in range(1, 6):
+        new = pipeline("a cat", tokens=grid, region=(32, 0, 64, 64), seed=seed, num_inference_steps=1).tokens[0]
+        mask_HW = grid.diff(new)
+        assert not mask_HW[:, 0].any() and not mask_HW[:, 2].any(), "tokens outside the region changed"
+        changed += int(mask_HW.any())
+    assert changed >= 3, "five seeds drew the same tokens"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"region": (0, 0, 32, 32)}, "pass tokens as well"),
+        ({"tokens": "grid"}, "give a TokenGrid"),
+        ({"tokens": TokenGrid(torch.zeros(2, 3).long(), 100)}, "codebook of 100 ids"),
+        ({"tokens": TokenGrid(torch.zeros(2, 3).long(), 64, checkpoint="0123456789ab")}, "0123456789ab"),
+        ({"tokens": TokenGrid(torch.zeros(2, 3).long(), 64), "height": 96, "width": 96}, "96x64 pixels"),
+        ({"tokens": [TokenGrid(torch.zeros(2, 3).long(), 64)] * 3}, "3 token grids for 1 pictures"),
+        ({"tokens": TokenGrid(torch.zeros(2, 3).long(), 64), "region": (0, 0, 500, 32)}, "96x64"),
+        ({"tokens": TokenGrid(torch.zeros(2, 3).long(), 64), "region": (0, 0, 32)}, "left, top, right, bottom"),
+        ({"seed": -1}, "2\\^63"),
+        ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"seed": 1.5}, "whole number"),
+        ({"num_images_per_prompt": 0}, "whole number from 1"),
+        ({"num_images_per_prompt": 10**6}, "at most"),
+        ({"num_inference_steps": 0}, "0 steps"),
+        ({"guidance_scale": float("nan")}, "guidance"),
+        ({"negative_prompt": "blurry"}, "token_guidance"),
+        ({"config": {"temprature": 1.0}}, "did you mean 'temperature'"),
+        ({"config": {"sampler": "eular"}}, "did you mean 'euler'"),
+        ({"config": 7}, "SamplingConfig"),
+    ],
+)
+def test_bad_options_raise_before_anything_loads(tiny_checkpoint: Path, options: dict[str, Any], message: str) -> None:
+    pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")
+    with pytest.raises(BadInput, match=message):
+        pipeline("a cat", **options)
+    assert not pipeline.stages._loaded
+
+
+def test_bad_places() -> None:
+    def opened(**options: Any) -> TextToImagePipeline:
+        from glmimg.checkpoint import Checkpoint
+
+        return TextToImagePipeline.from_pretrained(Checkpoint.__new__(Checkpoint), **options)
+
+    with pytest.raises(UnknownName, match="did you mean 'stage'"):
+        opened(backend="cpu", offload="stages")
+    with pytest.raises(UnknownName, match="choose from decoder, generator"):
+        opened(backend={"generater": "cpu"})
+    with pytest.raises(UnknownName, match="did you mean 'cpu'"):
+        opened(backend={"generator": "cpux", "decoder": "cpu"})
+    with pytest.raises(BackendError, match="float16"):
+        opened(backend="cpu", dtype="fp16")
+    with pytest.raises(BadInput, match="exclude each other"):
+        opened(backend="cpu", compile=True, offload="block")
+
+
+def test_events_tell_both_stages(pipeline: TextToImagePipeline) -> None:
+    events: list[Event] = []
+    looks: dict[str, Any] = {}
+
+    def callback(event: Event) -> None:
+        events.append(event)
+        if event.stage == "tokens":
+            looks[f"grids {event.step}"] = event.grids()
+            looks[f"preview {event.step}"] = event.preview() if event.step in (1, 12, 18) else None
+        else:
+            looks["x0"] = event.preview()
+
+    result = pipeline("a cat", callback=callback, num_images_per_prompt=2, **SMALL)
+    tokens = [event for event in events if event.stage == "tokens"]
+    decoder = [event for event in events if event.stage == "decoder"]
+    assert [event.step for event in tokens] == list(range(1, 19)) and {event.total for event in tokens} == {18}
+    assert [(event.step, event.pictures) for event in decoder] == [(1, (0,)), (2, (0,)), (3, (1,)), (4, (1,))]
+    assert events == tokens + decoder and all(event.eta >= 0 for event in events) and decoder[-1].eta == 0
+    preview_HW, target_HW = looks["grids 5"][1]
+    assert int((preview_HW >= 0).sum()) == 5 and bool((target_HW == -1).all())
+    assert torch.equal(looks["grids 18"][0][1], result.tokens[0].ids_HW)
+    assert looks["preview 1"] is None, "the preview grid is not complete yet"
+    assert [image.size for image in looks["preview 12"]] == [(128, 96)] * 2
+    assert looks["x0"][0].size == (96, 64)
+
+
+def test_looking_changes_nothing(pipeline: TextToImagePipeline) -> None:
+    plain = pipeline("a cat", **SMALL)
+    watched = pipeline("a cat", callback=lambda event: event.preview() and None, **SMALL)
+    assert plain.tokens == watched.tokens and (pixels(plain.images[0]) == pixels(watched.images[0])).all()
+
+
+@pytest.mark.parametrize(("stage", "step"), [("tokens", 1), ("tokens", 18), ("decoder", 1), ("decoder", 2)])
+def test_cancelled_at_any_event(pipeline: TextToImagePipeline, stage: str, step: int) -> None:
+    def callback(event: Event) -> None:
+        if (event.stage, event.step) == (stage, step):
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="enough"):
+        pipeline("a cat", callback=callback, **SMALL)
+    assert pipeline("a cat", **SMALL).images, "the pipeline works on after a cancelled call"
+
+
+@pytest.mark.parametrize("offload", ["stage", "block"])
+def test_offloading_changes_memory_not_pictures(
+    pipeline: TextToImagePipeline, tiny_checkpoint: Path, offload: str
+) -> None:
+    expected = pipeline('a "cat"', **SMALL)
+    saving = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32", offload=offload)
+    loaded: list[set[str]] = []
+    result = saving('a "cat"', callback=lambda event: loaded.append(set(saving.stages._loaded)), **SMALL)
+    assert {"generator"} in loaded and all("generator" not in names for names in loaded if "decoder" in names)
+    assert result.tokens == expected.tokens
+    assert np.abs(pixels(result.images[0]) - pixels(expected.images[0])).max() <= 1
+    again = saving('a "cat"', **SMALL)
+    assert (pixels(again.images[0]) == pixels(result.images[0])).all(), "the generator came back"
+
+
+def test_streamed_blocks_hold_one_block_at_a_time(tiny_checkpoint: Path) -> None:
+    pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="bf16", offload="block")
+    decoder = pipeline.stages.decoder
+    with torch.no_grad():
+        for _ in range(2):
+            held = []
+            for block in decoder.blocks():
+                assert block.attn1.to_q.weight.dtype == torch.bfloat16
+                held.append(sum(not next(b.parameters()).is_meta for b in decoder.blocks().blocks))
+            assert held == [1, 1]
+
+
+def test_negative_prompt_and_token_guidance(pipeline: TextToImagePipeline) -> None:
+    options = SMALL | {"config": {"token_guidance": 4.0, "temperature": 0.0}}
+    plain = pipeline("a red cat", **options)
+    led = pipeline("a red cat", negative_prompt="a blue dog in the snow at night", **options)
+    assert plain.tokens != led.tokens
+    spelt = pipeline("a cat", **SMALL)
+    avoided = pipeline("a cat", negative_prompt='"SALE"', **SMALL)
+    assert spelt.tokens == avoided.tokens
+    assert (pixels(spelt.images[0]) != pixels(avoided.images[0])).any()
+
+
+def test_config_is_taken_whole_or_in_part(pipeline: TextToImagePipeline) -> None:
+    whole = SamplingConfig(height=64, width=64, num_inference_steps=3, temperature=0.0, seed=9, guidance_scale=1.0)
+    first = pipeline("a cat", config=whole)
+    assert first.settings[0]["config"] == whole.to_dict()
+    part = pipeline(
+        "a cat", config={"temperature": 0.0, "guidance_scale": 9.0}, seed=9, guidance_scale=1.0, width=64, height=64
+    )
+    assert part.tokens == first.tokens and part.settings[0]["config"]["num_inference_steps"] == 20
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "unipc", "dpm++"])
+def test_samplers(pipeline: TextToImagePipeline, sampler: str) -> None:
+    result = pipeline("a cat", config={"sampler": sampler}, height=64, width=64, num_inference_steps=3)
+    assert np.ptp(pixels(result.images[0])) > 20
+
+
+def test_saved_pictures_can_be_made_again(pipeline: TextToImagePipeline, tmp_path: Path) -> None:
+    result = pipeline(['a "cat"', "a dog"], seed=2, **SMALL)
+    paths = result.save(tmp_path / "out.png")
+    assert [path.name for path in paths] == ["out.png", "out-2.png"]
+    metadata = read_metadata(paths[1])
+    json.dumps(metadata)
+    assert metadata["prompt"] == "a dog" and metadata["checkpoint"]["hash"] == pipeline.stages.checkpoint.hash
+    assert metadata_tokens(paths[1]) == result.tokens[1]
+    alone = pipeline(metadata["prompt"], config=metadata["config"])
+    assert alone.tokens[0] == result.tokens[1]
+    assert np.abs(pixels(alone.images[0]) - pixels(Image.open(paths[1]))).max() <= 2
+
+
+def test_stages_may_be_placed_apart(tiny_checkpoint: Path) -> None:
+    places = {"generator": "cpu", "decoder": "cpu"}
+    pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend=places, dtype=torch.bfloat16)
+    result = pipeline("a cat", **SMALL)
+    assert result.settings[0]["dtype"] == {"generator": "bfloat16", "decoder": "bfloat16"}
+    assert np.ptp(pixels(result.images[0])) > 20
+
+
+def test_best_of_keeps_the_verifiers_choice(pipeline: TextToImagePipeline) -> None:
+    shown = []
+
+    def brightness(image: Image.Image, prompt: str) -> float:
+        assert prompt == "a cat"
+        shown.append(float(pixels(image).mean()))
+        return shown[-1]
+
+    result = best_of(pipeline, "a cat", 4, brightness, seed=3, **SMALL)
+    assert len(result.images) == 1 and float(pixels(result.images[0]).mean()) == max(shown)
+    assert result.settings[0]["score"] == max(shown) and result.settings[0]["of"] == 4
+    assert result.settings[0]["config"]["seed"] == 3 + shown.index(max(shown))
+
+
+def test_text_verifier_reads_words() -> None:
+    pytest.importorskip("rapidocr")
+    from PIL import ImageDraw, ImageFont
+
+    verifier = TextVerifier()
+    picture = Image.new("RGB", (320, 128), "white")
+    ImageDraw.Draw(picture).text((30, 30), "OPEN", fill="black", font=ImageFont.load_default(64))
+    assert verifier(picture, 'a sign that says "Open"') > 0.9
+    assert verifier(picture, 'a sign that says "CLOSED"') < 0.1
+    assert verifier(Image.new("RGB", (320, 128), "white"), '"OPEN"') == 0
+    with pytest.raises(BadInput, match="quotation marks"):
+        verifier.require("a sign")
+    assert normalised(" Hello\n World ") == "helloworld"
+
+
+def test_to_diffusers_is_a_working_pipeline(pipeline: TextToImagePipeline) -> None:
+    from diffusers import GlmImagePipeline
+
+    theirs = pipeline.to_diffusers()
+    assert isinstance(theirs, GlmImagePipeline)
+    assert theirs.transformer is pipeline.stages.decoder.model
+    theirs.set_progress_bar_config(disable=True)
+    picture = theirs('a cat "HI"', height=64, width=96, num_inference_steps=2).images[0]
+    assert picture.size == (96, 64) and np.ptp(pixels(picture)) > 20
+    assert pipeline("a cat", **SMALL).images, "ours works on beside it"
