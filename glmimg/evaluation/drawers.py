@@ -1,12 +1,14 @@
 """What the report card asks of a model: four callables, and a checkpoint's pipeline wired to them.
 
-The card itself imports no pipeline: anything that gives these callables can be judged.
+The card imports no pipeline: anything that gives these callables can be judged.
 
 Legend: B batch, T sequence, N emitted tokens, C latent channels, H x W pixels.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +20,6 @@ from PIL import Image
 
 from glmimg.diffusion import interpolate, noise_like, training_sigmas, training_timesteps, velocity_target
 from glmimg.image_io import to_tensor
-from glmimg.pipelines.image_to_image import ImageToImagePipeline
-from glmimg.pipelines.stages import Stages
-from glmimg.pipelines.text_to_image import TextToImagePipeline
 from glmimg.positions import span_positions
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import TokenGrid, patch_ids
@@ -42,12 +41,17 @@ class Model:
 
 
 class PipelineModel:
-    """The callables of `Model` over one checkpoint's stages. `options` go to every call (steps, guidance, config)."""
+    """The callables of `Model` over a TextToImagePipeline and an ImageToImagePipeline on the same stages.
 
-    def __init__(self, stages: Stages, *, size: tuple[int, int] | None = None, batch: int = 8, **options: Any) -> None:
-        self.stages, self.batch, self.options = stages, batch, options
-        self.size = size or stages.checkpoint.settings.default_size
-        self.pictures, self.editor = TextToImagePipeline(stages), ImageToImagePipeline(stages)
+    `options` go to every call (num_inference_steps, guidance_scale, config).
+    """
+
+    def __init__(
+        self, pictures: Any, editor: Any, *, size: tuple[int, int] | None = None, batch: int = 8, **options: Any
+    ) -> None:
+        self.pictures, self.editor, self.stages = pictures, editor, pictures.stages
+        self.batch, self.options = batch, options
+        self.size = size or self.stages.checkpoint.settings.default_size
         self.seconds: list[float] = []  # of each drawn picture, loading left out
 
     def model(self) -> Model:
@@ -63,7 +67,9 @@ class PipelineModel:
             self.seconds += [(result.timings["total"] - result.timings["load"]) / len(texts)] * len(texts)
         return images
 
-    def decode(self, pictures: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def decode(
+        self, pictures: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]
+    ) -> list[Image.Image]:
         images: list[Image.Image] = []
         for part in _parts(len(prompts), self.batch):
             grids = [self.editor.extract_tokens(picture) for picture in pictures[part]]
@@ -127,8 +133,8 @@ class PipelineModel:
         checkpoint = self.stages.checkpoint
         parts = {}
         for name, files in checkpoint.weights.items():
-            numbers = sum(_count(info.shape) for info in files.infos.values())
-            parts[name] = {"parameters": numbers, "megabytes": round(_bytes(files.folder) / 1e6, 2)}
+            numbers = sum(math.prod(info.shape) for info in files.infos.values())
+            parts[name] = {"parameters": numbers, "megabytes": round(files.nbytes() / 1e6, 2)}
         config = self.pictures.defaults.to_dict() | {"height": self.size[0], "width": self.size[1]} | self.options
         seconds = sorted(self.seconds)
         return {
@@ -150,22 +156,9 @@ def peak_memory() -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
 def _parts(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
-
-
-def _count(shape: Sequence[int]) -> int:
-    numbers = 1
-    for side in shape:
-        numbers *= side
-    return numbers
-
-
-def _bytes(folder: Any) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())

@@ -72,12 +72,24 @@ def _scene(data: dict[str, Any]) -> Scene:
     return Scene(data["height"], data["width"], tuple(data["background"]), data["layout"], things)
 
 
-def make_prompts(bank: StickerBank, n: int, *, size: tuple[int, int] = (256, 256)) -> list[Record]:
-    """About `n` records over all of SHARES, at least two of each subset. size: (height, width)."""
+def make_prompts(
+    bank: StickerBank,
+    n: int,
+    *,
+    size: tuple[int, int] = (256, 256),
+    first_seed: int = FIRST_SEED,
+    signs: bool = True,
+) -> list[Record]:
+    """About `n` records over all of SHARES, at least two of each subset. size: (height, width).
+
+    Another `first_seed` gives another set of the same make-up; `signs` False leaves out what needs the fonts.
+    """
     records = []
     for number, ((part, subset), portion) in enumerate(SHARES.items()):
+        if part == "text" and not signs:
+            continue
         count = max(2, round(n * portion))
-        seed = FIRST_SEED + 1000 * number
+        seed = first_seed + 1000 * number
         scenes = _SOURCES[(part, subset)](bank, seed, size)
         for k in range(count):
             scene = next(scenes)
@@ -88,12 +100,17 @@ def make_prompts(bank: StickerBank, n: int, *, size: tuple[int, int] = (256, 256
     return records
 
 
-def make_edits(bank: StickerBank, n: int, *, size: tuple[int, int] = (256, 256)) -> list[Record]:
+def make_edits(bank: StickerBank, n: int, *, size: tuple[int, int] = (256, 256), signs: bool = True) -> list[Record]:
     """About `n` edits, each kind equally often."""
     records = []
+    options: dict[str, Any] = {"sizes": ((size, 1.0),), "max_things": 2}
+    if not signs:
+        options["kinds"] = (0.8, 0.2, 0.0)
     for number, kind in enumerate(EDIT_WEIGHTS):
+        if kind == "word" and not signs:
+            continue
         seed = FIRST_SEED + 100_000 + 1000 * number
-        sampler = EditSampler(bank, "train", seed=seed, weights={kind: 1.0}, sizes=((size, 1.0),), max_things=2)
+        sampler = EditSampler(bank, "train", seed=seed, weights={kind: 1.0}, **options)
         for k in range(max(2, round(n / len(EDIT_WEIGHTS)))):
             edit = sampler.sample(k)
             rng = np.random.default_rng((seed, k, 2))
@@ -169,9 +186,7 @@ def _signs(kind: str) -> Scenes:
 
 def _stickers(split: str, count: int) -> Scenes:
     def scenes(bank: StickerBank, seed: int, size: tuple[int, int]) -> Iterator[Scene]:
-        sampler = SceneSampler(
-            bank, split, seed=seed, kinds=(1.0, 0.0, 0.0), sizes=((size, 1.0),), max_things=count
-        )
+        sampler = SceneSampler(bank, split, seed=seed, kinds=(1.0, 0.0, 0.0), sizes=((size, 1.0),), max_things=count)
         return _drawn(sampler, lambda scene: len(scene.things) == count)
 
     return scenes

@@ -151,10 +151,12 @@ def train(
     rate: float = 3e-3,
     seed: int = 7,
     minutes: float = 0,
+    tests: int = 400,
 ) -> dict[str, Any]:
     """Train for `steps` (fewer if `minutes` of wall time run out), test, and write the judge into `folder`.
 
-    A state file beside it lets an interrupted run go on; it is deleted at the end.
+    It is tested on `tests` scenes of each split. A state file beside it lets an
+    interrupted run go on; it is deleted at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data, state_file = Augmenter(bank), folder / "classifier.state.pt"
@@ -199,7 +201,7 @@ def train(
         "seed": seed,
         "seconds": round(spent + time.monotonic() - begun),
         "stickers": len(bank.stickers),
-        "test": examine(judge, bank),
+        "test": examine(judge, bank, tests),
     }
     save(net, names, report, folder)
     state_file.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""docs/model-card.md, written from a report card's JSON: `python -m glmimg.evaluation.model_card REPORT CARD`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from glmimg.atomic_write import atomic_file
+from glmimg.evaluation.page import about_lines, judge_lines
+
+# key in the report -> what the card calls it
+_HEADLINES = {
+    "layout/trained/mean of tasks": "Layout: mean of count, colour, position, relation, binding",
+    "layout/GenEval-style/mean of types": "Layout: GenEval-style mean (own vocabulary)",
+    "layout/held-out pairs/all": "Layout: held-out colour and shape pairs, all right",
+    "layout/held-out relations/all": "Layout: held-out relations, all right",
+    "text/trained words/word": "Written words that training showed",
+    "text/unseen words up to 6 letters/word": "Written words never shown, up to 6 letters",
+    "text/random strings/word": "Random strings of 3 to 8 letters",
+    "text/chinese trained/word": "Chinese words",
+    "concepts/seen/top5": "Concepts seen in training, top-5",
+    "concepts/held-out cells/top5": "Held-out concept and style cells, top-5",
+    "concepts/held-out concepts/top5": "Concepts never seen, top-5",
+    "edit/all/both": "Edits: changed as asked and the rest kept",
+    "memorisation/copies by pixels": "Copies of training scenes (pixels)",
+}
+_LICENCES = """## Data and licences
+
+Trained on scenes composed from Microsoft Fluent Emoji (MIT), Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0, Twitter
+and contributors), named by emojibase (MIT; data: Unicode licence), with words in fonts under the SIL Open Font License
+and WenQuanYi Micro Hei (Apache-2.0). The weights are under Apache-2.0; keep the attributions with them.
+"""
+
+
+def model_card(report: dict[str, Any], training: dict[str, Any] | None = None) -> str:
+    """The card as Markdown. `training`: lines `name: value` on what the training cost, if it is on record."""
+    rows = [(title, report["figures"][key]) for key, title in _HEADLINES.items() if key in report["figures"]]
+    lines = ["# Model card", "", "Written from the report card by `python -m glmimg.evaluation.model_card`.", ""]
+    lines += ["## The model", "", *(f"- {line}" for line in about_lines(report)), ""]
+    if training:
+        lines += ["## Training", "", *(f"- {name}: {value}" for name, value in training.items()), ""]
+    lines += [
+        "## What it can do",
+        "",
+        f"{report['prompts']} prompts with seeds from {report['first_seed']}, which training never uses. Ceilings: "
+        "real scenes, and their true tokens decoded. Floor: scored against other prompts.",
+        "",
+        "| | model | 95 % | n | true tokens decoded | real renders | floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for title, by in rows:
+        told = by["model"]
+        span = f"{told['low'] * 100:.0f} to {told['high'] * 100:.0f} %"
+        others = [f"{by[s]['value'] * 100:.0f} %" if s in by else "-" for s in ("tokens", "real", "floor")]
+        lines.append(f"| {title} | {told['value'] * 100:.1f} % | {span} | {told['n']} | {' | '.join(others)} |")
+    lines += ["", "## Weaknesses", "", *weaknesses(report), ""]
+    lines += ["## Who judged", "", f"Second OCR engine: {report['second_engine']}.", ""]
+    lines += [f"- The concept judge's own accuracy on real scenes, {line}" for line in judge_lines(report)]
+    return "\n".join(lines) + "\n\n" + _LICENCES
+
+
+def weaknesses(report: dict[str, Any], count: int = 6) -> list[str]:
+    """Where the model stays furthest behind real renders, and which stage loses it.
+
+    If decoding the true tokens already loses most of the gap, the tokenizer or decoder is the limit; else the token
+    generator is.
+    """
+    gaps = []
+    for key, title in _HEADLINES.items():
+        by = report["figures"].get(key, {})
+        if "model" in by and "real" in by and not key.startswith("memorisation"):
+            gaps.append((by["real"]["value"] - by["model"]["value"], title, by))
+    lines = []
+    for gap, title, by in sorted(gaps, key=lambda row: -row[0])[:count]:
+        if gap < 0.05:
+            continue
+        blame = ""
+        if "tokens" in by:
+            lost = by["real"]["value"] - by["tokens"]["value"]
+            blame = (
+                ": mostly lost by tokenizer and decoder" if lost > gap / 2 else ": mostly lost by the token generator"
+            )
+        lines.append(f"- {title}: {gap * 100:.0f} points below real renders{blame}.")
+    return lines or ["- None of the headline figures lies 5 points or more below real renders."]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write a model card from a report card.")
+    parser.add_argument("report", type=Path, help="report.json of `glmimg evaluate`")
+    parser.add_argument("card", type=Path, help="such as docs/model-card.md")
+    parser.add_argument("--training", type=Path, help="JSON object of facts about the training")
+    a = parser.parse_args()
+    facts = json.loads(a.training.read_text(encoding="utf-8")) if a.training else None
+    text = model_card(json.loads(a.report.read_text(encoding="utf-8")), facts)
+    with atomic_file(a.card) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,178 @@
+"""The report card's measures, on pictures whose truth is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from glmimg.corpus import drawing
+from glmimg.corpus.scenes import Scene, SceneSampler, draw
+from glmimg.corpus.words import BACKGROUNDS, COLOURS, SHAPES
+from glmimg.evaluation import layout, text
+from glmimg.evaluation.distance import diversity, frechet, nearest
+from glmimg.evaluation.figures import estimate, mean, share
+from glmimg.evaluation.segment import background_of, nearest_name, regions
+
+
+@pytest.fixture(scope="module")
+def shape_scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Scene], list[np.ndarray]]:
+    bank: Any = SimpleNamespace(stickers=[], concepts={}, directory=tmp_path_factory.mktemp("none"))
+    sampler = SceneSampler(bank, seed=900_000, kinds=(0.0, 1.0, 0.0), words={"en": ["a"]})
+    scenes = [sampler.sample(k) for k in range(60)]
+    return scenes, [draw(scene, bank) for scene in scenes]
+
+
+def _mean(pictures: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
+    scores: dict[str, list[bool]] = {}
+    for picture, scene in zip(pictures, scenes, strict=True):
+        for task, right in layout.score(picture, scene).items():
+            scores.setdefault(task, []).append(right)
+    return {task: float(np.mean(values)) for task, values in scores.items()}
+
+
+def test_layout_ceiling(shape_scenes: tuple[list[Scene], list[np.ndarray]]) -> None:
+    scenes, pictures = shape_scenes
+    found = _mean(pictures, scenes)
+    assert set(layout.TASKS) <= set(found)
+    assert min(found.values()) >= 0.97
+
+
+def test_layout_floor(shape_scenes: tuple[list[Scene], list[np.ndarray]]) -> None:
+    scenes, pictures = shape_scenes
+    found = _mean(pictures[1:] + pictures[:1], scenes)
+    assert found["all"] <= 0.05
+    assert max(found[task] for task in ("colour", "relation", "binding")) <= 0.1
+    assert found["count"] <= 0.5
+
+
+def test_layout_forgives_blur_and_noise(shape_scenes: tuple[list[Scene], list[np.ndarray]]) -> None:
+    scenes, pictures = shape_scenes
+    rng = np.random.default_rng(0)
+    worn = []
+    for picture in pictures:
+        soft = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.2)), dtype=np.float32)
+        worn.append(np.clip(soft + rng.normal(0, 6, soft.shape), 0, 255).astype(np.uint8))
+    assert _mean(worn, scenes)["all"] >= 0.95
+
+
+def test_every_shape_and_colour_is_named() -> None:
+    right = total = 0
+    for shape in SHAPES:
+        for colour in COLOURS:
+            behind = "black" if colour not in ("black", "brown", "purple", "blue") else "white"
+            for side in (70, 111, 180):
+                canvas = drawing.background(256, 256, behind)
+                drawing.paste_shape(canvas, shape, colour, (30, 40, 30 + side, 40 + side))
+                found = layout.find_shapes(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
+                right += [(f.shape, f.colour) for f in found] == [(shape, colour)]
+                total += 1
+    assert right / total >= 0.99
+
+
+def test_wrong_layouts_are_told_apart() -> None:
+    def picture(left: str, right: str) -> np.ndarray:
+        canvas = drawing.background(128, 256, "white")
+        drawing.paste_shape(canvas, "circle", left, (20, 20, 100, 100))
+        drawing.paste_shape(canvas, "star", right, (150, 20, 230, 100))
+        return canvas.astype(np.uint8)
+
+    bank: Any = SimpleNamespace(stickers=[], concepts={}, directory=Path("nowhere"))
+    sampler = SceneSampler(bank, kinds=(0.0, 1.0, 0.0), sizes=(((128, 256), 1.0),), words={"en": ["a"]})
+    pair = next(s for s in map(sampler.sample, range(99)) if s.layout == "pair:left")
+    first, second = pair.things
+    wanted = (replace(first, shape="circle", colour="red"), replace(second, shape="star", colour="blue"))
+    scene = replace(pair, things=wanted, background=("white",))
+    assert all(layout.score(picture("red", "blue"), scene).values())
+    swapped = layout.score(picture("blue", "red"), scene)
+    assert swapped["count"] and swapped["colour"] and not swapped["binding"] and not swapped["relation"]
+    turned = layout.score(picture("red", "blue")[:, ::-1], scene)
+    assert turned["binding"] and not turned["relation"]
+
+
+def test_background_is_found_behind_things_and_gradients() -> None:
+    canvas = drawing.background(96, 96, "light blue", "pink")
+    truth = canvas.copy()
+    drawing.paste_shape(canvas, "square", "black", (-8, 20, 60, 88))  # touches the border
+    assert np.abs(background_of(canvas.astype(np.uint8)) - truth).max() < 6
+
+
+def test_every_background_is_named() -> None:
+    palette = {n: rgb for n, (rgb, _) in BACKGROUNDS.items()}
+    for k, name in enumerate(palette):
+        assert layout.background_name(drawing.background(64, 64, name).astype(np.uint8)) == name
+        assert int(nearest_name(np.array(palette[name]) + 3, palette)) == k
+
+
+def test_regions_join_diagonal_neighbours_and_bends() -> None:
+    mask = np.array([[1, 0, 1, 0, 0], [1, 1, 1, 0, 1], [0, 0, 0, 0, 1], [1, 0, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=bool)
+    found = regions(mask)
+    assert [r.area for r in found] == [5, 3, 2]
+    assert found[0].box == (0, 0, 3, 2) and found[1].box == (3, 1, 5, 4)
+    assert regions(mask, min_area=4)[0].area == 5 and len(regions(mask, min_area=4)) == 1
+
+
+def test_word_scores() -> None:
+    assert text.score(["OPEN"], "Open") == {"word": True, "ned": 1.0}
+    assert text.score(["café bar", "x"], "CAFÉBAR")["word"]
+    assert text.score(["SA", "LE"], "sale")["word"]
+    miss = text.score(["0PEN"], "open")
+    assert not miss["word"] and miss["ned"] == 0.75
+    assert text.score([], "open") == {"word": False, "ned": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "away"), [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2)]
+)
+def test_edit_distance(first: str, second: str, away: int) -> None:
+    assert text.edit_distance(first, second) == text.edit_distance(second, first) == away
+
+
+def test_ocr_reads_a_sign() -> None:
+    pytest.importorskip("rapidocr")
+    font = ImageFont.load_default(40)
+    canvas = Image.new("RGB", (256, 128), (250, 250, 248))
+    ImageDraw.Draw(canvas).text((40, 30), "Hello", font=font, fill=(20, 30, 90))
+    assert text.score(text.rapidocr_reader()(canvas), "hello")["word"]
+
+
+def test_share_and_mean_have_honest_intervals() -> None:
+    none, half = share([False] * 20), share([True, False] * 50)
+    assert none.value == 0 and none.low == 0 and 0.1 < none.high < 0.25
+    assert half.low == pytest.approx(0.404, abs=0.002) and half.high == pytest.approx(0.596, abs=0.002)
+    wide, narrow = mean([0.0, 1.0] * 5), mean([0.0, 1.0] * 500)
+    assert narrow.high - narrow.low < (wide.high - wide.low) / 5
+    assert estimate([True, True]) == share([True, True]) and estimate([0.5, 1.0]).value == 0.75
+
+
+def test_frechet_distance() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6))
+    assert frechet(a, a) == pytest.approx(0, abs=1e-8)
+    assert frechet(a, a + np.array([3.0, 0, 0, 0, 0, 4.0])) == pytest.approx(25)
+    b = rng.normal(size=(300, 6)) * 2
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    values = np.linalg.eigvals(cov_a @ cov_b).real
+    slow = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(values).sum()
+    assert frechet(a, b) == pytest.approx(slow, rel=1e-6)
+
+
+def test_nearest_equals_the_slow_search_and_finds_copies() -> None:
+    rng = np.random.default_rng(1)
+    training, queries = rng.normal(size=(90, 8)), rng.normal(size=(5, 8))
+    queries[2] = training[47] + 1e-3
+    found = nearest(queries, [training[:40], training[40:80], training[80:]])
+    away = np.linalg.norm(queries[:, None] - training, axis=-1)
+    assert found.index.tolist() == away.argmin(1).tolist()
+    np.testing.assert_allclose(found.first, np.sort(away, 1)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found.second, np.sort(away, 1)[:, 1], atol=1e-5)
+    assert found.copies() == [False, False, True, False, False]
+
+
+def test_diversity_is_the_mean_distance_of_pairs() -> None:
+    assert diversity([np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])]) == [pytest.approx(10 / 3)]
