@@ -144,6 +144,9 @@ def fetch(package: Package, cache: Path) -> Path:
             else ["apt-get", "download", f"{package.name}={package.version}"]
         )
         done = subprocess.run(command, cwd=cache, capture_output=True, text=True, check=False)
+        if package.client == "apt" and not path.exists():  # a new machine has no package lists yet
+            subprocess.run(["apt-get", "update"], capture_output=True, check=False)
+            done = subprocess.run(command, cwd=cache, capture_output=True, text=True, check=False)
         if not path.exists():
             raise BadInput(f"'{' '.join(command)}' left no {package.filename}: {done.stderr.strip()[-400:]}")
     found = _sha256(path)

@@ -21,6 +21,7 @@ from glmimg.corpus.captions import caption
 from glmimg.positions import rotary_tables, span_positions
 from glmimg.prompt import PromptBuilder
 from glmimg.training.encoded import EncodedScenes
+from glmimg.training.layers import causal_attention, rms_norm
 
 
 @dataclass
@@ -39,7 +40,7 @@ def forward_states(language_model: Any, ids_BT: torch.Tensor, positions_3BT: tor
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     head_dim = config.hidden_size // heads
     cos, sin = (t[:, None] for t in rotary_tables(positions_3BT, config.rope_parameters, head_dim))
-    eps, size = config.rms_norm_eps, (config.hidden_size,)
+    eps = config.rms_norm_eps
     R = cos.shape[-1]
 
     def rotate(x_BHTd: torch.Tensor) -> torch.Tensor:
@@ -50,21 +51,17 @@ def forward_states(language_model: Any, ids_BT: torch.Tensor, positions_3BT: tor
     x_BTD = language_model.embed_tokens(ids_BT)
     for layer in language_model.layers:
         attn = layer.self_attn
-        h_BTD = F.rms_norm(x_BTD, size, layer.input_layernorm.weight, eps)
+        h_BTD = rms_norm(x_BTD, layer.input_layernorm.weight, eps)
         q = rotate(attn.q_proj(h_BTD).unflatten(-1, (heads, head_dim)).transpose(1, 2))
         k = rotate(attn.k_proj(h_BTD).unflatten(-1, (groups, head_dim)).transpose(1, 2))
         v = attn.v_proj(h_BTD).unflatten(-1, (groups, head_dim)).transpose(1, 2)
-        if groups != heads:
-            k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = causal_attention(q, k, v)
         mixed_BTD = attn.o_proj(mixed.transpose(1, 2).flatten(2))
-        x_BTD = x_BTD + F.rms_norm(mixed_BTD, size, layer.post_self_attn_layernorm.weight, eps)
-        gate, up = layer.mlp.gate_up_proj(F.rms_norm(x_BTD, size, layer.post_attention_layernorm.weight, eps)).chunk(
-            2, -1
-        )
+        x_BTD = x_BTD + rms_norm(mixed_BTD, layer.post_self_attn_layernorm.weight, eps)
+        gate, up = layer.mlp.gate_up_proj(rms_norm(x_BTD, layer.post_attention_layernorm.weight, eps)).chunk(2, -1)
         widened_BTD = layer.mlp.down_proj(F.silu(gate) * up)
-        x_BTD = x_BTD + F.rms_norm(widened_BTD, size, layer.post_mlp_layernorm.weight, eps)
-    return F.rms_norm(x_BTD, size, language_model.norm.weight, eps)
+        x_BTD = x_BTD + rms_norm(widened_BTD, layer.post_mlp_layernorm.weight, eps)
+    return rms_norm(x_BTD, language_model.norm.weight, eps)
 
 
 def start_from_scratch(model: Any) -> None:

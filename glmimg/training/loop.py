@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,11 +81,12 @@ class Task(Protocol):
 
 
 class Run:
-    """One training run in a folder: state.pt (the loop's own state), log.jsonl, sheets/."""
+    """One training run in a folder: state.pt (the loop's own state), log.jsonl, sheets/ and TensorBoard events."""
 
     def __init__(self, task: Task, config: TrainConfig, directory: Path) -> None:
         self.task, self.config, self.directory = task, config, directory
         directory.mkdir(parents=True, exist_ok=True)
+        self.board = _board(directory)
         (directory / "config.json").write_text(json.dumps(asdict(config), indent=1))
         self.modules = dict(task.modules)
         self.optimizers = Optimizers(
@@ -162,6 +164,9 @@ class Run:
         row = {"step": self.step, "position": self.position, "minutes": round(self.elapsed / 60, 2), **row}
         with open(self.directory / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if self.board and isinstance(value, float):
+                self.board.add_scalar(key, value, self.step)
         left = ""
         p = self.progress()
         if p > 0:
@@ -233,6 +238,15 @@ class Run:
                     last_sheet = last_evaluation if sheet else last_sheet
         self.save()
         self._report(sheet=True)
+
+
+def _board(directory: Path) -> Any:
+    """A TensorBoard writer, or None where it is not installed (extra `train`)."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory / "board"))
 
 
 class _Swapped:
