@@ -19,7 +19,7 @@ from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.config import SamplingConfig
 from glmimg.errors import BadInput
 from glmimg.image_io import open_picture, to_pil, to_tensor
-from glmimg.pipelines.request import Region, build_prompts, check_request, default_config
+from glmimg.pipelines.request import Region, build_prompts, check_prompts, check_request, default_config
 from glmimg.pipelines.result import Callback, Clock, Result
 from glmimg.pipelines.stages import Stages
 from glmimg.pipelines.steps import (
@@ -93,7 +93,7 @@ class ImageToImagePipeline:
         `TextToImagePipeline`.
         """
         stages, clock = self.stages, Clock(self.stages)
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts = check_prompts(prompt)
         pictures = self._fitted(image, len(prompts), single=isinstance(prompt, str))
         first = next(picture for row in pictures for picture in row)
         request = check_request(
@@ -180,7 +180,7 @@ class ImageToImagePipeline:
             )
         pictures = []
         for row in rows:
-            listed = [] if row is None else [row] if isinstance(row, (str, Path, Image.Image)) else list(row)
+            listed = [] if row is None else list(row) if isinstance(row, (list, tuple)) else [row]
             pictures.append([self._fit(picture) for picture in listed])
         if not any(pictures):
             raise BadInput("no reference picture at all: give one, or use TextToImagePipeline")

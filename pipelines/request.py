@@ -20,7 +20,7 @@ from glmimg.prompt import Prompt, glyph_texts
 from glmimg.token_grid import TokenGrid, preview_grid, region_mask, target_grid
 from glmimg.token_sampling import Forced, TokenSampling
 
-__all__ = ["Request", "build_prompts", "check_request", "default_config", "noise_generator"]
+__all__ = ["Request", "build_prompts", "check_prompts", "check_request", "default_config", "noise_generator"]
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 MAX_PICTURES = 4096  # of one call
@@ -120,6 +120,19 @@ def default_config(stages: Stages) -> SamplingConfig:
     )
 
 
+def check_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
+    """One text or several, none of them empty."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise BadInput(f"prompt {prompt!r}: give a text, or a list of texts that is not empty")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise BadInput(f"a prompt is a {type(text).__name__}; give text")
+        if not text.strip():
+            raise BadInput('the prompt is empty: say what is to be seen, such as "a red apple on a table"')
+    return tuple(prompts)
+
+
 def check_request(
     stages: Stages,
     prompt: str | Sequence[str],
@@ -137,7 +150,7 @@ def check_request(
 
     `default_size` (height, width) stands in where neither `config`, `options` nor `tokens` gives a size.
     """
-    prompts = _prompts(prompt)
+    prompts = check_prompts(prompt)
     _require_count("num_images_per_prompt", num_images_per_prompt)
     count = len(prompts) * num_images_per_prompt
     require(count <= MAX_PICTURES, f"{count} pictures in one call: at most {MAX_PICTURES}; make several calls")
@@ -200,18 +213,6 @@ def build_prompts(
         pictures = references[k] if references else ()
         built.append(stages.prompts.build(caption, request.grid, None if pictures else preview, pictures))
     return built
-
-
-def _prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, Sequence) or not prompts:
-        raise BadInput(f"prompt {prompt!r}: give a text, or a list of texts that is not empty")
-    for text in prompts:
-        if not isinstance(text, str):
-            raise BadInput(f"a prompt is a {type(text).__name__}; give text")
-        if not text.strip():
-            raise BadInput('the prompt is empty: say what is to be seen, such as "a red apple on a table"')
-    return tuple(prompts)
 
 
 def _whole(value: object) -> bool:
