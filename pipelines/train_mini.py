@@ -278,7 +278,7 @@ class MiniTraining:
             )
 
     def _record(self, stage: str) -> dict[str, Any]:
-        """How far a stage has come over all its chunks: optimizer steps, samples drawn, minutes."""
+        """How far a stage has come over all its chunks: optimizer steps, samples drawn, minutes, held-out figures."""
         record: dict[str, Any] = {"steps": 0, "position": 0, "minutes": 0.0}
         if self.start_from and (self.start_from / "training.json").exists():
             record = json.loads((self.start_from / "training.json").read_text())[stage]
@@ -288,8 +288,15 @@ class MiniTraining:
                 "steps": record["steps"] + state["step"],
                 "position": state["position"],
                 "minutes": round(record["minutes"] + state["elapsed"] / 60, 1),
+                "held_out": self._held_out(stage),
             }
         return record
+
+    def _held_out(self, stage: str) -> dict[str, float]:
+        """The last held-out figures in a stage's log."""
+        rows = [json.loads(line) for line in (self.work / stage / "log.jsonl").read_text().splitlines()]
+        found = [{k[9:]: v for k, v in row.items() if k.startswith("held_out_")} for row in rows]
+        return next((figures for figures in reversed(found) if figures), {})
 
 
 STAGES: dict[str, Callable[[MiniTraining], None]] = {
