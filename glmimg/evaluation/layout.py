@@ -69,9 +69,10 @@ def find_shapes(picture: np.ndarray) -> list[Found]:
     away = np.abs(picture.astype(np.float32) - background_of(picture)).sum(-1) > 75
     labels = np.where(away, nearest_name(picture, {n: rgb for n, (rgb, _) in COLOURS.items()}), -1)
     least = h * w * _MIN_SHARE
+    edge = max(1, round(min(h, w) / 128))  # blended pixels around a shape
     seeds: list[Region] = []
     for label in np.unique(labels[labels >= 0]):
-        seeds += regions(erode(labels == label, 2), min_area=int(least * 0.5))
+        seeds += regions(erode(labels == label, edge), min_area=int(least * 0.5))
     others = np.zeros((h, w), dtype=int)
     for seed in seeds:
         others += seed.mask
@@ -79,7 +80,7 @@ def find_shapes(picture: np.ndarray) -> list[Found]:
     for seed in seeds:
         free = away & ((others - seed.mask) == 0)
         grown = seed.mask
-        for _ in range(3):  # back to where erosion and blended edges took it from
+        for _ in range(edge + 1):  # back to where erosion and blended edges took it from
             grown = dilate(grown) & free
         region = max(regions(grown), key=lambda r: r.area)
         if region.area < least:

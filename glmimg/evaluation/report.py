@@ -106,8 +106,8 @@ def _decoded(
     tell(f"decoding the true tokens of {len(chosen)} pictures")
     images = [Image.fromarray(picture) for k in chosen if (picture := real[k]) is not None]
     made = model.decode(images, [records[k].prompt for k in chosen], [records[k].seed for k in chosen])
-    for k, picture in zip(chosen, made, strict=True):
-        out[k] = np.asarray(picture)
+    for k, image in zip(chosen, made, strict=True):
+        out[k] = np.asarray(image)
     return out
 
 

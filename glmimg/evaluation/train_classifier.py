@@ -161,7 +161,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     data, state_file = Augmenter(bank), folder / "classifier.state.pt"
     torch.manual_seed(seed)  # initial weights and dropout; batches have a generator of their own
-    net = ConceptNet(len(data.concepts), len(data.groups), len(STYLES)).to(memory_format=torch.channels_last)
+    net = ConceptNet(len(data.concepts), len(data.groups), len(STYLES))
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
     done, spent = 0, 0.0
     if state_file.exists():
