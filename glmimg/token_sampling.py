@@ -93,9 +93,7 @@ def _draw(logits_BV: torch.Tensor, sampling: TokenSampling, uniform_B: torch.Ten
     return (reached <= wanted).sum(-1)
 
 
-def sample(
-    logits_BV: torch.Tensor, sampling: TokenSampling, generators: Sequence[torch.Generator]
-) -> torch.Tensor:
+def sample(logits_BV: torch.Tensor, sampling: TokenSampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Draw one id per row, ids_B; row b takes one number from `generators[b]`, a generator on the CPU."""
     uniform_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
     return _draw(logits_BV, sampling, uniform_B.to(logits_BV.device))

@@ -65,7 +65,7 @@ class TextVerifier:
         """All text in the picture."""
         import numpy as np
 
-        found = self._read(np.asarray(picture.convert("RGB"))[:, :, ::-1])
+        found: Any = self._read(np.asarray(picture.convert("RGB"))[:, :, ::-1])
         return " ".join(found.txts or ())
 
     def __call__(self, picture: Image.Image, prompt: str) -> float:

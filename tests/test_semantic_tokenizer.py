@@ -13,9 +13,7 @@ from glmimg.semantic_tokenizer import SemanticTokenizer, fit_reference
 
 
 def untrained() -> GlmImageForConditionalGeneration:
-    return GlmImageForConditionalGeneration(
-        GlmImageConfig(**copy.deepcopy(PRESETS["tiny"]["vision_language_encoder"]))
-    )
+    return GlmImageForConditionalGeneration(GlmImageConfig(**copy.deepcopy(PRESETS["tiny"]["vision_language_encoder"])))
 
 
 @pytest.fixture(scope="module")

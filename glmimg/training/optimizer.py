@@ -13,7 +13,9 @@ from torch import nn
 
 def split_parameters(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices of linear layers, the rest): embeddings, convolutions, norms, biases and output heads are the rest."""
-    matrices, rest, seen = [], [], set()
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    seen: set[int] = set()
     for module in modules:
         for name, child in module.named_modules():
             for key, parameter in child.named_parameters(recurse=False):

@@ -136,7 +136,7 @@ class TokenizerTask:
             self.codebook.copy_(F.normalize(self.codebook, dim=-1))
         vq.post_quant_conv.requires_grad_(False)
         self.modules = {"visual": visual, "vqmodel": vq, "reader": self.reader, "usage": _Usage(len(self.codebook))}
-        self.usage: torch.Tensor = self.modules["usage"].count  # type: ignore[assignment]
+        self.usage: torch.Tensor = self.modules["usage"].count
 
     def batch(self, position: int, size: int) -> tuple[torch.Tensor, Targets]:
         rng = np.random.default_rng((self.seed, position))

@@ -51,9 +51,7 @@ CASES = [([5], 0), ([7], 2), ([4, 9], 0), ([6, 6, 6], 0), ([3, 11, 1, 8], 0), ([
 
 @pytest.mark.parametrize(("lengths", "references"), CASES)
 @torch.no_grad()
-def test_positions_and_logits(
-    model: GlmImageForConditionalGeneration, lengths: list[int], references: int
-) -> None:
+def test_positions_and_logits(model: GlmImageForConditionalGeneration, lengths: list[int], references: int) -> None:
     rows = prompts(lengths, references)
     ids, mask = padded(rows)
     emitted = [PREVIEW, TARGET] if references == 0 else [TARGET]
