@@ -1,0 +1,301 @@
+"""The command line: what it writes, prints and returns; the pipelines' own behaviour is tested elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from glmimg import cli, cli_generate
+from glmimg.cli import COMMANDS, main
+from glmimg.errors import CheckpointError
+from glmimg.image_io import read_metadata
+from glmimg.token_grid import TokenGrid
+
+PROGRAM = [sys.executable, "-c", "import sys; from glmimg.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture
+def small(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags for a quick picture; the working folder is empty."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return ["--model", str(tiny_checkpoint), "--size", "96x64", "--steps", "2", "--dtype", "fp32", "--backend", "cpu"]
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize("arguments", [[], *([*name.split()] for name in COMMANDS)])
+def test_help_is_quick_and_needs_no_torch(arguments: list[str]) -> None:
+    program = (
+        "import sys, resource\nfrom glmimg.cli import main\n"
+        f"try: main({[*arguments, '--help']})\nexcept SystemExit as end: assert end.code == 0, end\n"
+        "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules), 'heavy imports'\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("usage: glmimg")
+    assert float(run.stdout.splitlines()[-1]) < 0.3, "seconds of processor time"
+
+
+def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed and description in listed for name, (description, _) in COMMANDS.items())
+    assert main([]) == 2 and main(["tokens"]) == 2
+    assert "tokens diff" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("glmimg 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generat"], "did you mean 'generate'"),
+        (["tokens", "dif"], "did you mean 'diff'"),
+        (["generate", "a cat", "--sed", "3"], "did you mean '--seed'"),
+        (["generate"], "no prompt"),
+        (["generate", "a cat", "--size", "big"], "WIDTHxHEIGHT"),
+        (["generate", "a cat", "--seed", "x"], "'random'"),
+        (["generate", "a cat", "-n", "0"], "at least 1"),
+        (["generate", "a cat", "-o", "cat.jpg"], "written as .png"),
+        (["generate", "a cat", "-o", "/dev/null/cat.png"], "cannot write"),
+        (["generate", "a cat", "--region", "1,2"], "left,top,right,bottom"),
+        (["generate", "a cat", "--region", "0,0,32,32"], "--tokens"),
+        (["generate", "a cat", "--tokens", "none.tokens"], "none.tokens"),
+        (["generate", "--prompts", "none.txt"], "none.txt"),
+        (["generate", "a cat", "--from", "none.png"], "no such file"),
+        (["generate", "a cat", "--backend", "cpuu"], "did you mean 'cpu'"),
+        (["generate", "a cat", "--backend", "generators=cpu"], "did you mean 'generator'"),
+        (["generate", "a cat", "--dtype", "bf17"], "did you mean 'bf16'"),
+        (["generate", "a cat", "--offload", "blocks"], "did you mean 'block'"),
+        (["generate", "a cat", "--sampler", "eular"], "did you mean 'euler'"),
+        (["generate", "a cat", "--steps", "0"], "0 steps"),
+        (["generate", "a cat", "--best-of", "2"], "quotation marks"),
+        (["edit", "photo.png"], "no prompt"),
+        (["edit", "none.png", "--prompt", "x"], "no such file"),
+        (["weights", "init", "new", "--preset", "tini"], "did you mean 'tiny'"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_line(
+    small: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    if "--best-of" in arguments:
+        pytest.importorskip("rapidocr")
+    command = arguments[0]
+    flags = ["--model", small[1]] if command in ("generate", "edit") else []
+    assert main([*arguments, *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert captured.err.startswith("glmimg: ") and not list(Path().iterdir())
+
+
+def test_failures_that_are_not_usage_return_1(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(parser: argparse.ArgumentParser) -> cli.Run:
+        def run(arguments: argparse.Namespace) -> int:
+            raise CheckpointError("the weights are damaged")
+
+        return run
+
+    monkeypatch.setattr(cli_generate, "generate", damaged)
+    assert main(["generate"]) == 1
+    assert capsys.readouterr().err == "glmimg: the weights are damaged\n"
+
+
+def test_out_of_memory_is_told_with_advice(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def hungry(parser: argparse.ArgumentParser) -> cli.Run:
+        def run(arguments: argparse.Namespace) -> int:
+            raise torch.OutOfMemoryError("tried to allocate 40 GiB")
+
+        return run
+
+    monkeypatch.setattr(cli_generate, "generate", hungry)
+    assert main(["generate"]) == 1
+    assert "--offload stage" in capsys.readouterr().err
+
+
+def test_generate_and_repeat(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["generate", 'a "cat"', *small, "-o", "out/cat.png", "-n", "2", "--seed", "5", "--save-tokens", "t"]) == 0
+    )
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["out/cat.png", "out/cat-2.png"]
+    assert "tokens" in captured.err and "decoder" in captured.err and "4/4" in captured.err
+    metadata = read_metadata("out/cat-2.png")
+    assert metadata["prompt"] == 'a "cat"' and metadata["config"]["seed"] == 6
+    assert TokenGrid.load("t-2") == TokenGrid.from_dict(metadata["tokens"])
+
+    assert main(["generate", "--from", "out/cat-2.png", "-o", "again.png", "-q"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "again.png\n" and captured.err == ""
+    assert (pixels("again.png") == pixels("out/cat-2.png")).all()
+    assert read_metadata("again.png") == metadata
+
+    # Flags change what they name; other steps keep the tokens, another seed draws its own.
+    assert main(["generate", "--from", "out/cat-2.png", "--steps", "3", "--json", "-o", "more.png", "-q"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["path"] == "more.png" and line["config"] == metadata["config"] | {"num_inference_steps": 3}
+    assert TokenGrid.from_dict(read_metadata("more.png")["tokens"]) == TokenGrid.load("t-2")
+    assert main(["generate", "--from", "out/cat-2.png", "--seed", "5", "-o", "other.png", "-q"]) == 0
+    assert (pixels("other.png") == pixels("out/cat.png")).all()
+
+    # The layout of one, the noise of another; and a part drawn anew.
+    capsys.readouterr()
+    assert main(["generate", "a dog", *small, "--tokens", "out/cat.png", "--seed", "9", "-o", "dog.png", "-q"]) == 0
+    assert main(["tokens", "diff", "out/cat.png", "dog.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["changed"] == 0
+    assert main(["generate", "--from", "out/cat.png", "--region", "0,0,32,64", "-o", "part.png", "-q"]) == 0
+    assert read_metadata("part.png")["config"]["seed"] == 6
+    assert not TokenGrid.from_dict(read_metadata("part.png")["tokens"]).diff(TokenGrid.load("t"))[:, 1:].any()
+
+
+def test_from_needs_the_right_command(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (64, 64), "red").save("plain.png")
+    assert main(["generate", "--from", "plain.png"]) == 2
+    assert "carries no settings" in capsys.readouterr().err
+    edit = ["edit", "plain.png", "--prompt", "a cat", "--steps", "1", *small[:2], "--backend", "cpu", "--dtype", "fp32"]
+    assert main([*edit, "-o", "edited.png", "-q"]) == 0
+    assert main(["generate", "--from", "edited.png", "-q"]) == 2
+    assert "glmimg edit" in capsys.readouterr().err
+    assert main(["edit", "plain.png", "--from", "edited.png", "-o", "again.png", "-q"]) == 0
+    assert (pixels("again.png") == pixels("edited.png")).all()
+    Image.new("RGB", (64, 64), "blue").save("blue.png")
+    assert main(["edit", "blue.png", "--from", "edited.png", "-q"]) == 2
+    assert "not the 1 reference pictures" in capsys.readouterr().err
+
+
+def test_many_prompts_in_one_loading(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("prompts.txt").write_text("# colours\na red cat\n\na blue cat\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a green cat\n"))
+    monkeypatch.setattr(cli_generate, "CHUNK", 2)
+    assert main(["generate", "a cat", "--prompts", "prompts.txt", "-", *small, "--json", "-q"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["a cat", "a green cat", "a red cat", "a blue cat"]
+    assert [line["path"] for line in lines] == ["picture.png", "picture-2.png", "picture-3.png", "picture-4.png"]
+    assert {line["config"]["seed"] for line in lines} == {0}, "a prompt's pictures do not depend on its place in a file"
+    assert lines[-1]["timings"]["load"] == 0
+    assert all(Path(line["path"]).is_file() for line in lines)
+
+
+def test_a_first_look(small: list[str]) -> None:
+    assert main(["generate", "a cat", *small, "--preview", "look.png", "-q"]) == 0
+    assert Image.open("look.png").size == (128, 96)
+
+
+def test_tokens_show_and_extract(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (96, 64), "red").save("red.png")
+    assert main(["tokens", "extract", "red.png", "-o", "red.tokens", "--model", small[1]]) == 0
+    assert main(["tokens", "show", "red.tokens", "-o", "red-tokens.png"]) == 0
+    assert "2 x 3 tokens for 96x64 pixels" in capsys.readouterr().out
+    assert Image.open("red-tokens.png").height == 32
+    assert main(["tokens", "show", "red.tokens", "--json"]) == 0
+    assert np.shape(json.loads(capsys.readouterr().out)["target"]) == (2, 3)
+    assert main(["tokens", "diff", "red.tokens", "red.tokens"]) == 0
+    assert "0 of 6 tokens differ" in capsys.readouterr().out
+
+
+def test_weights_init_makes_a_usable_folder(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "init", "new", "--seed", "3", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out == "new\n"
+    assert main(["generate", "a cat", "--model", "new", "--size", "64x64", "--steps", "1", "-q"]) == 0
+    assert main(["weights", "init", "new"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_best_of_from_the_command_line(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rapidocr")
+    assert main(["generate", 'a sign "HI"', *small, "--best-of", "2", "--json", "-q"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["of"] == 2 and 0 <= line["score"] <= 1
+    assert main(["generate", 'a sign "HI"', *small, "--best-of", "2", "-n", "2"]) == 2
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"]["cpu"]["usable"] and report["auto"] in report["backends"]
+    assert all(backend["usable"] or backend["reason"] for backend in report["backends"].values())
+    assert report["packages"]["torch"]
+
+
+@pytest.mark.parametrize("stage", ["tokens", "decoder"])
+def test_interrupted_in_either_stage(small: list[str], monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    from glmimg.cli_progress import Bars
+
+    def interrupted(self: Bars, event: object) -> None:
+        if getattr(event, "stage", None) == stage:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bars, "__call__", interrupted)
+    assert main(["generate", "a cat", *small, "-o", "cat.png", "--save-tokens", "cat.tokens"]) == 130
+    assert not list(Path().iterdir())
+
+
+def test_a_real_interrupt(small: list[str]) -> None:
+    """Ctrl-C between two steps of the decoder, from outside."""
+    arguments = ["generate", "a cat", *small[:2], "--steps", "1000", "--size", "256x256", "--backend", "cpu"]
+    with subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None and run.stdout is not None
+        line = run.stderr.readline()
+        while line and not line.startswith("tokens"):
+            line = run.stderr.readline()
+        os.kill(run.pid, signal.SIGINT)
+        rest = run.stderr.read()
+        assert run.wait(60) == 130 and run.stdout.read() == ""
+    assert "stopped" in rest and "Traceback" not in rest and not list(Path().iterdir())
+
+
+def test_bars() -> None:
+    from glmimg.cli_progress import Bars
+    from glmimg.pipelines.result import Event
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, drawn in ((Terminal(), True), (io.StringIO(), False)):
+        bars = Bars(stream)
+        for step, eta in ((5, 125.0), (10, 0.0)):
+            bars(Event("tokens", step, 10, 12.5, eta, (0,), list, lambda: None))
+        text = stream.getvalue()
+        assert ("[############............] 5/10  2 min 05 s left" in text) == drawn
+        assert text.endswith("[########################] 10/10  12.5 s\n")
+
+
+def test_flags_have_the_functions_defaults() -> None:
+    from glmimg import ImageToImagePipeline, TextToImagePipeline
+    from glmimg.weights_tools.init import init_checkpoint
+
+    for name, pipeline in (("generate", TextToImagePipeline), ("edit", ImageToImagePipeline)):
+        parser = argparse.ArgumentParser()
+        getattr(cli_generate, name)(parser)
+        flags = {action.dest: action.default for action in parser._actions}
+        for parameter in inspect.signature(pipeline.from_pretrained).parameters.values():
+            assert flags[parameter.name] == parameter.default, parameter
+        call = inspect.signature(pipeline.__call__).parameters
+        assert flags["n"] == call["num_images_per_prompt"].default
+        assert flags["negative"] == call["negative_prompt"].default
+        assert all(flags[name] is None for name in ("size", "steps", "guidance", "tokens", "seed", "region"))
+    parser = argparse.ArgumentParser()
+    __import__("glmimg.cli_weights").cli_weights.init(parser)
+    flags = {action.dest: action.default for action in parser._actions}
+    for name in ("preset", "seed", "dtype"):
+        assert flags[name] == inspect.signature(init_checkpoint).parameters[name].default
