@@ -166,7 +166,8 @@ def _features(
             "real": {"value": frechet(real, reference), "n": len(real)},
         }
     }
-    chosen = records[:: max(1, len(records) // 8)][:8]
+    several = max(3, min(16, len(records) // 25))
+    chosen = records[:: len(records) // several][:several]
     prompts = [r.prompt for r in chosen for _ in range(SEEDS_PER_PROMPT)]
     seeds = [r.seed + 1_000_000 + k for r in chosen for k in range(SEEDS_PER_PROMPT)]
     drawn = _whole(judge, [np.asarray(p) for p in model.draw(prompts, seeds)])
