@@ -89,7 +89,7 @@ def groups_of(record: Record) -> list[str]:
 
 
 def figures(records: Sequence[Record], rows: dict[str, list[Scores | None]]) -> dict[str, dict[str, Any]]:
-    """ "part/group/metric" -> source -> value, n, low, high. rows: source -> scores per record (None: not made)."""
+    """Key part/group/metric -> source -> value, n, low, high. rows: source -> scores per record (None: not made)."""
     values: dict[str, dict[str, list[bool | float]]] = {}
     for source, scored in rows.items():
         for record, scores in zip(records, scored, strict=True):
