@@ -161,11 +161,9 @@ def _source(arguments: argparse.Namespace, task: str) -> dict[str, Any] | None:
     """The settings of --from's picture."""
     if arguments.source is None:
         return None
-    from glmimg.image_io import read_metadata
+    from glmimg.pipelines.result import read_settings
 
-    settings = read_metadata(arguments.source)
-    if settings.get("format") != "glmimg.picture/1" or not isinstance(settings.get("config"), dict):
-        raise BadInput(f"{arguments.source} carries settings of another version or program: they cannot be repeated")
+    settings = read_settings(arguments.source)
     if settings.get("task") != task:
         command = (
             "glmimg edit REFERENCE... --from" if settings.get("task") == "image-to-image" else "glmimg generate --from"

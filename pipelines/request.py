@@ -130,6 +130,10 @@ def check_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
             raise BadInput(f"a prompt is a {type(text).__name__}; give text")
         if not text.strip():
             raise BadInput('the prompt is empty: say what is to be seen, such as "a red apple on a table"')
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f"the prompt is no valid text ({error.reason} at {error.start}): type it anew") from error
     return tuple(prompts)
 
 

@@ -16,13 +16,15 @@ import torch
 from PIL import Image
 
 from glmimg import __version__
+from glmimg.config import SamplingConfig
+from glmimg.errors import BadInput
 from glmimg.image_io import read_metadata, save_png
 from glmimg.token_grid import TokenGrid
 
 if TYPE_CHECKING:
     from glmimg.pipelines.stages import Stages
 
-__all__ = ["Callback", "Clock", "Event", "Result", "metadata_tokens", "picture_metadata"]
+__all__ = ["Callback", "Clock", "Event", "Reporter", "Result", "metadata_tokens", "picture_metadata", "read_settings"]
 
 FORMAT = "glmimg.picture/1"
 
@@ -76,6 +78,20 @@ def picture_metadata(settings: dict[str, Any], tokens: TokenGrid) -> dict[str, A
 def metadata_tokens(path: str | Path) -> TokenGrid:
     """The token grid that a PNG of ours was made from."""
     return TokenGrid.from_dict(read_metadata(path).get("tokens", {}))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that a PNG of ours carries, checked; BadInput if they are another program's, or damaged."""
+    settings = read_metadata(path)
+    if settings.get("format") != FORMAT:
+        raise BadInput(f"{path} carries settings of another version or program: they cannot be repeated")
+    kinds = {"prompt": str, "negative_prompt": str, "task": str, "config": dict, "dtype": dict, "checkpoint": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(settings.get(name), kind)]
+    try:
+        SamplingConfig.from_dict({} if wrong else settings["config"])
+    except BadInput as error:
+        raise BadInput(f"{path} carries damaged settings ({', '.join(wrong) or error}): give them as flags") from error
+    return settings
 
 
 class Clock:
