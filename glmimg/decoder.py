@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from glmimg.attention import attend
 from glmimg.errors import BadInput
 
 __all__ = ["Conditioning", "Decoder", "Reference", "ReferenceCache", "fuse_qkv", "join"]
@@ -179,14 +180,25 @@ class Decoder:
         return _stack(samples)
 
     def _write(self, picture: Reference) -> list[tuple[Tensor, Tensor]]:
-        latents_BCHW = picture.latents_CHW[None]
-        ids_BP = picture.prior_ids_P.reshape(1, -1)
-        grid = (latents_BCHW.shape[2] // 2, latents_BCHW.shape[3] // 2)
-        empty_BTG = latents_BCHW.new_zeros(1, 0, self.model.config.text_embed_dim)
-        conditioning = self.condition(ids_BP, empty_BTG, size=picture.size, grid=grid)
+        cache = self.write_batch(picture.latents_CHW[None], picture.prior_ids_P.reshape(1, -1), size=picture.size)
+        return list(zip(cache.keys, cache.values, strict=True))
+
+    def write_batch(
+        self,
+        latents_BCHW: Tensor,
+        prior_ids_BP: Tensor,
+        *,
+        size: tuple[int, int] | Tensor,
+        crop: tuple[int, int] | Tensor = (0, 0),
+    ) -> ReferenceCache:
+        """Keys and values of one reference picture (or equal crop) a sample, all of one size, in one forward."""
+        batch, _, rows, columns = latents_BCHW.shape
+        empty_BTG = latents_BCHW.new_zeros(batch, 0, self.model.config.text_embed_dim)
+        conditioning = self.condition(prior_ids_BP, empty_BTG, size=size, crop=crop, grid=(rows // 2, columns // 2))
         written: list[tuple[Tensor, Tensor]] = []
         self._run(latents_BCHW, 0.0, conditioning, written)
-        return written
+        keys, values = (tuple(part) for part in zip(*written, strict=True))
+        return ReferenceCache(keys, values, torch.ones_like(prior_ids_BP, dtype=torch.bool))
 
     def _size_embedding(self, size_B2: Tensor, crop_B2: Tensor) -> Tensor:
         embed = self.model.time_condition_embed
@@ -278,7 +290,7 @@ class Decoder:
             k, v = torch.cat([past[0].to(k.dtype), k], 2), torch.cat([past[1].to(v.dtype), v], 2)
         if last:
             q, text_BTD, text = q[:, :, text:], text_BTD[:, :0], 0
-        mixed = _attend(q, k, v, conditioning.mask_B11K)
+        mixed = attend(q, k, v, conditioning.mask_B11K)
         mixed_BSD = block.attn1.to_out[0](mixed.transpose(1, 2).flatten(2))
         x_BPD = torch.addcmul(x_BPD, mixed_BSD[:, text:], gate)
         if text:
@@ -388,16 +400,6 @@ def _fuses_gelu(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask_B11K: Tensor | None) -> Tensor:
-    if q.device.type != "cpu" or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11K)
-    # Written out, training on CPUs is five times as fast: their fused backward is slow on short sequences.
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if mask_B11K is not None:
-        scores = scores.masked_fill(~mask_B11K, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from glmimg.attention import attend
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.token_grid import TOKEN_SIDE
 
@@ -108,7 +109,7 @@ class SemanticTokenizer:
     @staticmethod
     def _attention(attn: Any, x_BPD: torch.Tensor) -> torch.Tensor:
         qkv = attn.qkv(x_BPD).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return attn.proj(F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2]).transpose(1, 2).flatten(2))
+        return attn.proj(attend(qkv[0], qkv[1], qkv[2]).transpose(1, 2).flatten(2))
 
     def code_vectors(self, features_BDhw: torch.Tensor) -> torch.Tensor:
         """The unit vectors_BhwE that are compared with the codebook; differentiable."""

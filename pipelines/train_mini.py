@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from glmimg.corpus import stickers
-from glmimg.corpus.cache import SceneCache, render
+from glmimg.corpus.cache import EditCache, SceneCache, render, render_edits
 from glmimg.corpus.captions import caption
 from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
@@ -29,6 +29,7 @@ from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS, Preset
 from glmimg.training import recipes
+from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.loop import Run, Task, TrainConfig
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
@@ -42,12 +43,13 @@ class Scale:
     scenes: int = 48_000
     tokens: int = 0  # 0: all
     latents: int = 14_000
+    edits: int = 6_000
     held_out: int = 1_000
     texts: int = 40_000
     concepts: int = 0  # 0: all
 
 
-SMOKE = Scale(scenes=128, latents=64, held_out=208, texts=300, concepts=40)
+SMOKE = Scale(scenes=128, latents=64, edits=32, held_out=208, texts=300, concepts=40)
 
 
 class MiniTraining:
@@ -82,6 +84,7 @@ class MiniTraining:
             ("scenes_cells", "cells", 2, min(300, self.scale.held_out)),
         ):
             render(self.work / name, bank, count, split=split, seed=seed)
+        render_edits(self.work / "edits", bank, self.scale.edits, seed=3)
 
     @cached_property
     def bank(self) -> StickerBank:
@@ -89,6 +92,21 @@ class MiniTraining:
 
     def scenes(self, name: str = "scenes") -> SceneCache:
         return SceneCache(self.work / name, self.bank)
+
+    def caches(self) -> list[tuple[str, SceneCache | EditCache]]:
+        """What is encoded; edit pairs only once they are rendered."""
+        found: list[tuple[str, SceneCache | EditCache]] = [
+            (name, self.scenes(name)) for name in ("scenes_held_out", "scenes")
+        ]
+        if (self.work / "edits" / "settings.json").exists():
+            found.append(("edits", EditCache(self.work / "edits", self.bank)))
+        return found
+
+    def edits(self) -> EncodedEdits | None:
+        """Encoded edit pairs, if there are any."""
+        if not (self.work / "edits" / "encoded" / "latents.npy").exists():
+            return None
+        return EncodedEdits(self.work / "edits" / "encoded", EditCache(self.work / "edits", self.bank))
 
     # Models
 
@@ -196,24 +214,22 @@ class MiniTraining:
         return SemanticTokenizer.of(self.models["vision_language_encoder"])
 
     def encode_tokens(self) -> None:
-        from glmimg.training.encoded import encode_tokens
-
         self.load("tokenizer")
         side = self.preset["generation"]["preview_side"]
-        for name in ("scenes", "scenes_held_out"):
+        for name, cache in self.caches():
             if not (self.work / name / "encoded" / "tokens.npy").exists():
                 count = self.scale.tokens if name == "scenes" else 0
-                encode_tokens(self.work / name / "encoded", self.scenes(name), self.semantic_tokenizer, side, count)
+                encode_tokens(self.work / name / "encoded", cache, self.semantic_tokenizer, side, count)
 
     def encode_latents(self) -> None:
         from glmimg.autoencoder import Autoencoder
-        from glmimg.training.encoded import encode_latents
 
         self.load("autoencoder")
         vae = Autoencoder(self.models["vae"])
-        for name, count in (("scenes_held_out", 64), ("scenes", self.scale.latents)):
+        counts = {"scenes_held_out": 64, "scenes": self.scale.latents}
+        for name, cache in self.caches():
             if not (self.work / name / "encoded" / "latents.npy").exists():
-                encode_latents(self.work / name / "encoded", self.scenes(name), vae, count)
+                encode_latents(self.work / name / "encoded", cache, vae, counts.get(name, len(cache)))
 
     def bpe(self) -> Any:
         """The text tokenizer, trained once on captions in all four languages."""
@@ -230,9 +246,7 @@ class MiniTraining:
             train_bpe(texts, self.preset).save(str(file))
         return Tokenizer.from_file(str(file))
 
-    def encoded(self, name: str) -> Any:
-        from glmimg.training.encoded import EncodedScenes
-
+    def encoded(self, name: str) -> EncodedScenes:
         return EncodedScenes(self.work / name / "encoded", self.scenes(name))
 
     def generator(self) -> None:
@@ -241,7 +255,9 @@ class MiniTraining:
 
         builder = PromptBuilder(self.bpe(), self.preset["vision_language_encoder"])
         model = self.models["vision_language_encoder"]
-        task = GeneratorTask(model, builder, self.encoded("scenes"), self.encoded("scenes_held_out"))
+        task = GeneratorTask(
+            model, builder, self.encoded("scenes"), self.encoded("scenes_held_out"), edits=self.edits()
+        )
         self._run("generator", task, recipes.generator(self.minutes["generator"], self.threads))
 
     def decoder(self) -> None:
@@ -256,6 +272,7 @@ class MiniTraining:
             self.encoded("scenes"),
             self.encoded("scenes_held_out"),
             self.preset["scheduler"],
+            edits=self.edits(),
         )
         self._run("decoder", task, recipes.decoder(self.minutes["decoder"], self.threads))
 

@@ -113,7 +113,7 @@ def test_only_backends_name_devices() -> None:
 ROWS = [
     {"errors"},
     {"atomic_write", "backends", "config", "presets"},
-    {"image_io", "positions", "prompt", "token_grid", "weight_files"},
+    {"attention", "image_io", "positions", "prompt", "token_grid", "weight_files"},
     {"autoencoder", "decoder", "diffusion", "generator", "glyph_encoder", "semantic_tokenizer", "token_sampling"},
     {"checkpoint", "corpus", "lora"},
     {"training", "weights_tools"},

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from glmimg.autoencoder import Autoencoder
-from glmimg.corpus.cache import SceneCache, render
+from glmimg.corpus.cache import SceneCache, render, render_edits
 from glmimg.corpus.captions import caption
 from glmimg.corpus.scenes import SceneSampler, draw
 from glmimg.corpus.stickers import SIDE, STYLES, StickerBank
@@ -21,7 +21,7 @@ from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.training.autoencoder_task import AutoencoderTask, measure_latents
 from glmimg.training.decoder_task import DecoderTask
-from glmimg.training.encoded import EncodedScenes, encode_latents, encode_tokens
+from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.generator_task import GeneratorTask, forward_states
 from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.tokenizer_task import TokenizerTask, token_targets
@@ -196,7 +196,13 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
     assert data.tokens.shape == (208, 1 + 4) and data.latents is not None and data.latents.shape == (64, 16, 8, 8)
 
     builder = PromptBuilder(train_bpe(["a fox"], preset), preset["vision_language_encoder"])
-    generator = GeneratorTask(models["vision_language_encoder"], builder, data, data, drop=0.0, noise=0.0)
+    pairs = render_edits(tmp_path / "edits", bank, 16, height=64, width=64)
+    encode_tokens(tmp_path / "ee", pairs, SemanticTokenizer.of(models["vision_language_encoder"]), 1)
+    encode_latents(tmp_path / "ee", pairs, Autoencoder(models["vae"]), 32)
+    edits = EncodedEdits(tmp_path / "ee", pairs)
+    assert edits.tokens.shape == (16, 2, 2, 2) and edits.latents.shape == (16, 2, 16, 8, 8)
+    model = models["vision_language_encoder"]
+    generator = GeneratorTask(model, builder, data, data, drop=0.0, noise=0.0, edits=edits)
     before = generator.evaluate()["target_bits"]
     Run(generator, config(steps=12, batch_size=16), tmp_path / "g").train()
     assert generator.evaluate()["target_bits"] < before - 0.5
@@ -210,10 +216,13 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
         preset["scheduler"],
         crop=1,
         whole=0.5,
+        edits=edits,
     )
-    before = decoder.evaluate()["loss"]
+    before = decoder.evaluate()
+    assert before["edit_loss"] != before["edit_loss_alone"]
     Run(decoder, config(steps=12, batch_size=8, muon=False), tmp_path / "d").train()
-    assert decoder.evaluate()["loss"] < before
+    after = decoder.evaluate()
+    assert after["loss"] < before["loss"] and after["edit_loss"] < before["edit_loss"]
     assert decoder.sheet().size[0] > 100
 
 

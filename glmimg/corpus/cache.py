@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from glmimg.corpus.edits import Edit, EditSampler
 from glmimg.corpus.scenes import Scene, SceneSampler, draw
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput
@@ -82,6 +83,51 @@ def render(
                 left = (last - begun) / (k + 1 - first) * (count - k - 1)
                 print(f"scenes {k + 1}/{count}, {left:.0f} s left", flush=True)
     return cache
+
+
+class EditCache:
+    """Edit pairs: `picture(2k)` is the source of pair k, `picture(2k + 1)` its target; `edit(k)` the ground truth."""
+
+    def __init__(self, directory: Path | str, bank: StickerBank) -> None:
+        self.directory, self.bank = Path(directory), bank
+        self.settings: dict[str, Any] = json.loads((self.directory / "settings.json").read_text())
+        size = (self.settings["height"], self.settings["width"])
+        self.sampler = EditSampler(bank, self.settings["split"], seed=self.settings["seed"], sizes=((size, 1.0),))
+        self.pictures = np.load(self.directory / "pictures.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        """Pictures, two a pair."""
+        return len(self.pictures)
+
+    def picture(self, k: int) -> np.ndarray:
+        return self.pictures[k]
+
+    def edit(self, k: int) -> Edit:
+        return self.sampler.sample(k)
+
+
+def render_edits(
+    directory: Path,
+    bank: StickerBank,
+    count: int,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    height: int = 256,
+    width: int = 256,
+) -> EditCache:
+    """Draw `count` edit pairs into `directory`; a folder that is there is used as it is."""
+    if not (directory / "settings.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        sampler = EditSampler(bank, split, seed=seed, sizes=(((height, width), 1.0),))
+        shape = (2 * count, height, width, 3)
+        pictures = np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape)
+        for k in range(count):
+            edit = sampler.sample(k)
+            pictures[2 * k], pictures[2 * k + 1] = draw(edit.source, bank), draw(edit.target, bank)
+        pictures.flush()
+        (directory / "settings.json").write_text(json.dumps(dict(split=split, seed=seed, height=height, width=width)))
+    return EditCache(directory, bank)
 
 
 if __name__ == "__main__":

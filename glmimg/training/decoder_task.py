@@ -8,7 +8,7 @@ Legend: B batch, C latent channels, P patches, h x w tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from glmimg.autoencoder import Autoencoder
-from glmimg.decoder import Decoder
+from glmimg.decoder import Decoder, ReferenceCache
 from glmimg.diffusion import (
     Schedule,
     guided,
@@ -28,7 +28,7 @@ from glmimg.diffusion import (
     velocity_target,
 )
 from glmimg.glyph_encoder import GlyphEncoder
-from glmimg.training.encoded import EncodedScenes
+from glmimg.training.encoded import EncodedEdits, EncodedScenes
 
 _PIXELS_PER_TOKEN = 32
 _LATENTS_PER_TOKEN = 4
@@ -36,7 +36,8 @@ _LATENTS_PER_TOKEN = 4
 
 @dataclass
 class DecoderBatch:
-    """One batch of crops of equal size. `patches` counts the whole picture's, which sets the noise shift."""
+    """One batch of crops of equal size. `patches` counts the whole picture's, which sets the noise shift; the reference
+    of an edit is cropped as its target is."""
 
     latents_BCHW: torch.Tensor
     ids_Bhw: torch.Tensor
@@ -44,6 +45,8 @@ class DecoderBatch:
     size: tuple[int, int]
     crop_B2: torch.Tensor
     patches: int
+    reference_BCHW: torch.Tensor | None = None
+    reference_ids_Bhw: torch.Tensor | None = None
 
 
 def upsample_ids(ids_Bhw: torch.Tensor) -> torch.Tensor:
@@ -81,18 +84,23 @@ class DecoderTask:
         token_noise: float = 0.1,
         drop: float = 0.1,
         seed: int = 0,
+        edits: EncodedEdits | None = None,
+        edit_share: float = 0.2,
     ) -> None:
         if train.latents is None or held_out.latents is None:
             raise ValueError("the decoder trains on latents: run encode_latents first")
         self.decoder, self.glyphs, self.vae = Decoder(transformer), GlyphEncoder(text_encoder), vae
         self.train, self.held_out, self.scheduler = train, held_out, scheduler
         self.crop, self.whole, self.token_noise, self.drop, self.seed = crop, whole, token_noise, drop, seed
+        self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
         self.modules = {"transformer": transformer, "text_encoder": text_encoder}
 
     def batch(self, position: int, size: int) -> DecoderBatch:
         rng = np.random.default_rng((self.seed, position))
         assert self.train.latents is not None
+        if self.edits and rng.random() < self.edit_share:
+            return self._read_edits(self.edits, rng.integers(self.edits.trained, size=max(1, size // 2)), rng)
         whole = rng.random() < self.whole
         count = max(1, size // 4) if whole else size
         rows = rng.integers(len(self.train.latents), size=count)
@@ -120,6 +128,32 @@ class DecoderTask:
             4 * h * w,
         )
 
+    def _read_edits(self, data: EncodedEdits, rows: np.ndarray, rng: np.random.Generator) -> DecoderBatch:
+        (h, w), side = data.target, min(self.crop, *data.target)
+        top, left = int(rng.integers(h - side + 1)), int(rng.integers(w - side + 1))
+        y, x, f = top * _LATENTS_PER_TOKEN, left * _LATENTS_PER_TOKEN, side * _LATENTS_PER_TOKEN
+        latents = torch.from_numpy(data.latents[rows][..., y : y + f, x : x + f]).float()
+        ids = torch.from_numpy(data.tokens[rows][..., top : top + side, left : left + side].astype(np.int64))
+        return DecoderBatch(
+            latents[:, 1],
+            ids[:, 1],
+            [[t.word for t in data.cache.edit(int(k)).target.things if t.word] for k in rows],
+            (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN),
+            torch.tensor([[top, left]]).mul(_PIXELS_PER_TOKEN).float().expand(len(rows), 2),
+            4 * h * w,
+            latents[:, 0],
+            ids[:, 0],
+        )
+
+    def _references(self, batch: DecoderBatch, drop_B: torch.Tensor) -> ReferenceCache | None:
+        """The references' keys and values; guidance's other half (a dropped prior) sees none, as published."""
+        if batch.reference_BCHW is None or batch.reference_ids_Bhw is None:
+            return None
+        cache = self.decoder.write_batch(
+            batch.reference_BCHW, upsample_ids(batch.reference_ids_Bhw), size=batch.size, crop=batch.crop_B2
+        )
+        return replace(cache, mask_BR=cache.mask_BR & ~drop_B[:, None])
+
     def _velocity_error(
         self, batch: DecoderBatch, ids_Bhw: torch.Tensor, words: list[list[str]], drop_B: torch.Tensor, seed: int
     ) -> torch.Tensor:
@@ -139,6 +173,7 @@ class DecoderTask:
             crop=batch.crop_B2,
             grid=(2 * h, 2 * w),
             drop_prior=drop_B,
+            references=self._references(batch, drop_B),
         )
         velocity = self.decoder.velocity(interpolate(x0, noise, sigmas_B), timesteps_B, conditioning)
         return (velocity - velocity_target(x0, noise)).square().mean(dim=(1, 2, 3))
@@ -165,7 +200,16 @@ class DecoderTask:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             error = self._velocity_error(batch, batch.ids_Bhw, batch.words, keep, 0)
         said = torch.tensor([bool(w) for w in batch.words])
-        return {"loss": float(error.mean()), "loss_words": float(error[said].mean())}
+        out = {"loss": float(error.mean()), "loss_words": float(error[said].mean())}
+        if self.edits:
+            rows = np.arange(self.edits.trained, len(self.edits.tokens))
+            edits = self._read_edits(self.edits, rows, np.random.default_rng(0))
+            keep = torch.zeros(len(rows), dtype=torch.bool)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out["edit_loss"] = float(self._velocity_error(edits, edits.ids_Bhw, edits.words, keep, 0).mean())
+                alone = replace(edits, reference_BCHW=None)
+                out["edit_loss_alone"] = float(self._velocity_error(alone, edits.ids_Bhw, edits.words, keep, 0).mean())
+        return out
 
     @torch.no_grad()
     def draw(

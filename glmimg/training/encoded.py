@@ -13,11 +13,27 @@ import numpy as np
 import torch
 
 from glmimg.autoencoder import Autoencoder
-from glmimg.corpus.cache import SceneCache
+from glmimg.corpus.cache import EditCache, SceneCache
 from glmimg.errors import BadInput
 from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.training.autoencoder_task import to_pixels
+
+
+class EncodedEdits:
+    """`tokens` (n, 2, h, w), `latents` (n, 2, C, H8, W8) of edit pairs: source, target; the first `trained` train."""
+
+    def __init__(self, directory: Path | str, cache: EditCache) -> None:
+        self.cache = cache
+        directory = Path(directory)
+        settings = json.loads((directory / "settings.json").read_text())
+        h, w = settings["target"]
+        self.target = (int(h), int(w))
+        tokens = np.load(directory / "tokens.npy", mmap_mode="r")
+        self.tokens = tokens[:, -h * w :].reshape(-1, 2, h, w)
+        latents = np.load(directory / "latents.npy", mmap_mode="r")
+        self.latents = latents.reshape(-1, 2, *latents.shape[1:])
+        self.trained = len(self.tokens) - min(96, len(self.tokens) // 4)  # the last pairs are held out
 
 
 class EncodedScenes:
@@ -40,7 +56,7 @@ class EncodedScenes:
 
 @torch.no_grad()
 def encode_tokens(
-    directory: Path, cache: SceneCache, tokenizer: SemanticTokenizer, preview_side: int, count: int = 0
+    directory: Path, cache: SceneCache | EditCache, tokenizer: SemanticTokenizer, preview_side: int, count: int = 0
 ) -> None:
     """Write tokens.npy of the first `count` scenes of the cache (0: of all that are complete)."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -60,7 +76,9 @@ def encode_tokens(
 
 
 @torch.no_grad()
-def encode_latents(directory: Path, cache: SceneCache, vae: Autoencoder, count: int, *, minutes: float = 0.0) -> int:
+def encode_latents(
+    directory: Path, cache: SceneCache | EditCache, vae: Autoencoder, count: int, *, minutes: float = 0.0
+) -> int:
     """Write normalised latents of the first `count` scenes, or of as many as `minutes` allow; returns how many."""
     directory.mkdir(parents=True, exist_ok=True)
     count = min(count, len(cache))

@@ -18,20 +18,23 @@ import torch.nn.functional as F
 from PIL import Image
 
 from glmimg.corpus.captions import caption
+from glmimg.corpus.edits import instruction
 from glmimg.positions import rotary_tables, span_positions
-from glmimg.prompt import PromptBuilder
-from glmimg.training.encoded import EncodedScenes
+from glmimg.prompt import Prompt, PromptBuilder
+from glmimg.training.encoded import EncodedEdits, EncodedScenes
 from glmimg.training.layers import causal_attention, rms_norm
 
 
 @dataclass
 class GeneratorBatch:
-    """Ids_BT with right padding; emitted_B: where each row's emitted tokens start; labels_BN what they must be."""
+    """Ids_BT with right padding; first_B: where each row's first emitted token is predicted; labels_BN what is emitted,
+    the first `previews` of them preview tokens."""
 
     ids_BT: torch.Tensor
     positions_3BT: torch.Tensor
     first_B: torch.Tensor
     labels_BN: torch.Tensor
+    previews: int
 
 
 def forward_states(language_model: Any, ids_BT: torch.Tensor, positions_3BT: torch.Tensor) -> torch.Tensor:
@@ -79,7 +82,8 @@ class GeneratorTask:
 
     preview_weight: how much more a preview token counts. drop: share of empty captions. noise: share of emitted tokens
     that are shown to the model as random codes (their labels stay right), against drift from its own mistakes.
-    paint: pictures of sampled grids for the sheet, or None.
+    edits: pairs for editing, of which edit_share of the batches are made (without previews, as published). paint:
+    pictures of sampled grids for the sheet, or None.
     """
 
     def __init__(
@@ -93,16 +97,22 @@ class GeneratorTask:
         drop: float = 0.1,
         noise: float = 0.03,
         seed: int = 0,
+        edits: EncodedEdits | None = None,
+        edit_share: float = 0.2,
         paint: Callable[[Any], Image.Image] | None = None,
     ) -> None:
         self.model, self.builder, self.train, self.held_out = model, builder, train, held_out
         self.preview_weight, self.drop, self.noise, self.seed, self.paint = preview_weight, drop, noise, seed, paint
+        self.edits, self.edit_share = edits, edit_share if edits else 0.0
         config = model.config
         self.codes, self.end = int(config.vq_config.num_embeddings), int(config.image_end_token_id)
         self.modules = {"language_model": model.model.language_model, "lm_head": model.lm_head}
 
     def batch(self, position: int, size: int) -> GeneratorBatch:
         rng = np.random.default_rng((self.seed, position))
+        if self.edits and rng.random() < self.edit_share:
+            # A reference makes the sequence twice as long.
+            return self._read_edits(self.edits, rng.integers(self.edits.trained, size=max(1, size // 2)), rng)
         return self._read(self.train, rng.integers(len(self.train.tokens), size=size), rng, self.drop, self.noise)
 
     def _read(
@@ -114,13 +124,27 @@ class GeneratorTask:
         noise: float = 0.0,
         shuffled: bool = False,
     ) -> GeneratorBatch:
-        ids, positions, first = [], [], []
-        tokens = torch.from_numpy(data.tokens[rows].astype(np.int64))
+        prompts = []
         for at, k in enumerate(rows):
             scene = data.cache.scene(int(rows[at - 1] if shuffled else k))
             text = "" if rng.random() < drop else caption(scene, data.cache.bank, rng)
-            prompt = self.builder.build(text, data.target, data.preview)
-            shown = tokens[at]
+            prompts.append(self.builder.build(text, data.target, data.preview))
+        tokens = torch.from_numpy(data.tokens[rows].astype(np.int64))
+        return self._assemble(prompts, tokens, rng, noise, data.prompt_offset)
+
+    def _read_edits(self, data: EncodedEdits, rows: np.ndarray, rng: np.random.Generator) -> GeneratorBatch:
+        pairs = torch.from_numpy(data.tokens[rows].astype(np.int64))
+        prompts = [
+            self.builder.build(instruction(data.cache.edit(int(k)), data.cache.bank, rng), data.target, None, [source])
+            for k, source in zip(rows, pairs[:, 0], strict=True)
+        ]
+        return self._assemble(prompts, pairs[:, 1].flatten(1), rng, self.noise, 0)
+
+    def _assemble(
+        self, prompts: list[Prompt], tokens_BN: torch.Tensor, rng: np.random.Generator, noise: float, previews: int
+    ) -> GeneratorBatch:
+        ids, positions, first = [], [], []
+        for prompt, shown in zip(prompts, tokens_BN, strict=True):
             if noise:
                 wrong = torch.from_numpy(rng.random(len(shown)) < noise)
                 shown = torch.where(wrong, torch.from_numpy(rng.integers(self.codes, size=len(shown))), shown)
@@ -130,8 +154,8 @@ class GeneratorTask:
         length = max(len(row) for row in ids)
         ids_BT = torch.stack([F.pad(row, (0, length - len(row)), value=self.builder.pad_id) for row in ids])
         positions_3BT = torch.stack([F.pad(p, (0, length - p.shape[1])) for p in positions], 1)
-        labels_BN = F.pad(tokens, (0, 1), value=self.end)
-        return GeneratorBatch(ids_BT, positions_3BT, torch.tensor(first), labels_BN)
+        labels_BN = F.pad(tokens_BN, (0, 1), value=self.end)
+        return GeneratorBatch(ids_BT, positions_3BT, torch.tensor(first), labels_BN, previews)
 
     def _losses(self, batch: GeneratorBatch) -> torch.Tensor:
         """Cross-entropy (B, N) in nats of every emitted token and the end."""
@@ -146,12 +170,13 @@ class GeneratorTask:
         self, batch: GeneratorBatch, progress: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
         losses_BN = self._losses(batch)
-        p = self.train.prompt_offset
+        p = batch.previews
         weights_N = torch.ones(losses_BN.shape[1])
         weights_N[:p] = self.preview_weight
         loss = (losses_BN * weights_N).sum() / (weights_N.sum() * len(losses_BN))
         means = losses_BN.detach().mean(0)
-        return loss, {"preview": float(means[:p].mean()), "target": float(means[p:-1].mean())}
+        target = float(means[p:-1].mean())
+        return loss, {"preview": float(means[:p].mean()), "target": target} if p else {"edit": target}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -163,6 +188,10 @@ class GeneratorTask:
                 bits = self._losses(batch).mean(0) / np.log(2)
             out[f"{name}preview_bits"] = float(bits[:p].mean())
             out[f"{name}target_bits"] = float(bits[p:-1].mean())
+        if self.edits:
+            rows = np.arange(self.edits.trained, len(self.edits.tokens))
+            batch = self._read_edits(self.edits, rows, np.random.default_rng(0))
+            out["edit_bits"] = float(self._losses(batch)[:, :-1].mean() / np.log(2))
         return out
 
     @torch.no_grad()

@@ -32,8 +32,8 @@ def tokenizer(minutes: float, threads: int = 0) -> TrainConfig:
 def generator(minutes: float, threads: int = 0) -> TrainConfig:
     """Language model and head from nothing."""
     return TrainConfig(
-        learning_rate=1.5e-3,
-        batch_size=48,
+        learning_rate=1.2e-3,
+        batch_size=24,
         minutes=minutes,
         warmup=100,
         decay=0.3,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from glmimg.attention import attend
 from glmimg.corpus.cache import SceneCache
 from glmimg.corpus.scenes import Scene
 from glmimg.corpus.stickers import LANGUAGES, STYLES, StickerBank
@@ -86,6 +87,22 @@ def token_targets(scene: Scene, names: Names, h: int, w: int) -> np.ndarray:
     return out
 
 
+class ReaderBlock(nn.Module):
+    """Pre-norm attention and feed-forward over tokens_BND."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.leave = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.widen, self.narrow = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+
+    def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm1(x_BND)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x_BND = x_BND + self.leave(attend(q, k, v).transpose(1, 2).flatten(2))
+        return x_BND + self.narrow(F.gelu(self.widen(self.norm2(x_BND)), approximate="tanh"))
+
+
 class Reader(nn.Module):
     """Quantised tokens_BNE -> pixels of each token's patch, kind, name and colour. Only used while training."""
 
@@ -95,8 +112,7 @@ class Reader(nn.Module):
         super().__init__()
         self.enter = nn.Linear(code_dim, width)
         self.positions = nn.Parameter(torch.randn(width, side, side) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, heads, width * 3, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.blocks = nn.ModuleList(ReaderBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head_pixels = nn.Linear(width, patch * patch * 3)
         self.head_kind = nn.Linear(width, len(KINDS))
@@ -107,7 +123,9 @@ class Reader(nn.Module):
         h, w = codes_BhwE.shape[1:3]
         positions = F.interpolate(self.positions[None], size=(h, w), mode="bilinear")[0].permute(1, 2, 0)
         x_BND = (self.enter(codes_BhwE) + positions).flatten(1, 2)
-        return self.norm(self.blocks(x_BND)).unflatten(1, (h, w))
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        return self.norm(x_BND).unflatten(1, (h, w))
 
 
 class TokenizerTask:
