@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokens diff": ("compare two token grids", "glmimg.cli_tokens:diff"),
     "tokens extract": ("write the token grid of any picture", "glmimg.cli_tokens:extract"),
     "weights init": ("write a checkpoint with random weights", "glmimg.cli_weights:init"),
+    "evaluate": ("judge a checkpoint and write its report card", "glmimg.evaluation.command:evaluate"),
     "doctor": ("tell which devices work here, and why others do not", "glmimg.cli_doctor:doctor"),
 }
 
