@@ -57,10 +57,7 @@ class StreamedBlocks(Generic[Block]):
         for k, block in enumerate(self.blocks):
             tensors, ready = arriving
             if ready is not None:
-                present = torch.accelerator.current_stream(self.backend.device)
-                present.wait_event(ready)
-                for tensor in tensors.values():
-                    tensor.record_stream(present)  # its memory is free after this stream
+                torch.accelerator.current_stream(self.backend.device).wait_event(ready)
             if k + 1 < len(self.blocks):
                 arriving = self._fetch(k + 1)
             block.load_state_dict(tensors, assign=True)
@@ -74,6 +71,8 @@ class StreamedBlocks(Generic[Block]):
         if k not in self._pinned:
             host = self._read(k, torch.device("cpu"))
             self._pinned[k] = {name: self.backend.pin(tensor) for name, tensor in host.items()}
+        # Memory that this copy gets was freed by blocks before the present one: their work must be done.
+        self._stream.wait_event(torch.accelerator.current_stream(self.backend.device).record_event())
         with self._stream:
             tensors = {name: self.backend.transfer(tensor) for name, tensor in self._pinned[k].items()}
         return tensors, self._stream.record_event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -131,6 +132,16 @@ def test_tables_are_the_programs() -> None:
     fields = set(SamplingConfig.__dataclass_fields__)
     assert first_column("docs/quickstart.md", "field | means") == fields
     assert all(f"`{name}`" in text("docs/quickstart.md") for name in SAMPLERS)
+
+
+def test_rows_are_those_that_imports_keep_to() -> None:
+    rows = runpy.run_path(str(ROOT / "tests/test_packaging.py"))["ROWS"]
+    listed = [
+        set(re.findall(r"`(?:glmimg\.)?(\w+)/?`", line))
+        for line in re.findall(r"^\| \d \| (.+) \|$", text("docs/architecture.md"), re.MULTILINE)
+    ]
+    here = {path.stem for folder in (ROOT, ROOT / "glmimg") for path in folder.iterdir()}
+    assert listed == [row & here for row in rows]
 
 
 def test_checkpoint_settings_are_those_that_are_read() -> None:

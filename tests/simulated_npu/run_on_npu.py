@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pipeline_cases import editing, stages_apart, text_to_image
 
 from glmimg.backends import pick_backend, probe_all
 from glmimg.checkpoint import Checkpoint
@@ -180,6 +181,9 @@ CASES: dict[str, Callable[[Path], None]] = {
     "ecosystem": ecosystem,
     "components": components,
     "training_step": training_step,
+    "text_to_image": text_to_image,
+    "editing": editing,
+    "stages_apart": stages_apart,
 }
 
 if __name__ == "__main__":
