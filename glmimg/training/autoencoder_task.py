@@ -5,7 +5,7 @@ Legend: B batch, C channels, h w pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,7 +56,7 @@ class AutoencoderTask:
         seed: int = 0,
     ) -> None:
         self.vae, self.train, self.held_out, self.crop, self.noise, self.seed = vae, train, held_out, crop, noise, seed
-        self.modules = {"vae": vae}
+        self.modules: Mapping[str, nn.Module] = {"vae": vae}
 
     def batch(self, position: int, size: int) -> torch.Tensor:
         rng = np.random.default_rng((self.seed, position))

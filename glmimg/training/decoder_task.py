@@ -8,12 +8,14 @@ Legend: B batch, C latent channels, P patches, h x w tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from glmimg.autoencoder import Autoencoder
 from glmimg.decoder import Decoder, ReferenceCache
@@ -94,7 +96,7 @@ class DecoderTask:
         self.crop, self.whole, self.token_noise, self.drop, self.seed = crop, whole, token_noise, drop, seed
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
-        self.modules = {"transformer": transformer, "text_encoder": text_encoder}
+        self.modules: Mapping[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
 
     def batch(self, position: int, size: int) -> DecoderBatch:
         rng = np.random.default_rng((self.seed, position))

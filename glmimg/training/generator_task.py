@@ -8,7 +8,7 @@ Legend: B batch, T sequence, N emitted tokens (preview, target, end), D width, V
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from glmimg.corpus.captions import caption
 from glmimg.corpus.edits import instruction
@@ -106,7 +107,7 @@ class GeneratorTask:
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         config = model.config
         self.codes, self.end = int(config.vq_config.num_embeddings), int(config.image_end_token_id)
-        self.modules = {"language_model": model.model.language_model, "lm_head": model.lm_head}
+        self.modules: Mapping[str, nn.Module] = {"language_model": model.model.language_model, "lm_head": model.lm_head}
 
     def batch(self, position: int, size: int) -> GeneratorBatch:
         rng = np.random.default_rng((self.seed, position))

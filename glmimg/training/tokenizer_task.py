@@ -9,6 +9,7 @@ Legend: B batch, h x w tokens, N = h*w, D tower width, E code width, K codes, L 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,8 +154,14 @@ class TokenizerTask:
         with torch.no_grad():
             self.codebook.copy_(F.normalize(self.codebook, dim=-1))
         vq.post_quant_conv.requires_grad_(False)
-        self.modules = {"visual": visual, "vqmodel": vq, "reader": self.reader, "usage": _Usage(len(self.codebook))}
-        self.usage: torch.Tensor = self.modules["usage"].count
+        usage = _Usage(len(self.codebook))
+        self.usage = usage.count
+        self.modules: Mapping[str, nn.Module] = {
+            "visual": visual,
+            "vqmodel": vq,
+            "reader": self.reader,
+            "usage": usage,
+        }
 
     def batch(self, position: int, size: int) -> tuple[torch.Tensor, Targets]:
         rng = np.random.default_rng((self.seed, position))
@@ -275,6 +282,7 @@ class _Usage(nn.Module):
 
     def __init__(self, codes: int) -> None:
         super().__init__()
+        self.count: torch.Tensor
         self.register_buffer("count", torch.ones(codes))
 
 
