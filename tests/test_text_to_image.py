@@ -201,6 +201,16 @@ def test_streamed_blocks_hold_one_block_at_a_time(tiny_checkpoint: Path) -> None
             assert held == [1, 1]
 
 
+def test_compiled_decoder_makes_the_same_picture(pipeline: TextToImagePipeline, tiny_checkpoint: Path) -> None:
+    if not pipeline.stages.backends["decoder"].can_compile:
+        pytest.skip("no C++ compiler here: NOTHING was compiled")
+    options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
+    expected = pipeline("a cat", **options)
+    compiled = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32", compile=True)
+    result = compiled("a cat", **options)
+    assert np.abs(pixels(result.images[0]) - pixels(expected.images[0])).max() <= 1
+
+
 def test_negative_prompt_and_token_guidance(pipeline: TextToImagePipeline) -> None:
     options = SMALL | {"config": {"token_guidance": 4.0, "temperature": 0.0}}
     plain = pipeline("a red cat", **options)
