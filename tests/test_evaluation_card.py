@@ -25,7 +25,7 @@ from glmimg.corpus.stickers import LANGUAGES, SIDE, StickerBank
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.evaluation import editing
 from glmimg.evaluation.command import evaluate
-from glmimg.evaluation.concepts import CROP, ConceptNet, Judge, crop, thing_boxes
+from glmimg.evaluation.concepts import CROP, THINGS, ConceptNet, Judge, crop, default_folder, nearest_style, thing_boxes
 from glmimg.evaluation.drawers import Model
 from glmimg.evaluation.model_card import model_card, weaknesses
 from glmimg.evaluation.prompts import SHARES, Record, make_edits, make_prompts
@@ -175,6 +175,13 @@ def test_things_are_cut_out_where_they_stand(bank: StickerBank) -> None:
             assert left < x < right and top < y < bottom, scene
 
 
+def test_style_is_that_of_the_nearest_drawing(bank: StickerBank, judge: Judge) -> None:
+    sampler = SceneSampler(bank, seed=6, kinds=(1.0, 0.0, 0.0), sizes=(((128, 128), 1.0),), max_things=2)
+    scenes = [sampler.sample(k) for k in range(12)]
+    named = [nearest_style(judge, draw(s, bank), s, len(s.things) - 1, bank) for s in scenes]
+    assert named == [s.things[-1].style for s in scenes] and len(set(named)) > 1
+
+
 def test_crop_reaches_over_the_border() -> None:
     picture = np.full((40, 40, 3), 200, dtype=np.uint8)
     assert crop(picture, (0, 10, 40, 40)).shape == (CROP, CROP, 3)
@@ -217,7 +224,9 @@ def test_card_of_a_perfect_model(bank: StickerBank, judge: Judge, tmp_path: Path
         return [Image.fromarray(draw(truth.get((p, s), seen[p]), bank)) for p, s in zip(prompts, seeds, strict=True)]
 
     model = Model(size, drawn)
-    report = run_card(model, bank, Scorers(judge, None), tmp_path, n=90, training_scenes=60, tell=lambda line: None)
+    report = run_card(
+        model, bank, Scorers(bank, judge, None), tmp_path, n=90, training_scenes=60, tell=lambda line: None
+    )
     found = report["figures"]
     by = found["layout/trained/mean of tasks"]
     assert by["model"] == by["real"] and by["real"]["value"] >= 0.97 and by["floor"]["value"] < 0.35
@@ -270,3 +279,16 @@ def test_command_refuses_impossible_flags() -> None:
         run(parser.parse_args(["--bank", "x", "--tokens-share", "2"]))
     with pytest.raises(BadInput, match="no sticker bank"):
         run(parser.parse_args(["--bank", "x"]))
+
+
+def test_shipped_judge_is_small_and_good() -> None:
+    """Its weights, its vocabulary and the accuracy that it was shipped with."""
+    folder = default_folder()
+    if not folder.exists():
+        pytest.skip("no judge is shipped yet")
+    assert (folder / "classifier.safetensors").stat().st_size <= 6_000_000
+    shipped = Judge.load()
+    assert len(shipped.concepts) == 1643 and set(shipped.groups) >= set(THINGS)
+    assert all(np.isfinite(shipped.features([np.zeros((CROP, CROP, 3), dtype=np.uint8)]).numpy()).ravel())
+    for split in ("train", "cells", "concepts"):
+        assert shipped.report["test"][split]["things_top5"] >= 0.9

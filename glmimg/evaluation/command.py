@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     report = run_card(
         model.model(),
         bank,
-        Scorers(judge, reader, second),
+        Scorers(bank, judge, reader, second),
         args.output,
         n=args.n,
         edits=args.edits,

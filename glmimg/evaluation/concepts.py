@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from glmimg.corpus.scenes import Scene
+from glmimg.corpus.scenes import Scene, draw
+from glmimg.corpus.stickers import STYLES, StickerBank
 from glmimg.errors import CheckpointError
 from glmimg.evaluation.segment import background_of, box_of, dilate, erode, regions
 
@@ -118,6 +120,27 @@ class Judge:
     def things(self) -> list[str]:
         """The concepts of THINGS."""
         return [c for c, g in zip(self.concepts, self.group_of, strict=True) if self.groups[int(g)] in THINGS]
+
+
+def nearest_style(judge: Judge, picture: np.ndarray, scene: Scene, at: int, bank: StickerBank) -> str:
+    """The style in which the thing, drawn into the same scene, lies nearest to the picture in the judge's features.
+
+    Better than the judge's own style head, which confuses the flat sets. A silhouette that was not asked for competes
+    in grey.
+    """
+    thing = scene.things[at]
+    candidates = {}
+    for style in STYLES:
+        row = bank.row_of.get((thing.concept, style, thing.tone), bank.row_of.get((thing.concept, style, 0)))
+        if row is not None:
+            colour = thing.colour or "grey" if style == "silhouette" else ""
+            candidates[style] = replace(thing, style=style, row=row, colour=colour)
+    crops = [crops_of(picture, scene)[at]]
+    for other in candidates.values():
+        things = scene.things[:at] + (other,) + scene.things[at + 1 :]
+        crops.append(crops_of(draw(replace(scene, things=things), bank), scene)[at])
+    features = F.normalize(judge.features(crops), dim=1)
+    return list(candidates)[int((features[1:] @ features[0]).argmax())]
 
 
 def to_tensor(crops_BHWC: np.ndarray) -> torch.Tensor:

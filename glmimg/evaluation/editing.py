@@ -43,7 +43,9 @@ def score(
     kept = bool((away[still] < TOLERANCE).mean() >= KEPT_SHARE) if still.any() else True
     to_target = np.abs(edited.astype(int) - after).sum(-1)[due].mean()
     out: dict[str, bool | float] = {"nearer": bool(to_target < away[due].mean()), "kept": kept}
-    if record.subset != "word":
+    if record.subset == "style":
+        out["changed"] = _style(edited, record, before, after, judge)
+    elif record.subset != "word":
         out["changed"] = _TESTS[record.subset](edited, record, judge)
     elif reader is not None:
         word = record.scene.things[record.changed].word
@@ -74,10 +76,11 @@ def _thing(edited: np.ndarray, record: Record, judge: Judge) -> bool:
     return all(_named(edited, scene, k, judge) for k in range(len(scene.things)))
 
 
-def _style(edited: np.ndarray, record: Record, judge: Judge) -> bool:
-    features = judge.features(crops_of(edited, record.scene))
-    right = judge.styles_of(features)[0] == record.scene.things[0].style
-    return right and bool(judge.rank_of(features, [record.scene.things[0].concept])[0] < 5)
+def _style(edited: np.ndarray, record: Record, before: np.ndarray, after: np.ndarray, judge: Judge) -> bool:
+    """Still the concept, and in the judge's features nearer to the target than to the source."""
+    features = judge.features([crops_of(p, record.scene)[0] for p in (edited, before, after)])
+    to_source, to_target = (float(features[0] @ f / f.norm()) for f in features[1:])
+    return to_target > to_source and bool(judge.rank_of(features[:1], [record.scene.things[0].concept])[0] < 5)
 
 
 def _colour(edited: np.ndarray, record: Record, judge: Judge) -> bool:
@@ -110,7 +113,6 @@ def _move(edited: np.ndarray, record: Record, judge: Judge) -> bool:
 
 _TESTS: dict[str, Callable[[np.ndarray, Record, Judge], bool]] = {
     "background": _background,
-    "style": _style,
     "colour": _colour,
     "add": _thing,
     "replace": _thing,

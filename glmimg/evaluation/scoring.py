@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from glmimg.corpus.stickers import StickerBank
 from glmimg.evaluation import layout
-from glmimg.evaluation.concepts import Judge, crops_of
+from glmimg.evaluation.concepts import Judge, crops_of, nearest_style
 from glmimg.evaluation.figures import estimate
 from glmimg.evaluation.prompts import Record
 from glmimg.evaluation.text import Reader
@@ -28,6 +29,7 @@ Scores = dict[str, "bool | float"]
 class Scorers:
     """What reads the pictures. A reader that is None leaves its figures out; `second` is (name, reader)."""
 
+    bank: StickerBank
     judge: Judge
     reader: Reader | None
     second: tuple[str, Reader] | None = None
@@ -53,8 +55,8 @@ class Scorers:
         features = judge.features(crops_of(picture, record.scene))
         ranks = judge.rank_of(features, truth)
         out: Scores = {"top1": bool((ranks < 1).all()), "top5": bool((ranks < 5).all())}
-        named = judge.styles_of(features)
-        out["style"] = all(a == t.style for a, t in zip(named, record.scene.things, strict=True))
+        styles = [nearest_style(judge, picture, record.scene, k, self.bank) for k in range(len(truth))]
+        out["style"] = styles == [t.style for t in record.scene.things]
         things = set(judge.things())
         if all(c in things for c in truth):
             inner = judge.rank_of(features, truth, within=things)
