@@ -33,7 +33,9 @@ from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents,
 from glmimg.training.loop import Run, Task, TrainConfig
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
-SHARES = {"autoencoder": 0.10, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
+SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
+# What ends up in the checkpoint.
+KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class MiniTraining:
         models = build_models(self.preset, seed=self.seed)
         if self.start_from:
             self._load_checkpoint(models, self.start_from)
+            if (self.work / "tokenizer" / "state.pt").exists():
+                _forget_codes(models)
             return models
         start_residual_blocks_at_identity(models["vae"])
         start_generator(models["vision_language_encoder"])
@@ -183,9 +187,11 @@ class MiniTraining:
         run = Run(task, replace(config, seed=self.seed), self.work / stage)
         if run.resume():
             print(f"{stage}: resumed at step {run.step}", file=sys.stderr)
-        elif self.start_from and (self.start_from / "training.json").exists():
+        elif self.start_from and stage in KEPT:
             # New data from where the checkpoint's own training stopped; the optimizer starts afresh.
-            run.position = json.loads((self.start_from / "training.json").read_text())[stage]["position"]
+            base = _training_record(self.start_from, stage)
+            run.position = base["position"]
+            (self.work / stage / "started_from.json").write_text(json.dumps(base))
         if run.progress() < 1:
             run.train()
 
@@ -195,6 +201,31 @@ class MiniTraining:
         task = AutoencoderTask(self.models["vae"], self.scenes(), self.scenes("scenes_held_out"))
         self._run("autoencoder", task, recipes.autoencoder(self.minutes["autoencoder"], self.threads))
 
+    @cached_property
+    def crops(self) -> Any:
+        from glmimg.training.sticker_crops import StickerCrops
+
+        return StickerCrops(self.bank, self.preset["vision_language_encoder"]["vision_config"]["patch_size"])
+
+    def teacher(self) -> None:
+        from glmimg.training.teacher_task import TeacherTask
+
+        # The teacher's own seed: it shares neither batches nor first weights with anything else.
+        task = TeacherTask(self.bank, self.crops, seed=self.seed + 11)
+        self._run("teacher", task, recipes.teacher(self.minutes["teacher"], self.threads))
+
+    def _trained_teacher(self) -> Any:
+        """The teacher of this work folder, or None: a tower that is trained already can do without."""
+        from glmimg.training.teacher_task import TeacherTask
+
+        file = self.work / "teacher" / "state.pt"
+        if not file.exists():
+            print("tokenizer: no teacher in the work folder, going on without", file=sys.stderr)
+            return None
+        teacher = TeacherTask(self.bank, self.crops).teacher
+        teacher.load_state_dict(torch.load(file, weights_only=True)["modules"]["teacher"])
+        return teacher
+
     def tokenizer(self) -> None:
         from glmimg.training.tokenizer_task import TokenizerTask
 
@@ -203,6 +234,8 @@ class MiniTraining:
             self.scenes(),
             self.scenes("scenes_held_out"),
             self.scenes("scenes_cells"),
+            self.crops,
+            self._trained_teacher(),
             preview=self.preset["generation"]["preview_side"],
         )
         self._run("tokenizer", task, recipes.tokenizer(self.minutes["tokenizer"], self.threads))
@@ -282,7 +315,7 @@ class MiniTraining:
         from glmimg.checkpoint import save_component
         from glmimg.weights_tools.init import write_settings
 
-        for stage in SHARES:
+        for stage in KEPT:
             self.load(stage)
         with atomic_folder(out) as folder:
             write_settings(folder, self.preset, self.bpe())
@@ -290,24 +323,21 @@ class MiniTraining:
                 torch.nn.Module.to(module, torch.bfloat16)
                 save_component(folder, name, module)
             (folder / "ATTRIBUTION.md").write_text(attribution())
-            (folder / "training.json").write_text(
-                json.dumps({stage: self._record(stage) for stage in SHARES}, indent=1)
-            )
+            (folder / "training.json").write_text(json.dumps({stage: self._record(stage) for stage in KEPT}, indent=1))
 
     def _record(self, stage: str) -> dict[str, Any]:
         """How far a stage has come over all its chunks: optimizer steps, samples drawn, minutes, held-out figures."""
-        record: dict[str, Any] = {"steps": 0, "position": 0, "minutes": 0.0}
-        if self.start_from and (self.start_from / "training.json").exists():
-            record = json.loads((self.start_from / "training.json").read_text())[stage]
-        if (self.work / stage / "state.pt").exists():
-            state = torch.load(self.work / stage / "state.pt", weights_only=True)
-            record = {
-                "steps": record["steps"] + state["step"],
-                "position": state["position"],
-                "minutes": round(record["minutes"] + state["elapsed"] / 60, 1),
-                "held_out": self._held_out(stage),
-            }
-        return record
+        if not (self.work / stage / "state.pt").exists():
+            return _training_record(self.start_from, stage) if self.start_from else dict(_UNTRAINED)
+        begun = self.work / stage / "started_from.json"
+        base = json.loads(begun.read_text()) if begun.exists() else _UNTRAINED
+        state = torch.load(self.work / stage / "state.pt", weights_only=True)
+        return {
+            "steps": base["steps"] + state["step"],
+            "position": state["position"],
+            "minutes": round(base["minutes"] + state["elapsed"] / 60, 1),
+            "held_out": self._held_out(stage),
+        }
 
     def _held_out(self, stage: str) -> dict[str, float]:
         """The last held-out figures in a stage's log."""
@@ -316,9 +346,32 @@ class MiniTraining:
         return next((figures for figures in reversed(found) if figures), {})
 
 
+def _forget_codes(models: dict[str, Any]) -> None:
+    """Begin anew what is tied to single codes: the work folder's tokenizer is another one than the checkpoint's."""
+    model = models["vision_language_encoder"]
+    codes = int(model.config.vq_config.num_embeddings)
+    with torch.no_grad():
+        for table in (
+            model.model.language_model.embed_tokens.weight[:codes],
+            model.lm_head.weight[:codes],
+            models["transformer"].prior_token_embedding.weight,
+        ):
+            table.normal_(std=float(table.std()))
+
+
+_UNTRAINED: dict[str, Any] = {"steps": 0, "position": 0, "minutes": 0.0}
+
+
+def _training_record(checkpoint: Path, stage: str) -> dict[str, Any]:
+    """What a checkpoint's training.json tells of a stage."""
+    file = checkpoint / "training.json"
+    return dict(json.loads(file.read_text()).get(stage, _UNTRAINED) if file.exists() else _UNTRAINED)
+
+
 STAGES: dict[str, Callable[[MiniTraining], None]] = {
     "corpus": MiniTraining.corpus,
     "autoencoder": MiniTraining.autoencoder,
+    "teacher": MiniTraining.teacher,
     "tokenizer": MiniTraining.tokenizer,
     "encode_tokens": MiniTraining.encode_tokens,
     "encode_latents": MiniTraining.encode_latents,

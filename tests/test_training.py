@@ -14,6 +14,7 @@ from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.cache import SceneCache, render, render_edits
 from glmimg.corpus.captions import caption
 from glmimg.corpus.scenes import SceneSampler, draw
+from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept
 from glmimg.corpus.stickers import SIDE, STYLES, StickerBank
 from glmimg.errors import BadInput
 from glmimg.presets import PRESETS
@@ -24,6 +25,8 @@ from glmimg.training.decoder_task import DecoderTask
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.generator_task import GeneratorTask, forward_states
 from glmimg.training.loop import Run, TrainConfig
+from glmimg.training.sticker_crops import StickerCrops
+from glmimg.training.teacher_task import TeacherTask
 from glmimg.training.tokenizer_task import TokenizerTask, token_targets
 from glmimg.weights_tools.init import build_models, train_bpe
 
@@ -117,7 +120,7 @@ def test_render_resumes_and_refuses_other_settings(bank: StickerBank, tmp_path: 
 
 def test_token_targets_name_what_the_boxes_hold(bank: StickerBank, scenes: SceneCache, models: dict) -> None:
     tokenizer = SemanticTokenizer.of(models["vision_language_encoder"])
-    task = TokenizerTask(tokenizer, scenes, scenes, scenes, preview=1)
+    task = TokenizerTask(tokenizer, scenes, scenes, scenes, StickerCrops(scenes.bank, 16), None, preview=1)
     for k in range(40):
         scene = scenes.scene(k)
         targets = token_targets(scene, task.names, 8, 8)
@@ -178,12 +181,40 @@ def test_autoencoder_learns(scenes: SceneCache, tmp_path: Path, models: dict) ->
 
 def test_tokenizer_moves_its_codebook_and_reports(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
     tokenizer = SemanticTokenizer.of(models["vision_language_encoder"])
-    task = TokenizerTask(tokenizer, scenes, scenes, scenes, preview=1)
-    before = task.codebook.clone()
+    crops = StickerCrops(scenes.bank, 16)
+    teacher = TeacherTask(scenes.bank, crops).teacher
+    task = TokenizerTask(tokenizer, scenes, scenes, scenes, crops, teacher, preview=1, crops_first=24)
+    before, taught = task.codebook.clone(), [p.clone() for p in teacher.parameters()]
     Run(task, config(steps=6, batch_size=8), tmp_path).train()
     assert not torch.equal(before, task.codebook)
     assert torch.allclose(task.codebook.norm(dim=1), torch.ones(len(before)), atol=1e-4)
     assert 0 <= task.evaluate()["name_top5"] <= 1
+    assert all(torch.equal(a, b) for a, b in zip(taught, teacher.parameters(), strict=True))
+    assert not task.batch(0, 8)[0].isnan().any() and task.batch(48, 9)[0].shape[0] in (3, 9)
+
+
+def test_crops_hold_trained_stickers_where_the_targets_say(bank: StickerBank) -> None:
+    crops = StickerCrops(bank, 16)
+    assert crops.stickers and not any(
+        is_held_out_concept(s.concept) or is_held_out_cell(s.concept, s.style) for s in crops.stickers
+    )
+    pixels, rows, inside, colours = crops.draw(np.random.default_rng(1), 64, 4)
+    assert pixels.shape == (64, 3, 64, 64) and inside.any(dim=(1, 2)).all() and float(pixels.min()) > -1.01
+    # What lies outside a sticker's box does not change from left to right.
+    patches = pixels.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5)
+    flat = patches.std(dim=-1).amax(dim=(3, 4))
+    assert float(flat[~inside].median()) < 0.01 < float(flat[inside].median())
+    styles = [bank.stickers[int(row)].style for row in rows]
+    assert [s == "silhouette" for s in styles] == (colours >= 0).tolist()
+
+
+def test_teacher_learns_to_name_stickers(bank: StickerBank, tmp_path: Path) -> None:
+    task = TeacherTask(bank, StickerCrops(bank, 16))
+    before = task.evaluate()["right_alone"]
+    Run(task, config(steps=80, batch_size=32, muon=False, learning_rate=3e-3, clip=5.0), tmp_path).train()
+    for module in task.modules.values():
+        module.eval()
+    assert task.evaluate()["right_alone"] > before + 0.1
 
 
 def test_generator_and_decoder_learn_on_encoded_scenes(

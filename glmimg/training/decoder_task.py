@@ -67,9 +67,10 @@ def start_from_scratch(transformer: Any) -> None:
 class DecoderTask:
     """See `glmimg.training.loop.Task`.
 
-    crop: side of the crops in tokens; whole: share of batches that take the whole picture (at a quarter of the batch
-    size). token_noise: the share of tokens replaced by random codes, drawn anew up to this value for each picture, so
-    that the decoder forgives the generator's mistakes.
+    crop: side of the crops in tokens; on_things: share of the crops that are laid over one of the scene's things;
+    whole: share of batches that take the whole picture (at a quarter of the batch size). token_noise: the share of
+    tokens replaced by random codes, drawn anew up to this value for each picture, so that the decoder forgives the
+    generator's mistakes.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class DecoderTask:
         scheduler: dict[str, Any],
         *,
         crop: int = 4,
+        on_things: float = 0.75,
         whole: float = 0.0,
         token_noise: float = 0.1,
         drop: float = 0.1,
@@ -94,6 +96,7 @@ class DecoderTask:
         self.decoder, self.glyphs, self.vae = Decoder(transformer), GlyphEncoder(text_encoder), vae
         self.train, self.held_out, self.scheduler = train, held_out, scheduler
         self.crop, self.whole, self.token_noise, self.drop, self.seed = crop, whole, token_noise, drop, seed
+        self.on_things = on_things
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
         self.modules: Mapping[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
@@ -114,12 +117,18 @@ class DecoderTask:
         side_h, side_w = (h, w) if whole else (min(self.crop, h), min(self.crop, w))
         latents, ids, words, crops = [], [], [], []
         for k in rows:
+            scene = data.cache.scene(int(k))
             top, left = int(rng.integers(h - side_h + 1)), int(rng.integers(w - side_w + 1))
+            if scene.things and rng.random() < self.on_things:
+                x0, y0, x1, y1 = scene.things[int(rng.integers(len(scene.things)))].box
+                middle = np.array([y0 + y1, x0 + x1]) / (2 * _PIXELS_PER_TOKEN) - (side_h / 2, side_w / 2)
+                nudged = np.rint(middle + rng.uniform(-1, 1, 2))
+                top, left = (int(v) for v in np.clip(nudged, 0, (h - side_h, w - side_w)))
             y, x, f = top * _LATENTS_PER_TOKEN, left * _LATENTS_PER_TOKEN, _LATENTS_PER_TOKEN
             latents.append(data.latents[k, :, y : y + side_h * f, x : x + side_w * f])
             grid = data.tokens[k, data.prompt_offset :].reshape(h, w)
             ids.append(grid[top : top + side_h, left : left + side_w])
-            words.append([t.word for t in data.cache.scene(int(k)).things if t.word])
+            words.append([t.word for t in scene.things if t.word])
             crops.append((top * _PIXELS_PER_TOKEN, left * _PIXELS_PER_TOKEN))
         return DecoderBatch(
             torch.from_numpy(np.stack(latents)).float(),

@@ -22,10 +22,26 @@ def autoencoder(minutes: float, threads: int = 0) -> TrainConfig:
     )
 
 
+def teacher(minutes: float, threads: int = 0) -> TrainConfig:
+    """The convolutional teacher: large steps and a long decay, as suits batch norm."""
+    return TrainConfig(
+        learning_rate=3e-3,
+        batch_size=96,
+        minutes=minutes,
+        warmup=60,
+        decay=0.5,
+        weight_decay=0.05,
+        betas=(0.9, 0.98),
+        clip=5.0,
+        muon=False,
+        threads=threads,
+    )
+
+
 def tokenizer(minutes: float, threads: int = 0) -> TrainConfig:
     """Vision tower, quantiser and the reader that judges them."""
     return TrainConfig(
-        learning_rate=1e-3, batch_size=64, minutes=minutes, warmup=100, decay=0.3, weight_decay=0.02, threads=threads
+        learning_rate=1e-3, batch_size=192, minutes=minutes, warmup=100, decay=0.3, weight_decay=0.02, threads=threads
     )
 
 

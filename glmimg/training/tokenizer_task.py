@@ -1,10 +1,11 @@
 """Training the semantic tokenizer: vision tower and vector quantiser, judged by what their tokens tell.
 
-A small reader (transformer over the quantised tokens) must name the thing, its style and its colour at every token and
-paint the pixels back. Names are matched against frozen multilingual sentence vectors, so that a fox lies near a wolf
-and unseen concepts have a place. The reader is thrown away; tower, quantiser and codebook are what is kept.
+A small reader (transformer over the quantised tokens) must name the thing, its style and its colour at every token,
+say what a convolutional teacher sees there, and paint the pixels back. Names are matched twice: as classes, and against
+frozen multilingual sentence vectors, so that a fox lies near a wolf and unseen concepts have a place. Single large
+stickers come first, whole scenes take over. Reader and teacher are thrown away; tower, quantiser and codebook are kept.
 
-Legend: B batch, h x w tokens, N = h*w, D tower width, E code width, K codes, L names.
+Legend: B batch, h x w tokens, N = h*w, D tower width, E code width, F teacher's features, K codes, L names.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from glmimg.corpus.words import COLOURS, SHAPES, SIGNS
 from glmimg.errors import MissingExtra
 from glmimg.semantic_tokenizer import TOKEN_SIDE, SemanticTokenizer
 from glmimg.training.autoencoder_task import to_pixels
+from glmimg.training.sticker_crops import StickerCrops
+from glmimg.training.teacher_task import FEATURES, Teacher
 
 KINDS = ("background", *STYLES, "shape", "sign")
 
@@ -108,7 +111,7 @@ class Reader(nn.Module):
     """Quantised tokens_BNE -> pixels of each token's patch, kind, name and colour. Only used while training."""
 
     def __init__(
-        self, code_dim: int, width: int, layers: int, heads: int, patch: int, name_dim: int, side: int
+        self, code_dim: int, width: int, layers: int, heads: int, patch: int, name_dim: int, side: int, names: int
     ) -> None:
         super().__init__()
         self.enter = nn.Linear(code_dim, width)
@@ -118,7 +121,9 @@ class Reader(nn.Module):
         self.head_pixels = nn.Linear(width, patch * patch * 3)
         self.head_kind = nn.Linear(width, len(KINDS))
         self.head_colour = nn.Linear(width, len(COLOURS))
-        self.head_name = nn.Linear(width, name_dim)
+        self.head_name, self.head_class = nn.Linear(width, name_dim), nn.Linear(width, names)
+        self.head_teacher = nn.Linear(width, FEATURES)
+        self.head_tower = nn.Linear(width, FEATURES)  # reads the tower itself, past the codes
 
     def forward(self, codes_BhwE: torch.Tensor) -> torch.Tensor:
         h, w = codes_BhwE.shape[1:3]
@@ -130,7 +135,12 @@ class Reader(nn.Module):
 
 
 class TokenizerTask:
-    """See `glmimg.training.loop.Task`. preview: side of the small grid that every third batch is read on."""
+    """See `glmimg.training.loop.Task`.
+
+    teacher: trained, or None to do without. preview: side of the small grid that some batches of whole scenes are read
+    on. crop: side of single stickers' crops in tokens. crops_first: samples until whole scenes take over from single
+    stickers.
+    """
 
     def __init__(
         self,
@@ -138,17 +148,26 @@ class TokenizerTask:
         train: SceneCache,
         held_out: SceneCache,
         held_out_cells: SceneCache,
+        crops: StickerCrops,
+        teacher: Teacher | None,
         *,
         preview: int = 4,
+        crop: int = 4,
+        crops_first: int = 300_000,
         seed: int = 0,
     ) -> None:
         self.tokenizer, self.train, self.held_out, self.cells = tokenizer, train, held_out, held_out_cells
-        self.names, self.preview, self.seed = Names(train.bank), preview, seed
+        self.crops, self.teacher = crops, teacher.eval().requires_grad_(False) if teacher else None
+        self.names, self.preview, self.crop, self.crops_first = Names(train.bank), preview, crop, crops_first
+        self.seed = seed
+        stickers = train.bank.stickers
+        self.name_of = torch.tensor([self.names.index[s.concept] for s in stickers])
+        self.kind_of = torch.tensor([KINDS.index(s.style) for s in stickers])
         visual, vq = tokenizer.visual, tokenizer.vqmodel
-        width = visual.config.hidden_size
+        width, names = visual.config.hidden_size, len(self.names.keys)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.reader = Reader(vq.config.embed_dim, width, 2, visual.config.num_heads, tokenizer.patch, 512, 8)
+            self.reader = Reader(vq.config.embed_dim, width, 2, visual.config.num_heads, tokenizer.patch, 512, 8, names)
         self.codebook = vq.quantize.embedding.weight
         self.codebook.requires_grad_(False)  # a moving average of what is assigned to it, not a gradient
         with torch.no_grad():
@@ -164,9 +183,25 @@ class TokenizerTask:
         }
 
     def batch(self, position: int, size: int) -> tuple[torch.Tensor, Targets]:
+        """`size` single stickers, `size` scenes on the small grid, or a third of `size` whole scenes."""
         rng = np.random.default_rng((self.seed, position))
-        small = rng.random() < 0.34
-        return self._read(self.train, rng.integers(len(self.train), size=size), small=small)
+        if rng.random() < (0.8 if position < self.crops_first else 0.35):
+            return self._read_crops(rng, size)
+        small = rng.random() < 0.3
+        return self._read(self.train, rng.integers(len(self.train), size=size if small else -(-size // 3)), small=small)
+
+    def _read_crops(self, rng: np.random.Generator, size: int) -> tuple[torch.Tensor, Targets]:
+        x_BCHW, rows, inside_Bhw, colours = self.crops.draw(rng, size, self.crop)
+
+        def told(values_B: torch.Tensor, otherwise: int) -> torch.Tensor:
+            return torch.where(inside_Bhw, values_B[:, None, None], otherwise)
+
+        targets = Targets(
+            told(self.kind_of[rows], 0),
+            told(self.name_of[rows], -100),
+            told(torch.from_numpy(np.where(colours < 0, -100, colours)), -100),
+        )
+        return x_BCHW.clamp(-1, 1), targets
 
     def _read(self, cache: SceneCache, rows: np.ndarray, *, small: bool = False) -> tuple[torch.Tensor, Targets]:
         x_BCHW = to_pixels([cache.picture(int(k)) for k in rows])
@@ -208,27 +243,43 @@ class TokenizerTask:
         self, batch: tuple[torch.Tensor, Targets], progress: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
         x_BCHW, truth = batch
-        unit_BhwE = self.tokenizer.code_vectors(self.tokenizer.features(x_BCHW))
+        features_BDhw = self.tokenizer.features(x_BCHW)
+        unit_BhwE = self.tokenizer.code_vectors(features_BDhw)
         codes_BhwE, ids = self._quantise(unit_BhwE, generator)
-        state = self.reader(codes_BhwE)
+        # While the codes mean nothing yet, some pictures pass unquantised: the tower learns from the first step.
+        free_B = torch.rand(len(ids), generator=generator) < 0.5 * (1 - progress / 0.3)
+        state = self.reader(torch.where(free_B[:, None, None, None], unit_BhwE, codes_BhwE))
         error = self._paint(state) - x_BCHW
         pixels = error.square().mean() + 0.5 * error.abs().mean()
         kind = F.cross_entropy(self.reader.head_kind(state).flatten(0, 2).float(), truth.kind.flatten())
-        name_logits = self._name_logits(state)
-        name = F.cross_entropy(name_logits.flatten(0, 2), truth.name.flatten(), ignore_index=-100)
         colour = _cross_entropy(self.reader.head_colour(state).flatten(0, 2).float(), truth.colour.flatten())
-        chosen = self.codebook[ids]
-        commit = (1 - (unit_BhwE.float() * chosen).sum(-1)).mean()
-        loss = pixels + 0.3 * kind + 0.25 * name + 0.1 * colour + 0.5 * commit
         named = truth.name >= 0
-        right = float((name_logits.argmax(-1)[named] == truth.name[named]).float().mean())
-        return loss, {
+        said, right_names = state[named], truth.name[named]
+        classes = self.reader.head_class(said).float()
+        name = F.cross_entropy(classes, right_names)
+        caption = F.cross_entropy(self._name_logits(said), right_names)
+        commit = (1 - (unit_BhwE.float() * self.codebook[ids]).sum(-1)).mean()
+        loss = pixels + 0.3 * kind + 0.3 * name + 0.1 * caption + 0.1 * colour + 0.5 * commit
+        metrics = {
             "pixels": float(pixels.detach()),
             "kind": float(kind.detach()),
             "name": float(name.detach()),
-            "name_right": right,
+            "name_right": float((classes.argmax(-1) == right_names).float().mean()),
             "commit": float(commit.detach()),
         }
+        if self.teacher is not None:
+            with torch.no_grad():
+                seen_BhwF = self.teacher(x_BCHW).permute(0, 2, 3, 1).float()
+            through, before = (
+                (1 - F.cosine_similarity(guess.float(), seen_BhwF, dim=-1)).mean()
+                for guess in (
+                    self.reader.head_teacher(state),
+                    self.reader.head_tower(features_BDhw.permute(0, 2, 3, 1)),
+                )
+            )
+            loss = loss + through + before
+            metrics |= {"teacher": float(through.detach()), "teacher_tower": float(before.detach())}
+        return loss, metrics
 
     def _paint(self, state_BhwD: torch.Tensor) -> torch.Tensor:
         p = self.tokenizer.patch
@@ -236,34 +287,40 @@ class TokenizerTask:
         B, h, w, _ = pixels.shape
         return pixels.view(B, h, w, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, h * p, w * p)
 
-    def _name_logits(self, state_BhwD: torch.Tensor) -> torch.Tensor:
-        guess = F.normalize(self.reader.head_name(state_BhwD).float(), dim=-1)
+    def _name_logits(self, state_ND: torch.Tensor) -> torch.Tensor:
+        guess = F.normalize(self.reader.head_name(state_ND).float(), dim=-1)
         return 20 * guess @ self.names.vectors_LE.T
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
+        """Names and kinds per token on held-out scenes, their small grids and held-out cells; how codes are used."""
         out: dict[str, float] = {}
         for label, cache, small in (
             ("", self.held_out, False),
             ("preview_", self.held_out, True),
             ("cells_", self.cells, False),
         ):
-            x, truth = self._read(cache, np.arange(200), small=small)
-            codes, ids = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)))
-            state = self.reader(codes)
-            logits, named = self._name_logits(state), truth.name >= 0
-            top = logits[named].topk(5).indices == truth.name[named][:, None]
-            out[f"{label}name_top1"], out[f"{label}name_top5"] = (
-                float(top[:, 0].float().mean()),
-                float(top.any(1).float().mean()),
-            )
+            ids, states, truths, squares = [], [], [], []
+            for start in range(0, min(600, len(cache)), 50):
+                x, truth = self._read(cache, np.arange(start, min(start + 50, len(cache))), small=small)
+                codes, found = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)))
+                state = self.reader(codes)
+                ids.append(found.flatten())
+                states.append(state.flatten(0, 2))
+                truths.append(torch.stack([truth.kind.flatten(), truth.name.flatten()]))
+                squares.append((self._paint(state) - x).square().mean())
+            state_ND, (kind_N, name_N) = torch.cat(states), torch.cat(truths, 1)
+            named = name_N >= 0
+            top = self.reader.head_class(state_ND[named]).topk(5).indices == name_N[named][:, None]
+            out[f"{label}name_top1"] = float(top[:, 0].float().mean())
+            out[f"{label}name_top5"] = float(top.any(1).float().mean())
+            counts = torch.bincount(torch.cat(ids), minlength=len(self.codebook)).float()
+            share = counts / counts.sum()
+            out[f"{label}perplexity"] = float((-(share * share.clamp_min(1e-12).log()).sum()).exp())
+            out[f"{label}codes_used"] = float((counts > 0).float().mean())
             if not label:
-                p = torch.bincount(ids.flatten(), minlength=len(self.codebook)).float()
-                p = p / p.sum()
-                out["perplexity"] = float((-(p * p.clamp_min(1e-12).log()).sum()).exp())
-                out["kind_right"] = float((self.reader.head_kind(state).argmax(-1) == truth.kind).float().mean())
-                out["psnr"] = float(-10 * ((self._paint(state) - x).square().mean() / 4).log10())
-        out["codes_used"] = float((self.usage > 0.02 * self.usage.mean()).float().mean())
+                out["kind_right"] = float((self.reader.head_kind(state_ND).argmax(-1) == kind_N).float().mean())
+                out["psnr"] = float(-10 * (torch.stack(squares).mean() / 4).log10())
         return out
 
     @torch.no_grad()
