@@ -9,6 +9,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -37,13 +38,17 @@ def open_picture(source: str | Path | bytes | BinaryIO | Image.Image) -> Image.I
     """
     image, name = _opened(source)
     try:
-        if image.width * image.height > MAX_PIXELS:
-            raise BadInput(f"{name} has {image.width}x{image.height} pixels; make it smaller than {MAX_PIXELS:,} first")
-        if getattr(image, "n_frames", 1) > 1:
-            logger.warning("%s holds %d frames: the first is used", name, image.n_frames)  # type: ignore[attr-defined]
-            image.seek(0)
-        image.load()
-        return _rgb(ImageOps.exif_transpose(image), name)
+        # Pillow keeps the file of an animation open; a stream of the caller's stays as it is.
+        with nullcontext() if image is source else image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadInput(
+                    f"{name} has {image.width}x{image.height} pixels; make it smaller than {MAX_PIXELS:,} first"
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                logger.warning("%s holds %d frames: the first is used", name, image.n_frames)  # type: ignore[attr-defined]
+                image.seek(0)
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image), name)
     except GlmimgError:
         raise
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError...

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ COLUMNS = 4
 GAP = 8
 LINE = 40  # pixels of caption under a picture
 
+# The first that this machine has writes the captions; the last resort has neither accents nor Chinese.
+FONTS = ("NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", "DejaVuSans.ttf", "Arial.ttf")
+
 STYLE = """body { font: 15px system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.5rem }
 figure { margin: 0 } img { max-width: 100% } .layout { height: 64px; image-rendering: pixelated }
@@ -39,6 +43,7 @@ def main() -> None:
     parser.add_argument("--size", help="WIDTHxHEIGHT (default: the checkpoint's)")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--font", type=Path, help="font file of the contact sheet's captions")
     parser.add_argument("-n", type=int, default=1, help="pictures of each prompt")
     arguments = parser.parse_args()
     prompts = [line for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
@@ -57,18 +62,28 @@ def main() -> None:
             layout = path.with_name(f"{path.stem}-layout.png")
             save_png(result.tokens[k].picture(8), layout)
             rows.append((path, layout, result.settings[k], seconds, result.images[k]))
-    contact_sheet(rows).save(arguments.output / "sheet.png", optimize=True)
+    contact_sheet(rows, caption_font(arguments.font)).save(arguments.output / "sheet.png", optimize=True)
     (arguments.output / "index.html").write_text(page(rows, pipeline.stages.checkpoint.hash), encoding="utf-8")
     print(arguments.output / "index.html")
 
 
-def contact_sheet(rows: list[Any]) -> Image.Image:
+def caption_font(path: Path | None) -> Any:
+    for name in (str(path),) if path else FONTS:
+        try:
+            return ImageFont.truetype(name, 12)
+        except OSError:
+            if path:
+                sys.exit(f"{path} is no font that can be read: give a .ttf, .otf or .ttc file")
+    return ImageFont.load_default(12)
+
+
+def contact_sheet(rows: list[Any], font: Any) -> Image.Image:
     images = [row[-1] for row in rows]
     width, height = max(image.width for image in images), max(image.height for image in images)
     columns = min(COLUMNS, len(images))
     lines = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, lines * (height + LINE + GAP) + GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(sheet)
     for k, (_, _, settings, _, image) in enumerate(rows):
         left, top = GAP + k % columns * (width + GAP), GAP + k // columns * (height + LINE + GAP)
         sheet.paste(image, (left, top))
@@ -77,12 +92,13 @@ def contact_sheet(rows: list[Any]) -> Image.Image:
 
 
 def wrapped(text: str, width: int, font: Any) -> str:
-    """The caption in at most two lines; characters that the font lacks are left out."""
+    """The caption in at most two lines; text without spaces breaks anywhere."""
+    words = re.findall(r"[\u3000-\uffef]|[^\s\u3000-\uffef]+\s*", text)
     lines = [""]
-    for word in text.encode("latin-1", "ignore").decode("latin-1").split():
-        if font.getlength(f"{lines[-1]} {word}") > width:
+    for word in words:
+        if font.getlength(lines[-1] + word.rstrip()) > width:
             lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
+        lines[-1] += word
     return "\n".join(lines[:2])
 
 
