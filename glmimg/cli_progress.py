@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from glmimg.pipelines.result import Event
 
-__all__ = ["Bars"]
+__all__ = ["Bars", "ByteBar"]
 
 WIDTH = 24
 INTERVAL = 0.1  # seconds between two drawings
+PATIENCE = 2.0  # seconds without a bar: short work needs none
 
 
 class Bars:
@@ -32,6 +33,30 @@ class Bars:
         line += _duration(event.seconds) if done else f"{_duration(event.eta)} left"
         start = "\r\x1b[K" if self.live else ""
         print(start + line, end="\n" if done else "", file=self.stream, flush=True)
+
+
+class ByteBar:
+    """A callback (bytes done, bytes in all) that draws one bar for work that takes over two seconds.
+
+    Elsewhere than on a terminal it writes a line at the end, again only if the work took that long.
+    """
+
+    def __init__(self, label: str, stream: TextIO | None = None) -> None:
+        self.label = label
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self._started = time.monotonic()
+        self._drawn = self._started + PATIENCE
+
+    def __call__(self, done: int, total: int) -> None:
+        now, finished = time.monotonic(), done == total
+        if now - self._started < PATIENCE or not (finished or (self.live and now - self._drawn >= INTERVAL)):
+            return
+        self._drawn = now
+        seconds = now - self._started
+        line = f"{self.label:<8}{_bar(done, max(1, total))} {done / 1e9:.2f}/{total / 1e9:.2f} GB  "
+        line += _duration(seconds) if finished else f"{_duration(seconds * (total - done) / max(1, done))} left"
+        print(("\r\x1b[K" if self.live else "") + line, end="\n" if finished else "", file=self.stream, flush=True)
 
 
 def _bar(step: int, total: int) -> str:

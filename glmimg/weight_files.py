@@ -1,9 +1,14 @@
-"""The safetensors files of one component: headers read without torch, tensors memory-mapped when they are asked for."""
+"""The safetensors files of one component: headers read without torch, tensors memory-mapped when they are asked for.
+
+A header is believed only when it is whole and consistent: a file from a stranger is refused with a reason, before
+anything is allocated for it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,10 +18,36 @@ from glmimg.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TensorInfo", "WeightFiles", "fill"]
+__all__ = ["DTYPE_BITS", "TensorInfo", "WeightFiles", "fill", "read_header", "read_index"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MAX_HEADER = 100_000_000
+# The format's dtypes in the order in which the safetensors library lays tensors out, last first.
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+_MAX_HEADER = 100_000_000  # the library's own limit
+_MAX_DIMENSIONS = 64  # torch's own limit
 _SHOWN = 3  # names in an error
 
 
@@ -29,19 +60,28 @@ class TensorInfo(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return self.end - self.begin
+
 
 class WeightFiles:
-    """All tensors of a component folder: one safetensors file, or the shards that an index lists.
+    """All tensors of a component folder: one safetensors file, or the shards that an index lists. A file works too.
 
-    Opening reads the headers alone and raises CheckpointError for absent, truncated or pickled weights.
+    Opening reads the headers alone and raises CheckpointError for absent, truncated or pickled weights. `metadata` is
+    what the headers carry beside the tensors, the first file's where two disagree.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = _find(folder)
+        self.files = [folder] if folder.suffix == ".safetensors" and folder.is_file() else _find(folder)
         self.infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         for file in self.files:
-            for name, info in _header(file).items():
+            infos, metadata = read_header(file)
+            self.metadata = metadata | self.metadata
+            for name, info in infos.items():
                 if name in self.infos:
                     raise CheckpointError(
                         f"{folder}: tensor {name!r} is in {self.infos[name].file.name} and {file.name}"
@@ -51,7 +91,7 @@ class WeightFiles:
     def nbytes(self, names: Iterable[str] | None = None) -> int:
         """Bytes on disk of those tensors (default: of all)."""
         wanted = self.infos if names is None else names
-        return sum(self.infos[name].end - self.infos[name].begin for name in wanted)
+        return sum(self.infos[name].nbytes for name in wanted)
 
     def load(
         self, names: Iterable[str], *, device: str | torch.device, dtype: torch.dtype | None, check_finite: bool = True
@@ -153,19 +193,14 @@ def _find(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} is missing: not a GLM-Image checkpoint, or not downloaded completely")
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        try:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{indices[0]} is not an index of shards: download it again") from error
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{indices[0]} names files outside its folder: do not use this checkpoint")
+        names = sorted(set(read_index(indices[0]).values()))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise CheckpointError(f"{folder}: {len(absent)} of {len(names)} shards are missing ({_some(absent)})")
-        return [folder / name for name in names]
+        return [_contained(folder, folder / name) for name in names]
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        return found
+        return [_contained(folder, found[0])]
     if found:
         names = [file.name for file in found]
         raise CheckpointError(f"{folder} holds {len(found)} weight files and no index ({_some(names)}): keep one")
@@ -179,30 +214,91 @@ def _find(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} holds no .safetensors file: not downloaded completely?")
 
 
-def _header(file: Path) -> dict[str, TensorInfo]:
-    """The header of a safetensors file: 8 bytes of length, then JSON; checked against the file's real size."""
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard of an index of shards; CheckpointError if it is damaged or names files of other folders."""
+    try:
+        if path.stat().st_size > _MAX_HEADER:
+            raise ValueError("it is too large")
+        index = {str(name): str(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not an index of shards: download it again") from error
+    if any(Path(file).name != file or "\\" in file or "\0" in file for file in index.values()):
+        raise CheckpointError(f"{path} names files outside its folder: do not use this checkpoint")
+    return index
+
+
+def _contained(folder: Path, file: Path) -> Path:
+    """`file`, unless it is a link that leads out of its folder to somewhere other than the hub cache's own store."""
+    target, home = file.resolve(), folder.resolve()
+    # models--owner--name/snapshots/REVISION/component/file -> models--owner--name/blobs/HASH
+    stores = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    if target.parent != home and target.parent not in stores:
+        raise CheckpointError(
+            f"{file} is a link to {target}, outside its folder.\n"
+            "A checkpoint could make any file of this machine part of itself that way.\n"
+            "If that is wanted, put the file itself there, or a hard link to it."
+        )
+    return file
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a safetensors file in the order of their bytes, and its metadata; no tensor is read.
+
+    CheckpointError unless every byte of the file belongs to exactly one tensor, each as large as its dtype and shape
+    say.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a file")
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise CheckpointError(f"{file} is not a safetensors file, or is cut short: download or write it again")
-        try:
-            entries = json.loads(stream.read(length))
-            entries.pop("__metadata__", None)
-            start = 8 + length
-            infos = {
-                name: TensorInfo(
-                    file,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    start + entry["data_offsets"][0],
-                    start + entry["data_offsets"][1],
-                )
-                for name, entry in entries.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} has a damaged header: download or write it again") from error
-    needed = max((info.end for info in infos.values()), default=start)
-    if size != needed:
-        raise CheckpointError(f"{file} has {size} bytes and should have {needed}: download or write it again")
-    return infos
+        text = stream.read(length)
+    try:
+        entries = json.loads(text.decode(), object_pairs_hook=_unique)
+        if not isinstance(entries, dict):
+            raise ValueError("it is no json object")
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are not text")
+        infos = {name: _tensor_info(file, 8 + length, name, entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise CheckpointError(f"{file} has a damaged header ({reason:.200}): download or write it again") from error
+    infos = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)))
+    reached = 8 + length
+    for name, info in infos.items():
+        if info.begin != reached:
+            kind = "overlaps another" if info.begin < reached else "leaves a gap before it"
+            raise CheckpointError(f"{file} has a damaged header (tensor {name!r:.100} {kind}): do not use this file")
+        reached = info.end
+    if size != reached:
+        raise CheckpointError(f"{file} has {size} bytes and should have {reached}: download or write it again")
+    return infos, metadata
+
+
+def _tensor_info(file: Path, start: int, name: str, entry: dict[str, Any]) -> TensorInfo:
+    label = f"tensor {name!r:.100}"
+    name.encode()  # a lone surrogate could be neither printed nor written again: UnicodeEncodeError is a ValueError
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"{label} has the unknown dtype {str(dtype):.20}")
+    if not (isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS and all(map(_is_size, shape))):
+        raise ValueError(f"{label} has a shape that is none")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
+        raise ValueError(f"{label} has offsets that are none")
+    if math.prod(shape) * DTYPE_BITS[dtype] != (offsets[1] - offsets[0]) * 8:
+        raise ValueError(f"{label} has {offsets[1] - offsets[0]} bytes, which {dtype} {str(shape):.60} does not fill")
+    return TensorInfo(file, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63  # bool is an int of another type
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found

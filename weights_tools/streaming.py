@@ -1,0 +1,353 @@
+"""Reads and writes safetensors files one tensor at a time: memory holds a piece of a tensor, never a file.
+
+Reading::
+
+    reader = TensorReader(folder_or_file)           # headers only, checked strictly (see glmimg.weight_files)
+    for name, info in reader.infos.items():         # info.dtype ("BF16"), info.shape, info.nbytes
+        tensor = reader.tensor(name)                # its own memory, not a mapping
+        for piece in reader.pieces(name): ...       # or its bytes, at most PIECE at a time
+
+Writing (shapes are known ahead, so the header goes first)::
+
+    plan = {name: TensorSpec("F32", (4, 4)), ...}
+    with tensor_writer(folder / "model.safetensors", plan, shard_bytes=parse_size("5GB")) as writer:
+        for name in plan:                           # in any order, each once
+            writer.write(name, tensor_or_bytes_or_pieces)
+
+The files appear under their names when the block ends well: written beside, flushed to the disk, then renamed. For the
+same tensors they are byte for byte what the safetensors library writes. A set of shards is several renames: put it into
+`glmimg.atomic_write.atomic_folder`, as a component's other files need that as well.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+
+from glmimg.atomic_write import atomic_file
+from glmimg.errors import BadInput, CheckpointError, GlmimgError, UnknownName
+from glmimg.weight_files import DTYPE_BITS, WeightFiles
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "PIECE",
+    "TORCH_NAMES",
+    "Progress",
+    "TensorReader",
+    "TensorSpec",
+    "TensorWriter",
+    "cast_pieces",
+    "dtype_name",
+    "parse_size",
+    "tensor_writer",
+    "torch_dtype",
+]
+
+PIECE = 16 << 20  # bytes in memory at a time; every dtype's items divide it
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Data: TypeAlias = "torch.Tensor | Buffer | Iterable[Buffer]"
+# Called with the bytes done and the bytes in all.
+Progress = Callable[[int, int], None]
+
+# Names of the file format -> of torch.
+TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+_RANKS = {name: rank for rank, name in enumerate(DTYPE_BITS)}
+
+
+class TensorSpec(NamedTuple):
+    """What will be written: dtype as the file format names it, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in a file."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for a name of the file format; CheckpointError where torch has none (F4, F6)."""
+    import torch
+
+    if name not in TORCH_NAMES:
+        raise CheckpointError(f"tensors of dtype {name} can be copied, but not computed with")
+    found: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The file format's name for torch's dtype."""
+    plain = str(dtype).removeprefix("torch.")
+    for name, theirs in TORCH_NAMES.items():
+        if theirs == plain:
+            return name
+    raise UnknownName.of("dtype", plain, TORCH_NAMES.values())
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "5GB", "200 MB", "1GiB" or a plain number; BadInput for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", str(text).upper())
+    if not match or (size := float(match[1])) <= 0:
+        raise BadInput(f"size {str(text)!r}: give a number of bytes such as 5GB, 200MB or 1GiB")
+    power = " KMGT".index(match[2] or " ")
+    return max(1, int(size * (1024 if match[3] else 1000) ** power))
+
+
+class TensorReader(WeightFiles):
+    """The tensors of a component folder or of one safetensors file, a piece at a time; `infos` in the files' order."""
+
+    def pieces(self, name: str, limit: int = PIECE) -> Iterator[memoryview]:
+        """The tensor's bytes, at most `limit` at a time. A piece's memory is used again for the next one."""
+        info = self.infos[name]
+        piece = memoryview(bytearray(min(limit, info.nbytes)))
+        with self._reading(info.file), info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.begin)
+            left = info.nbytes
+            while left:
+                part = piece[: min(left, len(piece))]
+                _read_exactly(stream, part)
+                left -= len(part)
+                yield part
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        import torch
+
+        info = self.infos[name]
+        dtype = torch_dtype(info.dtype)
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype)
+        data = bytearray(info.nbytes)
+        with self._reading(info.file), info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.begin)
+            _read_exactly(stream, memoryview(data))
+        return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
+
+    @contextmanager
+    def _reading(self, file: Path) -> Iterator[None]:
+        try:
+            yield
+        except EOFError as error:
+            raise CheckpointError(f"{file} became shorter while it was read: is another program writing it?") from error
+
+
+def cast_pieces(pieces: Iterable[Buffer], source: str, target: str) -> Iterator[Buffer]:
+    """The same values as another dtype, piece by piece; a piece must hold whole items."""
+    if source == target:
+        yield from pieces
+        return
+    import torch
+
+    for piece in pieces:
+        yield _as_bytes(torch.frombuffer(piece, dtype=torch_dtype(source)).to(torch_dtype(target)))
+
+
+class TensorWriter:
+    """Takes the tensors of a plan, in any order, each once. Made by `tensor_writer`."""
+
+    def __init__(self, plan: Mapping[str, TensorSpec], progress: Progress | None) -> None:
+        self._plan = plan
+        self._places: dict[str, tuple[IO[bytes], int]] = {}
+        self._written: set[str] = set()
+        self._progress = progress
+        self._done, self._total = 0, sum(spec.nbytes for spec in plan.values())
+
+    def write(self, name: str, data: Data) -> None:
+        """`data` is a tensor on any device, its bytes, or pieces of them; BadInput if it is not what the plan says."""
+        if name not in self._plan:
+            raise BadInput(f"tensor {name!r} is not in the plan")
+        if name in self._written:
+            raise BadInput(f"tensor {name!r} was written already")
+        spec, (stream, place) = self._plan[name], self._places[name]
+        count = 0
+        stream.seek(place)
+        for piece in _pieces_of(name, spec, data):
+            view = memoryview(piece).cast("B")
+            count += len(view)
+            if count > spec.nbytes:
+                break
+            while len(view):  # unbuffered files may take less than they are given
+                view = view[stream.write(view) :]
+            if self._progress:
+                self._progress(self._done + count, self._total)
+        if count != spec.nbytes:
+            raise BadInput(f"tensor {name!r} has {'more' if count > spec.nbytes else count} bytes, not {spec.nbytes}")
+        self._done += count
+        self._written.add(name)
+
+    def _finish(self) -> None:
+        missing = sorted(self._plan.keys() - self._written)
+        if missing:
+            raise BadInput(f"{len(missing)} planned tensors were not written (first: {missing[0]!r})")
+        for stream in {id(stream): stream for stream, _ in self._places.values()}.values():
+            os.fsync(stream.fileno())
+
+
+@contextmanager
+def tensor_writer(
+    target: str | Path,
+    plan: Mapping[str, TensorSpec],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int | None = None,
+    shards: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[TensorWriter]:
+    """Writes `target` (NAME.safetensors) from the tensors that the block gives to the writer.
+
+    `metadata` defaults to {"format": "pt"}. With `shard_bytes`, tensors that do not fit into that many bytes go to
+    NAME-00001-of-0000N.safetensors with NAME.safetensors.index.json beside them; `shards` (tensor name -> file name)
+    says instead exactly which tensor goes where. GlmimgError if the disk is too full.
+    """
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise BadInput(f"{target}: the name of a weight file ends in .safetensors")
+    if shards is None:
+        shards = _share_out(target, plan, shard_bytes)
+    require_space(target, sum(spec.nbytes for spec in plan.values()))
+    files = sorted(set(shards.values())) or [target.name]
+    writer = TensorWriter(plan, progress)
+    with ExitStack() as stack:
+        for file in files:  # closed before they are renamed: the stack unwinds backwards
+            temporary = stack.enter_context(atomic_file(target.parent / file))
+            stream = stack.enter_context(temporary.open("wb", buffering=0))
+            own = {name: spec for name, spec in plan.items() if shards[name] == file}
+            header, places = _lay_out(own, {"format": "pt"} if metadata is None else metadata)
+            writer._places |= {name: (stream, place) for name, place in places.items()}
+            stream.write(header)
+            if not own:  # nothing will lead _finish to it
+                os.fsync(stream.fileno())
+        yield writer
+        writer._finish()
+    if files != [target.name]:
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for spec in plan.values())},
+            "weight_map": dict(sorted(shards.items())),
+        }
+        with atomic_file(target.with_name(target.name + ".index.json")) as temporary:
+            temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    sync_folder(target.parent)
+
+
+def require_space(target: Path, needed: int) -> None:
+    """GlmimgError if the disk under `target` has not that many bytes left."""
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise GlmimgError(
+            f"{target} needs {needed:,} bytes and its disk has {free:,} left: free some space, or name another place"
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut, where the system can do that."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # file systems that cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def _share_out(target: Path, plan: Mapping[str, TensorSpec], limit: int | None) -> dict[str, str]:
+    """Tensor -> file: filled in the order of the names, so that a layer's tensors stay together."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(plan, key=_natural):
+        size = plan[name].nbytes
+        if limit is not None and groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {name: target.name for name in groups[0]}
+    return {
+        name: f"{target.stem}-{number:05d}-of-{len(groups):05d}.safetensors"
+        for number, names in enumerate(groups, 1)
+        for name in names
+    }
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _lay_out(plan: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The bytes in front of the tensors, and where each begins, as the safetensors library lays them out."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    relative: dict[str, int] = {}
+    place = 0
+    for name in sorted(plan, key=lambda name: (-_RANKS[plan[name].dtype], name.encode())):
+        spec = plan[name]
+        end = place + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [place, end]}
+        relative[name], place = place, end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + begin for name, begin in relative.items()}
+
+
+def _pieces_of(name: str, spec: TensorSpec, data: Data) -> Iterable[Buffer]:
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return (data,)
+    if not hasattr(data, "detach"):
+        return cast("Iterable[Buffer]", data)
+    tensor = cast("torch.Tensor", data)
+    found = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape))
+    if found != spec:
+        raise BadInput(f"tensor {name!r} is {found.dtype} {list(found.shape)}, not {spec.dtype} {list(spec.shape)}")
+    return (_as_bytes(tensor),)
+
+
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _read_exactly(stream: IO[bytes], view: memoryview) -> None:
+    while len(view):
+        count = stream.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        view = view[count:]
