@@ -195,7 +195,7 @@ class Checkpoint:
         self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, vision: bool = False
     ) -> GlmImageForConditionalGeneration:
         """The token generator; without `vision` its `model.visual` and `model.vqmodel` are None."""
-        model = self._language_skeleton()
+        model = self.skeleton("vision_language_encoder")
         if not vision:
             model.model.visual = model.model.vqmodel = None
         self._fill("vision_language_encoder", model, device, dtype, _prefixed(() if vision else _VISION))
@@ -207,7 +207,7 @@ class Checkpoint:
         self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> tuple[GlmImageVisionModel, GlmImageVQVAE]:
         """The vision tower and the quantiser: what glmimg.semantic_tokenizer takes."""
-        model = self._language_skeleton()
+        model = self.skeleton("vision_language_encoder")
         model.model.language_model = model.lm_head = None
         self._fill("vision_language_encoder", model, device, dtype, _prefixed(_LANGUAGE))
         return model.model.visual.eval(), model.model.vqmodel.eval()
@@ -216,22 +216,13 @@ class Checkpoint:
         self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> GlmImageTransformer2DModel:
         """The diffusion transformer."""
-        import torch
-        from diffusers.models.transformers.transformer_glm_image import GlmImageTransformer2DModel
-
-        with torch.device("meta"):
-            model = GlmImageTransformer2DModel.from_config(self.config("transformer"))
+        model = self.skeleton("transformer")
         self._fill("transformer", model, device, dtype)
         return model.eval()
 
     def glyph_encoder(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> T5EncoderModel:
         """The encoder of quoted text."""
-        import torch
-        from transformers.models.t5.configuration_t5 import T5Config
-        from transformers.models.t5.modeling_t5 import T5EncoderModel
-
-        with torch.device("meta"):
-            model = T5EncoderModel(T5Config.from_dict(self.config("text_encoder")))
+        model = self.skeleton("text_encoder")
         self._fill("text_encoder", model, device, dtype, _prefixed((_TIED,)))
         model.set_input_embeddings(model.shared)
         return model.eval()
@@ -240,26 +231,28 @@ class Checkpoint:
         self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, encoder: bool = True
     ) -> AutoencoderKL:
         """The autoencoder; without `encoder` its `encoder` and `quant_conv` are None."""
-        import torch
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-        with torch.device("meta"):
-            model = AutoencoderKL.from_config(self.config("vae"))
+        model = self.skeleton("vae")
         if not encoder:
             model.encoder = model.quant_conv = None
         self._fill("vae", model, device, dtype, _prefixed(() if encoder else _VAE_ENCODER))
         return model.eval()
 
-    def _language_skeleton(self) -> GlmImageForConditionalGeneration:
+    def skeleton(self, component: str) -> Any:
+        """The component's whole module on the meta device, with packed layers where its files hold packed weights."""
         import torch
-        from transformers.generation.configuration_utils import GenerationConfig
-        from transformers.models.glm_image.configuration_glm_image import GlmImageConfig
-        from transformers.models.glm_image.modeling_glm_image import GlmImageForConditionalGeneration
 
+        from glmimg.packed_linear import CONFIG_KEY, use_packed
+
+        config = self.config(component)
+        architecture = {key: value for key, value in config.items() if key != CONFIG_KEY}
         with torch.device("meta"):
-            model = GlmImageForConditionalGeneration(GlmImageConfig.from_dict(self.config("vision_language_encoder")))
-        generation = _json(self.root / "vision_language_encoder/generation_config.json")
-        model.generation_config = GenerationConfig.from_dict(generation)
+            model = _BUILDERS[component](architecture)
+        use_packed(model, self.weights[component].infos, config, self.root / component)
+        if component == "vision_language_encoder":
+            from transformers.generation.configuration_utils import GenerationConfig
+
+            generation = _json(self.root / component / "generation_config.json")
+            model.generation_config = GenerationConfig.from_dict(generation)
         return model
 
     def _fill(
@@ -271,6 +264,40 @@ class Checkpoint:
         skip: Callable[[str], bool] = lambda name: False,
     ) -> None:
         fill(model, self.weights[component], device=device, dtype=dtype, skip=skip)
+
+
+def _build_generator(config: dict[str, Any]) -> GlmImageForConditionalGeneration:
+    from transformers.models.glm_image.configuration_glm_image import GlmImageConfig
+    from transformers.models.glm_image.modeling_glm_image import GlmImageForConditionalGeneration
+
+    return GlmImageForConditionalGeneration(GlmImageConfig.from_dict(config))
+
+
+def _build_glyph_encoder(config: dict[str, Any]) -> T5EncoderModel:
+    from transformers.models.t5.configuration_t5 import T5Config
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+    return T5EncoderModel(T5Config.from_dict(config))
+
+
+def _build_decoder(config: dict[str, Any]) -> GlmImageTransformer2DModel:
+    from diffusers.models.transformers.transformer_glm_image import GlmImageTransformer2DModel
+
+    return GlmImageTransformer2DModel.from_config(config)
+
+
+def _build_vae(config: dict[str, Any]) -> AutoencoderKL:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL.from_config(config)
+
+
+_BUILDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "vision_language_encoder": _build_generator,
+    "text_encoder": _build_glyph_encoder,
+    "transformer": _build_decoder,
+    "vae": _build_vae,
+}
 
 
 def save_component(

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 
 from glmimg.errors import BadInput, CheckpointError
+from glmimg.packed_linear import PackedLinear, joined, packed_product, quantize, ready
 from glmimg.positions import rotary_tables
 
 __all__ = ["Decoding", "Layer", "TokenGenerator"]
 
 PACK_BELOW = 256 << 20  # bytes of weights up to which a second, transposed copy is worth its memory
 
-Matrix = tuple[torch.Tensor, ...]  # what the product takes after its input: (matrix,), or (int8 matrix, row scales)
+Matrix = tuple[Any, ...]  # what packed_product takes after its input: (matrix,), or a packed one and its scales
 
 
 class Layer(NamedTuple):
@@ -60,7 +61,8 @@ class TokenGenerator:
 
     `packed` keeps a transposed copy of the matrices, which streams faster through a CPU (default: for small models).
     `weights="int8"` (bf16 on a CPU only) keeps the matrices in eight bits with a scale per row, faster and a little
-    less precise. Weights that change afterwards (training, adapters) need a new generator.
+    less precise; those of a quantised checkpoint are used as they are. Weights that change afterwards (training,
+    adapters) need a new generator.
     """
 
     def __init__(self, model: Any, packed: bool | None = None, weights: str | None = None) -> None:
@@ -88,7 +90,6 @@ class TokenGenerator:
         self._int8 = weights == "int8"
         size = sum(p.numel() * p.element_size() for p in text.layers.parameters())
         self._packed = size <= PACK_BELOW if packed is None else packed
-        self._product = torch._weight_int8pack_mm if self._int8 else torch.mm
         # On a CPU rms_norm is a composite that costs twice the three calls below; these divide by the vector's length,
         # so that the norm weights carry the square root of the width.
         self._norm_by_parts = on_cpu
@@ -97,18 +98,23 @@ class TokenGenerator:
         self.layers: Iterable[Layer] = [self._layer(layer) for layer in text.layers]
         self.layer_count: int = config.num_hidden_layers
         self.final_norm = text.norm.weight.detach().float() * self._norm_scale
-        self.head = self._matrix(model.lm_head.weight[: self.codebook_size])
+        self.head = self._plain(model.lm_head.weight[: self.codebook_size])
         half = int(self.head_width * self.rope.get("partial_rotary_factor", 1.0)) // 2
         channels = torch.arange(self.head_width)
         partners = torch.cat((channels[half : 2 * half], channels[:half], channels[2 * half :]))
         starts = torch.arange(self.heads + self.key_heads)[:, None] * self.head_width
         self._partners = (starts + partners).flatten().to(self.device)  # what each channel of q and k is rotated with
 
-    def _matrix(self, weight: torch.Tensor) -> Matrix:
+    def _matrix(self, *linears: Any) -> Matrix:
+        """The weights of one layer, or of several that share their input."""
+        if any(isinstance(linear, PackedLinear) for linear in linears):
+            return ready(*joined(linears, "the language model"), self.dtype)
+        return self._plain(torch.cat([linear.weight for linear in linears]) if linears[1:] else linears[0].weight)
+
+    def _plain(self, weight: torch.Tensor) -> Matrix:
         weight = weight.detach()
         if self._int8:
-            scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
-            return (weight.float() / scale[:, None]).round().to(torch.int8), scale.to(self.dtype)
+            return quantize(weight, 8)
         return (weight.T.contiguous(),) if self._packed else (weight.T,)
 
     def _layer(self, layer: Any) -> Layer:
@@ -121,17 +127,16 @@ class TokenGenerator:
             layer.post_mlp_layernorm,
         )
         norm_in, norm_attended, norm_mlp, norm_done = (n.weight.detach().float() * self._norm_scale for n in norms)
-        qkv = self._matrix(torch.cat([p.weight for p in projections]))
-        biases = [p.weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in projections]
+        biases = [self.embedding.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in projections]
         return Layer(
             norm_in,
-            qkv,
+            self._matrix(*projections),
             torch.cat(biases),
-            self._matrix(attention.o_proj.weight),
+            self._matrix(attention.o_proj),
             norm_attended,
             norm_mlp,
-            self._matrix(mlp.gate_up_proj.weight),
-            self._matrix(mlp.down_proj.weight),
+            self._matrix(mlp.gate_up_proj),
+            self._matrix(mlp.down_proj),
             norm_done,
         )
 
@@ -152,11 +157,11 @@ class TokenGenerator:
         return x + F.rms_norm(change.float(), weight.shape, weight, self.eps)
 
     def _mlp(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-        gate, up = self._product(self._normed(x, layer.norm_mlp), *layer.gate_up).chunk(2, dim=-1)
-        return self._added(x, self._product(F.silu(gate).mul_(up), *layer.down), layer.norm_done)
+        gate, up = packed_product(self._normed(x, layer.norm_mlp), *layer.gate_up).chunk(2, dim=-1)
+        return self._added(x, packed_product(F.silu(gate).mul_(up), *layer.down), layer.norm_done)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(self._normed(x, self.final_norm), *self.head).float()
+        return packed_product(self._normed(x, self.final_norm), *self.head).float()
 
     def _tables(self, positions_3BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines_BT1C over a whole head, so that rotated = x*cos + x[partners]*sin."""
@@ -183,7 +188,7 @@ class TokenGenerator:
             mask = ((causal & mask_BT[:, None]) | itself)[:, None]
         x = F.embedding(ids_BT, self.embedding).float().flatten(0, 1)
         for k, layer in enumerate(self.layers):
-            qkv = self._product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
+            qkv = packed_product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
             partners = qkv.index_select(1, self._partners).view(B, T, H + K, C)
             qkv = qkv.view(B, T, H + 2 * K, C)
             qk = torch.addcmul(qkv[:, :, : H + K] * cos, partners, sin).transpose(1, 2)
@@ -196,7 +201,7 @@ class TokenGenerator:
                 queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K
             )
             attended = attended.transpose(1, 2).reshape(B * T, H * C)
-            x = self._mlp(self._added(x, self._product(attended, *layer.out), layer.norm_attended), layer)
+            x = self._mlp(self._added(x, packed_product(attended, *layer.out), layer.norm_attended), layer)
         return x.view(B, T, -1)
 
     # What the loops call.
@@ -246,7 +251,7 @@ class TokenGenerator:
         slots, filled = state.cache[:, :, :, at].unbind(0), state.cache[:, :, :, : at + 1].unbind(0)
         x = F.embedding(ids_B, self.embedding).float()
         for k, layer in enumerate(self.layers):
-            qkv = self._product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
+            qkv = packed_product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
             partners = qkv.index_select(1, self._partners).view(B, H + K, C)
             qkv = qkv.view(B, H + 2 * K, C)
             qk = torch.addcmul(qkv[:, : H + K] * cos, partners, sin)
@@ -254,6 +259,6 @@ class TokenGenerator:
             slots[2 * k + 1].copy_(qkv[:, H + K :])
             queries = qk[:, :H].reshape(B, K, H // K, C)
             attended = F.scaled_dot_product_attention(queries, filled[2 * k], filled[2 * k + 1], attn_mask=mask)
-            x = self._added(x, self._product(attended.reshape(B, H * C), *layer.out), layer.norm_attended)
+            x = self._added(x, packed_product(attended.reshape(B, H * C), *layer.out), layer.norm_attended)
             x = self._mlp(x, layer)
         return self._logits(x)

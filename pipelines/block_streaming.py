@@ -88,12 +88,8 @@ class StreamedBlocks(Generic[Block]):
 
 def streamed_generator(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype) -> TokenGenerator:
     """The token generator with everything but its blocks on the device."""
-    from transformers.models.glm_image.configuration_glm_image import GlmImageConfig
-    from transformers.models.glm_image.modeling_glm_image import GlmImageForConditionalGeneration
-
     name, prefix = "vision_language_encoder", "model.language_model.layers."
-    with torch.device("meta"):
-        model = GlmImageForConditionalGeneration(GlmImageConfig.from_dict(checkpoint.config(name)))
+    model = checkpoint.skeleton(name)
     model.model.visual = model.model.vqmodel = None
     blocks, model.model.language_model.layers = model.model.language_model.layers, nn.ModuleList()
     elsewhere = ("model.visual.", "model.vqmodel.", prefix)
@@ -106,11 +102,8 @@ def streamed_generator(checkpoint: Checkpoint, backend: Backend, dtype: torch.dt
 
 def streamed_decoder(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype) -> Decoder:
     """The decoder with everything but its blocks on the device."""
-    from diffusers.models.transformers.transformer_glm_image import GlmImageTransformer2DModel
-
     prefix = "transformer_blocks."
-    with torch.device("meta"):
-        model = GlmImageTransformer2DModel.from_config(checkpoint.config("transformer"))
+    model = checkpoint.skeleton("transformer")
     blocks, model.transformer_blocks = model.transformer_blocks, nn.ModuleList()
     weights = checkpoint.weights["transformer"]
     fill(model, weights, device=backend.device, dtype=dtype, skip=lambda tensor: tensor.startswith(prefix))

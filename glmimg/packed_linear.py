@@ -1,0 +1,221 @@
+"""Linear layers whose weights lie in eight or four bits with scales, and are made whole for each product.
+
+8 bits: int8 (N, K) and one scale a row. 4 bits: two columns in a byte, uint8 (N, K/2), column k low and column k + K/2
+high, with 8 added, and one scale for each group of columns, (N, groups). A weight is its integer times its scale.
+
+Letters: N outputs, K inputs, G columns of a group, R rows of input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glmimg.errors import BadInput, CheckpointError
+
+__all__ = [
+    "BITS",
+    "CONFIG_KEY",
+    "FORMAT",
+    "GROUP",
+    "PACKED",
+    "SCALE",
+    "PackedLinear",
+    "dequantize",
+    "group_size",
+    "joined",
+    "packed_product",
+    "quantize",
+    "ready",
+    "use_packed",
+]
+
+BITS = (8, 4)
+GROUP = 64  # columns that share a scale in 4 bits, unless asked otherwise
+# The entry of a component's config.json, and what its "format" says.
+CONFIG_KEY = "quantization"
+FORMAT = "glmimg-packed-1"
+# What the names of a packed weight's two tensors end with, where ".weight" was.
+PACKED, SCALE = ".weight_packed", ".weight_scale"
+
+_FEW_ROWS = 16  # up to here a processor's own kernels for packed weights beat unpacking them (measured: 8 to 32)
+_KERNEL_GROUPS = (256, 128, 64, 32)  # those of torch's 4-bit kernel for processors, which also wants N a multiple of
+_KERNEL_ROWS = 16
+_BLOCK = 1 << 22  # weights quantised at a time: bounds the memory that their errors take
+# What the extreme of a group is multiplied by before it is given the last level: cutting it off may pay for the rest.
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+
+
+def group_size(columns: int, wanted: int = GROUP) -> int:
+    """The most columns up to `wanted` that may share a scale in rows of `columns`: 256, 128, 64 or 32 where they fit
+    (some kernels know no others), else the largest divisor."""
+    if wanted < 1:
+        raise BadInput(f"group size {wanted}: give 1 or more, such as {GROUP}")
+    fitting = [size for size in _KERNEL_GROUPS if size <= wanted and columns % size == 0]
+    return fitting[0] if fitting else max(size for size in range(1, min(wanted, columns) + 1) if columns % size == 0)
+
+
+@torch.no_grad()
+def quantize(weight_NK: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """The packed weight and its scales, in float32 for a float32 weight and in bfloat16 for any other.
+
+    8 bits: levels -127 to 127. 4 bits: levels -8 to 7; of a few scales for each group, whose sign is such that the
+    extreme gets level -8, the one with the least squared error is taken.
+    """
+    if bits not in BITS:
+        raise BadInput(f"bits {bits}: choose from {', '.join(map(str, BITS))}")
+    if weight_NK.dim() != 2 or (bits == 4 and weight_NK.shape[1] % 2):
+        raise BadInput(f"a weight of shape {list(weight_NK.shape)} cannot be packed in {bits} bits")
+    rows = max(1, _BLOCK // weight_NK.shape[1])
+    blocks = [_quantize_rows(block.float(), bits, group, _scale_dtype(weight_NK)) for block in weight_NK.split(rows)]
+    return torch.cat([packed for packed, _ in blocks]), torch.cat([scale for _, scale in blocks])
+
+
+def _scale_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float32 if weight.dtype in (torch.float32, torch.float64) else torch.bfloat16
+
+
+def _quantize_rows(weight: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if bits == 8:
+        # The integers are found with the scale as it is stored, so that rounding the scale adds no error of its own.
+        scale_N = (weight.abs().amax(1) / 127).to(dtype)
+        divisor = scale_N.float().masked_fill(scale_N == 0, 1.0)
+        return (weight / divisor[:, None]).round().clamp(-127, 127).to(torch.int8), scale_N
+    groups = weight.unflatten(1, (-1, group_size(weight.shape[1], group)))
+    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    best = torch.full_like(extreme, torch.inf)
+    scale, levels = torch.zeros_like(extreme), torch.zeros_like(groups)
+    for shrink in _SHRINK:
+        candidate = (extreme * (-shrink / 8)).to(dtype).float()
+        rounded = (groups / candidate.masked_fill(candidate == 0, 1.0)).round().clamp(-8, 7)
+        error = (rounded * candidate - groups).square().sum(2, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, levels = torch.where(better, candidate, scale), torch.where(better, rounded, levels)
+    low, high = (levels + 8).to(torch.uint8).flatten(1).chunk(2, 1)
+    return low | (high << 4), scale[..., 0].to(dtype)
+
+
+def _levels(packed: Tensor) -> Tensor:
+    """The integers of four bits, uint8 (N, K) from 0 to 15."""
+    return torch.cat([packed & 15, packed >> 4], 1)
+
+
+def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight_NK in `dtype`."""
+    if packed.dtype == torch.int8:
+        return packed.to(dtype) * scale.to(dtype)[:, None]
+    groups = _levels(packed).to(dtype).sub_(8).unflatten(1, (scale.shape[1], -1))
+    return groups.mul_(scale.to(dtype)[..., None]).flatten(1)
+
+
+class PackedLinear(nn.Module):
+    """Stands where a linear layer stood. `weight` is computed anew each time it is asked for, and cannot be set."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, group: int = GROUP, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        if bits == 8:
+            packed, scale = torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features)
+        else:
+            packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+            scale = torch.empty(out_features, in_features // group_size(in_features, group))
+        self.register_buffer("weight_packed", packed)
+        self.register_buffer("weight_scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.weight_packed: Tensor
+        self.weight_scale: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        return dequantize(self.weight_packed, self.weight_scale, self.weight_scale.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, bias={self.bias is not None}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * x.shape[-1]:
+            y = packed_product(x.reshape(-1, x.shape[-1]), self.weight_packed, self.weight_scale)
+            y = y.view(*x.shape[:-1], self.out_features)
+            return y if self.bias is None else y.add_(self.bias)
+        return F.linear(x, dequantize(self.weight_packed, self.weight_scale, x.dtype), self.bias)
+
+
+# For loops that call products and no modules. What they keep of a weight is a tuple: a plain matrix as torch.mm takes
+# it, (matrix_KN,); a packed one, (packed, scale); or one in the layout of a processor's kernel, (packed, G, scales).
+
+
+def packed_product(x_RK: Tensor, matrix: Tensor, *rest: Any) -> Tensor:
+    """x times the weight that `ready` made: plain, packed, or in a kernel's own layout."""
+    if not rest:
+        return torch.mm(x_RK, matrix)
+    if len(rest) == 2:
+        return torch._weight_int4pack_mm_for_cpu(x_RK, matrix, *rest)
+    if matrix.dtype == torch.int8 and x_RK.is_cpu and x_RK.shape[0] <= _FEW_ROWS and x_RK.dtype == rest[0].dtype:
+        return torch._weight_int8pack_mm(x_RK.contiguous(), matrix, rest[0])
+    return torch.mm(x_RK, dequantize(matrix, rest[0], x_RK.dtype).T)
+
+
+def ready(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What `packed_product` takes after its input in `dtype`: as stored, or for a processor's 4-bit kernel."""
+    scale = scale.to(dtype)
+    group = 2 * packed.shape[1] // scale.shape[-1]
+    kernel = packed.is_cpu and packed.dtype == torch.uint8 and group in _KERNEL_GROUPS
+    if not kernel or packed.shape[0] % _KERNEL_ROWS:
+        return packed, scale
+    scales_and_zeros = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()
+    return torch._convert_weight_to_int4pack_for_cpu(_levels(packed).int(), 1), group, scales_and_zeros
+
+
+def joined(layers: Iterable[nn.Module], place: str) -> tuple[Tensor, Tensor]:
+    """One packed weight of several layers with the same input; CheckpointError, naming `place`, if they differ."""
+    found = [layer if isinstance(layer, PackedLinear) else None for layer in layers]
+    if len({layer and (layer.bits, layer.weight_scale.shape[1:]) for layer in found}) > 1 or found[0] is None:
+        raise CheckpointError(f"{place}: its projections have different bits or groups; quantise the checkpoint anew")
+    packed, scales = zip(*((layer.weight_packed, layer.weight_scale) for layer in found if layer), strict=True)
+    return torch.cat(packed), torch.cat(scales)
+
+
+def use_packed(model: nn.Module, infos: Mapping[str, Any], config: Mapping[str, Any], folder: str | Path) -> None:
+    """Puts a PackedLinear, on the meta device, where the files hold a packed weight for a linear layer of `model`.
+
+    `infos` is `WeightFiles.infos`, `config` the component's config.json, whose "quantization" entry must agree with
+    it: CheckpointError where it does not.
+    """
+    entry = config.get(CONFIG_KEY)
+    names = [name.removesuffix(PACKED) for name in infos if name.endswith(PACKED)]
+    if bool(names) != bool(entry) or (entry and entry.get("format") != FORMAT):
+        told = f"names the format {entry.get('format')!r}" if entry else "has no quantization entry"
+        raise CheckpointError(
+            f"{folder}: config.json {told}, and the files hold {len(names)} packed weights; {FORMAT!r} is known here.\n"
+            "Its parts come from different checkpoints, or another version wrote it.\n"
+            "Quantise the original checkpoint again: glmimg weights quantize SRC DST"
+        )
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        try:
+            holder = model.get_submodule(parent)
+        except AttributeError:
+            continue  # a part that was left out on purpose; otherwise the check of names finds it
+        linear = getattr(holder, child, None)
+        if not isinstance(linear, nn.Linear):
+            continue
+        packed, scale = infos[name + PACKED], infos.get(name + SCALE)
+        if scale is None:
+            raise CheckpointError(f"{folder}: {name}{PACKED} has no {SCALE} beside it: quantise or download it again")
+        bits = 8 if packed.dtype == "I8" else 4
+        groups = scale.shape[1] if len(scale.shape) == 2 else 1
+        if linear.in_features % max(groups, 1) or groups == 0:
+            raise CheckpointError(f"{folder}: {name}{SCALE} has {groups} groups for {linear.in_features} columns")
+        with torch.device("meta"):
+            layer = PackedLinear(linear.in_features, linear.out_features, bits, bias=linear.bias)
+            if bits == 4:
+                layer.weight_scale = torch.empty(linear.out_features, groups)
+        setattr(holder, child, layer)
