@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         T5EncoderModel,
     )
 
-__all__ = ["COMPONENTS", "EMBEDDED", "Checkpoint", "CheckpointSettings", "save_component"]
+__all__ = ["COMPONENTS", "EMBEDDED", "Checkpoint", "CheckpointSettings", "empty_component", "save_component"]
 
 # The name of the trained miniature that comes with the package.
 EMBEDDED = "embedded"
@@ -239,15 +239,7 @@ class Checkpoint:
 
     def skeleton(self, component: str) -> Any:
         """The component's whole module on the meta device, with packed layers where its files hold packed weights."""
-        import torch
-
-        from glmimg.packed_linear import CONFIG_KEY, use_packed
-
-        config = self.config(component)
-        architecture = {key: value for key, value in config.items() if key != CONFIG_KEY}
-        with torch.device("meta"):
-            model = _BUILDERS[component](architecture)
-        use_packed(model, self.weights[component].infos, config, self.root / component)
+        model = empty_component(component, self.config(component), self.weights[component].infos, self.root / component)
         if component == "vision_language_encoder":
             from transformers.generation.configuration_utils import GenerationConfig
 
@@ -292,12 +284,32 @@ def _build_vae(config: dict[str, Any]) -> AutoencoderKL:
     return AutoencoderKL.from_config(config)
 
 
+# component -> its module for a config
 _BUILDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "vision_language_encoder": _build_generator,
     "text_encoder": _build_glyph_encoder,
     "transformer": _build_decoder,
     "vae": _build_vae,
 }
+
+
+def empty_component(
+    component: str, config: dict[str, Any], infos: Mapping[str, Any] | None = None, place: str | Path = ""
+) -> Any:
+    """The module that a config.json describes, on the meta device: names and shapes, no weights.
+
+    With `infos` (`WeightFiles.infos`), layers are packed where the files hold packed weights. Errors name `place`.
+    """
+    import torch
+
+    from glmimg.packed_linear import CONFIG_KEY, use_packed
+
+    architecture = {key: value for key, value in config.items() if key != CONFIG_KEY}
+    with torch.device("meta"):
+        model = _BUILDERS[component](architecture)
+    if infos is not None:
+        use_packed(model, infos, config, place)
+    return model
 
 
 def save_component(

@@ -18,7 +18,7 @@ from glmimg.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPE_BITS", "TensorInfo", "WeightFiles", "fill", "read_header", "read_index"]
+__all__ = ["DTYPE_BITS", "TensorInfo", "WeightFiles", "contained", "fill", "read_header", "read_index"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # The format's dtypes in the order in which the safetensors library lays tensors out, last first.
@@ -197,10 +197,10 @@ def _find(folder: Path) -> list[Path]:
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise CheckpointError(f"{folder}: {len(absent)} of {len(names)} shards are missing ({_some(absent)})")
-        return [_contained(folder, folder / name) for name in names]
+        return [contained(folder, folder / name) for name in names]
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        return [_contained(folder, found[0])]
+        return [contained(folder, found[0])]
     if found:
         names = [file.name for file in found]
         raise CheckpointError(f"{folder} holds {len(found)} weight files and no index ({_some(names)}): keep one")
@@ -227,7 +227,7 @@ def read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _contained(folder: Path, file: Path) -> Path:
+def contained(folder: Path, file: Path) -> Path:
     """`file`, unless it is a link that leads out of its folder to somewhere other than the hub cache's own store."""
     target, home = file.resolve(), folder.resolve()
     # models--owner--name/snapshots/REVISION/component/file -> models--owner--name/blobs/HASH
