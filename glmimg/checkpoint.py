@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmimg.atomic_write import atomic_folder
 from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.packed_format import CONFIG_KEY
 from glmimg.weight_files import WeightFiles, fill
 
 if TYPE_CHECKING:
@@ -34,7 +35,16 @@ if TYPE_CHECKING:
         T5EncoderModel,
     )
 
-__all__ = ["COMPONENTS", "EMBEDDED", "Checkpoint", "CheckpointSettings", "empty_component", "save_component"]
+__all__ = [
+    "COMPONENTS",
+    "EMBEDDED",
+    "PICTURE_PARTS",
+    "SECOND_NAME",
+    "Checkpoint",
+    "CheckpointSettings",
+    "empty_component",
+    "save_component",
+]
 
 # The name of the trained miniature that comes with the package.
 EMBEDDED = "embedded"
@@ -45,7 +55,9 @@ _VISION = ("model.visual.", "model.vqmodel.")
 _LANGUAGE = ("model.language_model.", "lm_head.")
 _VAE_ENCODER = ("encoder.", "quant_conv.")
 # The second name that T5 has for shared.weight; files hold the first.
-_TIED = "encoder.embed_tokens.weight"
+SECOND_NAME = "encoder.embed_tokens.weight"
+# Prefixes of the tensors that only a picture as input needs: text-to-image works without them.
+PICTURE_PARTS = {"vision_language_encoder": _VISION, "vae": _VAE_ENCODER}
 _HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.jinja", "*/*.txt"]
 
 
@@ -223,7 +235,7 @@ class Checkpoint:
     def glyph_encoder(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> T5EncoderModel:
         """The encoder of quoted text."""
         model = self.skeleton("text_encoder")
-        self._fill("text_encoder", model, device, dtype, _prefixed((_TIED,)))
+        self._fill("text_encoder", model, device, dtype, _prefixed((SECOND_NAME,)))
         model.set_input_embeddings(model.shared)
         return model.eval()
 
@@ -302,7 +314,7 @@ def empty_component(
     """
     import torch
 
-    from glmimg.packed_linear import CONFIG_KEY, use_packed
+    from glmimg.packed_linear import use_packed
 
     architecture = {key: value for key, value in config.items() if key != CONFIG_KEY}
     with torch.device("meta"):
@@ -324,7 +336,7 @@ def save_component(
         raise UnknownName.of("component", name, COMPONENTS)
     from huggingface_hub import save_torch_state_dict
 
-    state = {key: tensor.detach() for key, tensor in module.state_dict().items() if key != _TIED}
+    state = {key: tensor.detach() for key, tensor in module.state_dict().items() if key != SECOND_NAME}
     with atomic_folder(Path(folder) / name) as temporary:
         if base is None:
             _write_config(module, temporary)

@@ -17,17 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glmimg.errors import BadInput, CheckpointError
+from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, KERNEL_GROUPS, PACKED, SCALE, group_size
 
 __all__ = [
-    "BITS",
-    "CONFIG_KEY",
-    "FORMAT",
-    "GROUP",
-    "PACKED",
-    "SCALE",
     "PackedLinear",
     "dequantize",
-    "group_size",
     "joined",
     "packed_product",
     "quantize",
@@ -35,29 +29,11 @@ __all__ = [
     "use_packed",
 ]
 
-BITS = (8, 4)
-GROUP = 64  # columns that share a scale in 4 bits, unless asked otherwise
-# The entry of a component's config.json, and what its "format" says.
-CONFIG_KEY = "quantization"
-FORMAT = "glmimg-packed-1"
-# What the names of a packed weight's two tensors end with, where ".weight" was.
-PACKED, SCALE = ".weight_packed", ".weight_scale"
-
 _FEW_ROWS = 16  # up to here a processor's own kernels for packed weights beat unpacking them (measured: 8 to 32)
-_KERNEL_GROUPS = (256, 128, 64, 32)  # those of torch's 4-bit kernel for processors, which also wants N a multiple of
-_KERNEL_ROWS = 16
+_KERNEL_ROWS = 16  # torch's 4-bit kernel for processors wants N a multiple of it
 _BLOCK = 1 << 22  # weights quantised at a time: bounds the memory that their errors take
 # What the extreme of a group is multiplied by before it is given the last level: cutting it off may pay for the rest.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-
-
-def group_size(columns: int, wanted: int = GROUP) -> int:
-    """The most columns up to `wanted` that may share a scale in rows of `columns`: 256, 128, 64 or 32 where they fit
-    (some kernels know no others), else the largest divisor."""
-    if wanted < 1:
-        raise BadInput(f"group size {wanted}: give 1 or more, such as {GROUP}")
-    fitting = [size for size in _KERNEL_GROUPS if size <= wanted and columns % size == 0]
-    return fitting[0] if fitting else max(size for size in range(1, min(wanted, columns) + 1) if columns % size == 0)
 
 
 @torch.no_grad()
@@ -167,7 +143,7 @@ def ready(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """What `packed_product` takes after its input in `dtype`: as stored, or for a processor's 4-bit kernel."""
     scale = scale.to(dtype)
     group = 2 * packed.shape[1] // scale.shape[-1]
-    kernel = packed.is_cpu and packed.dtype == torch.uint8 and group in _KERNEL_GROUPS
+    kernel = packed.is_cpu and packed.dtype == torch.uint8 and group in KERNEL_GROUPS
     if not kernel or packed.shape[0] % _KERNEL_ROWS:
         return packed, scale
     scales_and_zeros = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()

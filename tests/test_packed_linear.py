@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from glmimg.errors import BadInput, CheckpointError
+from glmimg.packed_format import group_size
 from glmimg.packed_linear import (
     PackedLinear,
     dequantize,
-    group_size,
     joined,
     packed_product,
     quantize,

@@ -1,0 +1,161 @@
+"""How a changed checkpoint behaves beside its source: the same tokens scored by both, the same noise decoded by both.
+
+Letters: B pictures, N emitted tokens, T prompt, V codebook, P decoder patches, C latent channels, h x w latents.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from glmimg.autoencoder import Autoencoder, compute_dtype
+from glmimg.backends import Backend
+from glmimg.checkpoint import Checkpoint
+from glmimg.decoder import Decoder, fuse_qkv
+from glmimg.diffusion import Schedule, guided, noise_like, sample
+from glmimg.errors import BadInput
+from glmimg.generator import TokenGenerator
+from glmimg.glyph_encoder import GlyphEncoder
+from glmimg.positions import batch_positions, decode_positions
+from glmimg.prompt import Prompt, PromptBuilder, glyph_texts
+from glmimg.token_grid import TokenGrid, patch_ids, preview_grid, target_grid
+from glmimg.token_sampling import TokenSampling, generate_tokens
+
+__all__ = ["PROMPTS", "Comparison", "compare_checkpoints"]
+
+# Enough for a first impression; a quantised model that matters deserves the caller's own.
+PROMPTS = ("a red apple on a wooden table", 'a sign that says "OPEN"', "a white cat and a black dog on the grass")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Over `tokens` tokens, drawn by the source and scored by both: how often the likeliest one is the same, and the
+    bits that each needs for one. Over `pictures` decoded from those tokens and the same noise: PSNR in dB of the other
+    against the source (infinite where equal)."""
+
+    tokens: int
+    top1_agreement: float
+    bits_source: float
+    bits_other: float
+    pictures: int
+    psnr: float
+    psnr_worst: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json, which knows no infinity."""
+        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
+
+
+@torch.inference_mode()
+def compare_checkpoints(
+    source: Checkpoint,
+    other: Checkpoint,
+    backend: Backend,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    dtype: torch.dtype | None = None,
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """One picture for each prompt, of `size` (height, width) and in `steps`, by default the source's own.
+
+    One model is in memory at a time. The checkpoints must share settings and tokenizer: BadInput if they do not.
+    """
+    if not prompts:
+        raise BadInput("no prompts to compare with: give at least one")
+    if source.settings != other.settings:
+        raise BadInput(f"{source.name} and {other.name} have different settings: only versions of one model compare")
+    settings, dtype = source.settings, backend.resolve_dtype(dtype)
+    height, width = size or settings.default_size
+    grid, preview = target_grid(height, width), preview_grid(height, width, settings.preview_side)
+    builder = PromptBuilder(source.tokenizer(), source.config("vision_language_encoder"))
+    built = [builder.build(caption, grid, preview) for caption in prompts]
+
+    drawn: list[TokenGrid] = []
+    scored: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    for checkpoint in (source, other):
+        model = TokenGenerator(checkpoint.generator(backend.device, dtype))
+        if not drawn:
+            seeds = [torch.Generator().manual_seed(seed + k) for k in range(len(built))]
+            sampling = TokenSampling(settings.temperature, settings.top_k, settings.top_p)
+            drawn = generate_tokens(model, built, seeds, sampling)
+        scored.append([_scores(model, prompt, tokens) for prompt, tokens in zip(built, drawn, strict=True)])
+        del model
+        _release(backend)
+    ours, theirs = ([torch.cat(column) for column in zip(*side, strict=True)] for side in scored)
+
+    steps = steps or settings.num_inference_steps
+    pixels = [_pictures(checkpoint, backend, dtype, prompts, drawn, steps, seed) for checkpoint in (source, other)]
+    ratios = [_psnr(a, b) for a, b in zip(*pixels, strict=True)]
+    return Comparison(
+        len(ours[0]),
+        float((ours[0] == theirs[0]).float().mean()),
+        float(ours[1].mean()),
+        float(theirs[1].mean()),
+        len(ratios),
+        sum(ratios) / len(ratios),
+        min(ratios),
+    )
+
+
+def _scores(model: TokenGenerator, prompt: Prompt, tokens: TokenGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each emitted token, the likeliest id_N and the bits_N that the emitted one takes."""
+    parts = [tokens.ids_HW] if tokens.preview_HW is None else [tokens.preview_HW, tokens.ids_HW]
+    emitted_N = torch.cat([part.flatten() for part in parts])
+    positions_3BT, _ = batch_positions([prompt.spans])
+    following_3N = decode_positions(prompt.spans, prompt.grids)[:, : len(emitted_N) - 1]
+    ids_1T = torch.cat([torch.tensor(prompt.ids), emitted_N[:-1]])[None]
+    logits_1TV = model.forward_logits(ids_1T, torch.cat([positions_3BT, following_3N[:, None]], 2))
+    logits_NV = logits_1TV[0, len(prompt.ids) - 1 :].cpu()
+    bits_N = torch.nn.functional.cross_entropy(logits_NV, emitted_N, reduction="none") / math.log(2)
+    return logits_NV.argmax(-1), bits_N
+
+
+def _pictures(
+    checkpoint: Checkpoint,
+    backend: Backend,
+    dtype: torch.dtype,
+    prompts: Sequence[str],
+    drawn: Sequence[TokenGrid],
+    steps: int,
+    seed: int,
+) -> list[torch.Tensor]:
+    """Pixels_3HW in [-1, 1] of each grid, picture k from noise of seed + k."""
+    settings, device = checkpoint.settings, backend.device
+    glyphs = GlyphEncoder(checkpoint.glyph_encoder(device, dtype))
+    states_BTG, mask_BT = glyphs.encode([*map(glyph_texts, prompts), ()])
+    model = checkpoint.decoder(device, dtype)
+    fuse_qkv(model)
+    decoder = Decoder(model)
+    made = []
+    for k, tokens in enumerate(drawn):
+        ids_1P = patch_ids(tokens.ids_HW[None]).to(device)
+        size, patches = (tokens.height, tokens.width), ids_1P.shape[1]
+        with_prompt = decoder.condition(ids_1P, states_BTG[k][mask_BT[k]][None], size=size)
+        without = decoder.condition(ids_1P, states_BTG[-1][mask_BT[-1]][None], size=size, drop_prior=True)
+        predict = decoder.predictor(with_prompt, without, batched=False)
+        shape = (settings.latent_channels, 2 * with_prompt.grid[0], 2 * with_prompt.grid[1])
+        noise_1Chw = noise_like(shape, [torch.Generator().manual_seed(seed + k)]).to(device)
+        schedule = Schedule.published(steps, patches, settings.scheduler)
+        made.append(sample(guided(predict, settings.guidance_scale), noise_1Chw, schedule))
+    del model, decoder, glyphs
+    _release(backend)
+    wanted = compute_dtype(checkpoint.config("vae")) or dtype
+    autoencoder = Autoencoder(checkpoint.vae(device, wanted, encoder=False), wanted)
+    return [autoencoder.decode(latents_1Chw)[0].cpu() for latents_1Chw in made]
+
+
+def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    error = float((a - b).square().mean())
+    return 10 * math.log10(4 / error) if error else math.inf  # from -1 to 1 is a range of 2
+
+
+def _release(backend: Backend) -> None:
+    gc.collect()
+    backend.empty_cache()

@@ -1,0 +1,232 @@
+"""Weight-only quantisation of a checkpoint folder: matrices in 8 or 4 bits with scales, everything else as it is.
+
+One tensor is in memory at a time. The result is a checkpoint like any other, which `from_pretrained` loads on every
+device; what lies packed in it is unpacked for each product. See glmimg.packed_linear for the format and
+glmimg.weights_tools.packing_plan for what is packed.
+
+Letters: N outputs, K inputs of a layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glmimg.checkpoint import COMPONENTS, Checkpoint
+from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, PACKED, SCALE, group_size
+from glmimg.packed_linear import dequantize, quantize
+from glmimg.weights_tools.packing_plan import PACKABLE, Unit, choose, packed_nbytes, units
+from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
+from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
+
+__all__ = ["ComponentReport", "QuantizeResult", "quantize_checkpoint", "weight_errors"]
+
+SAMPLE_ROWS = 256  # rows of a matrix, evenly spread, from which its sensitivity is measured
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """Bytes before and after, matrices by bits, and the relative error of the packed ones, sqrt(sum d^2 / sum w^2)."""
+
+    before: int
+    after: int
+    matrices: dict[int, int]
+    error: float | None
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What was written, and what it cost in size and weight error."""
+
+    path: Path
+    components: dict[str, ComponentReport]
+
+    @property
+    def before(self) -> int:
+        return sum(part.before for part in self.components.values())
+
+    @property
+    def after(self) -> int:
+        return sum(part.after for part in self.components.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "path": str(self.path),
+            "bytes_before": self.before,
+            "bytes_after": self.after,
+            "components": {
+                name: {
+                    "bytes_before": part.before,
+                    "bytes_after": part.after,
+                    "matrices": {f"{bits}_bits": count for bits, count in sorted(part.matrices.items())},
+                    "relative_error": part.error,
+                }
+                for name, part in self.components.items()
+            },
+        }
+
+
+def quantize_checkpoint(
+    source: str | Path | Checkpoint,
+    target: str | Path,
+    bits: int | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    group: int = GROUP,
+    budget: int | None = None,
+    adaln: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Writes `source`, quantised, to the folder `target`, which must not exist.
+
+    `bits`: 8 (the default) or 4 for every packable matrix; or `budget`: the bytes that all weights together may take,
+    for which each matrix gets 16, 8 or 4 bits so that the sum of relative squared weight errors is least. That error is
+    measured on SAMPLE_ROWS rows of each matrix; how much a picture minds is not measured. `components`: by default all
+    that have packable matrices. `group`: columns that share a scale in 4 bits. `adaln` packs the decoder's adaptive
+    layer norms too, in 8 bits. `progress(done, total)` is told the bytes written.
+    """
+    if bits is not None and budget is not None:
+        raise BadInput("bits and budget exclude each other: a budget chooses the bits itself")
+    if bits not in (None, *BITS):
+        raise BadInput(f"bits {bits}: choose from {', '.join(map(str, BITS))}")
+    chosen = tuple(PACKABLE) if components is None else tuple(dict.fromkeys(components))
+    for name in chosen:
+        if name not in PACKABLE:
+            raise UnknownName.of("component", name, PACKABLE)
+    group_size(GROUP, group)  # refuses what is no size
+    checkpoint = Checkpoint.open(source)
+    for name in COMPONENTS:
+        if CONFIG_KEY in checkpoint.config(name):
+            raise BadInput(f"{checkpoint.name} is quantised already ({name}): start from the original checkpoint")
+    readers = {name: TensorReader(checkpoint.root / name) for name in COMPONENTS}
+    found = [
+        unit
+        for name in chosen
+        for unit in units(name, _specs(readers[name]), adaln=adaln, low=4 if bits is None and budget else bits or 8)
+    ]
+    if not found:
+        raise BadInput(f"{checkpoint.name} has nothing to pack in {', '.join(chosen) or 'no component'}")
+    if budget is None:
+        by_unit = {unit.key: min(unit.allowed) for unit in found}
+    else:
+        fixed = sum(reader.nbytes() for reader in readers.values()) - sum(unit.kept for unit in found)
+        by_unit = choose(found, _sensitivities(readers, found, group), budget, group, fixed).bits
+    bits_of = {(u.component, layer): by_unit[u.key] for u in found for layer in u.layers if by_unit[u.key] != 16}
+    needed = sum(r.nbytes() for r in readers.values()) - sum(
+        unit.kept - packed_nbytes(unit, by_unit[unit.key], group) for unit in found
+    )
+    told = Bytes(progress, needed)
+    with rewritten(checkpoint, target, needed) as folder:
+        reports = {
+            name: _write(
+                folder, name, readers[name], {k[1]: v for k, v in bits_of.items() if k[0] == name}, group, told
+            )
+            for name in COMPONENTS
+        }
+        record(
+            folder,
+            "quantize",
+            checkpoint,
+            bits=bits if budget is None else None,
+            budget=budget,
+            group=group,
+            components=list(chosen),
+            adaln=adaln,
+        )
+    return QuantizeResult(Path(target), reports)
+
+
+def weight_errors(weight_NK: torch.Tensor, group: int, rows: int = SAMPLE_ROWS) -> dict[int, float]:
+    """Relative squared error of the weight in 8 and in 4 bits, from at most `rows` of its rows."""
+    sample = weight_NK[:: max(1, weight_NK.shape[0] // rows)].float()
+    total = sample.square().sum().clamp_min(1e-30)
+    found = {}
+    for bits in BITS:
+        if bits == 8 or sample.shape[1] % 2 == 0:
+            packed, scale = quantize(sample.to(weight_NK.dtype), bits, group)
+            found[bits] = float((dequantize(packed, scale, torch.float32) - sample).square().sum() / total)
+    return found
+
+
+def _sensitivities(
+    readers: Mapping[str, TensorReader], found: Sequence[Unit], group: int
+) -> dict[str, dict[int, float]]:
+    result: dict[str, dict[int, float]] = {}
+    for unit in found:
+        each = [weight_errors(readers[unit.component].tensor(f"{name}.weight"), group) for name in unit.layers]
+        result[unit.key] = {bits: sum(errors[bits] for errors in each) for bits in unit.allowed}
+    return result
+
+
+def _specs(reader: TensorReader) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (info.dtype, info.shape) for name, info in reader.infos.items()}
+
+
+def _write(
+    folder: Path, component: str, reader: TensorReader, bits: Mapping[str, int], group: int, told: Bytes
+) -> ComponentReport:
+    before = reader.nbytes()
+    if not bits:
+        pass_through(folder, component, reader, told.part)
+        return ComponentReport(before, before, {}, None)
+    plan: dict[str, TensorSpec] = {}
+    for name, info in reader.infos.items():
+        layer = name.removesuffix(".weight")
+        if layer == name or layer not in bits:
+            plan[name] = TensorSpec(info.dtype, info.shape)
+            continue
+        rows, columns = info.shape
+        scale_dtype = "F32" if info.dtype in ("F32", "F64") else "BF16"
+        if bits[layer] == 8:
+            plan[layer + PACKED] = TensorSpec("I8", (rows, columns))
+            plan[layer + SCALE] = TensorSpec(scale_dtype, (rows,))
+        else:
+            plan[layer + PACKED] = TensorSpec("U8", (rows, columns // 2))
+            plan[layer + SCALE] = TensorSpec(scale_dtype, (rows, columns // group_size(columns, group)))
+    sums = torch.zeros(2, dtype=torch.float64)
+
+    def write(writer: TensorWriter) -> None:
+        for name in reader.infos:
+            layer = name.removesuffix(".weight")
+            if layer == name or layer not in bits:
+                writer.write(name, reader.pieces(name))
+                continue
+            weight_NK = reader.tensor(name)
+            if not bool(weight_NK.sum(dtype=torch.float64).isfinite()):
+                raise CheckpointError(f"{component}: {name} holds NaN or infinity: use an earlier checkpoint")
+            packed, scale = quantize(weight_NK, bits[layer], group)
+            for part in _differences(weight_NK, packed, scale):
+                sums.add_(part)
+            writer.write(layer + PACKED, packed)
+            writer.write(layer + SCALE, scale)
+
+    write_component(folder, component, plan, write, told.part)
+    counts = {value: list(bits.values()).count(value) for value in sorted(set(bits.values()), reverse=True)}
+    path = folder / component / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config[CONFIG_KEY] = {
+        "format": FORMAT,
+        "matrices": {f"{value}_bits": count for value, count in counts.items()},
+        "group_size": group,
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    error = float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
+    return ComponentReport(before, sum(spec.nbytes for spec in plan.values()), counts, error)
+
+
+def _differences(weight_NK: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+    """(squared error, squared weight) of each block of rows: whole matrices in float32 would take too much memory."""
+    rows = max(1, (1 << 22) // weight_NK.shape[1])
+    found = []
+    for part, codes, scales in zip(weight_NK.split(rows), packed.split(rows), scale.split(rows), strict=True):
+        part = part.float()
+        error = (dequantize(codes, scales, torch.float32) - part).square().sum(dtype=torch.float64)
+        found.append(torch.stack([error, part.square().sum(dtype=torch.float64)]))
+    return found

@@ -1,0 +1,111 @@
+"""A checkpoint folder made from another one: its settings copied, its weights passed through, its lineage recorded.
+
+`lineage.json` lists what was done since training, oldest first: {"did", "from", "hash"} and the step's own settings.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from glmimg.atomic_write import atomic_folder
+from glmimg.checkpoint import Checkpoint
+from glmimg.errors import BadInput, CheckpointError
+from glmimg.weight_files import contained
+from glmimg.weights_tools.streaming import (
+    Progress,
+    TensorReader,
+    TensorSpec,
+    TensorWriter,
+    require_space,
+    tensor_writer,
+)
+
+__all__ = ["LINEAGE", "SHARD_BYTES", "Bytes", "pass_through", "record", "rewritten", "stem", "write_component"]
+
+LINEAGE = "lineage.json"
+SHARD_BYTES = 5_000_000_000
+_SETTINGS = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "LICENSE*")
+
+
+class Bytes:
+    """Adds up the progress of several components for one callback."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def part(self, done: int, of: int) -> None:
+        """What a component's writer calls."""
+        if self.progress:
+            self.progress(min(self.done + done, self.total), self.total)
+        if done == of:
+            self.done += done
+
+
+def stem(component: str) -> str:
+    """What the component's weight files are called."""
+    return "model" if component in ("vision_language_encoder", "text_encoder") else "diffusion_pytorch_model"
+
+
+@contextmanager
+def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[Path]:
+    """A folder that becomes `target`, which must not exist, when the block ends well.
+
+    It holds the source's files already, except its weights, of which `needed` bytes will be written.
+    """
+    target = Path(target)
+    if target.exists():
+        raise BadInput(f"{target} exists already: name a folder that does not, or delete it first")
+    if source.root.resolve() in target.absolute().resolve().parents:
+        raise BadInput(f"{target} lies inside the checkpoint that is read: name a folder outside it")
+    require_space(target, needed)
+    with atomic_folder(target) as folder:
+        for part in (source.root, *(path for path in sorted(source.root.iterdir()) if path.is_dir())):
+            for pattern in _SETTINGS:
+                for file in sorted(part.glob(pattern)):
+                    if file.is_file() and not file.name.endswith(".safetensors.index.json"):
+                        copied = folder / file.relative_to(source.root)
+                        copied.parent.mkdir(exist_ok=True)
+                        shutil.copyfile(contained(part, file), copied)
+        yield folder
+
+
+def write_component(
+    folder: Path,
+    component: str,
+    plan: Mapping[str, TensorSpec],
+    write: Callable[[TensorWriter], None],
+    progress: Progress | None = None,
+) -> None:
+    """Writes a component's tensors, which `write` gives to the writer, in shards where they are large."""
+    target = folder / component / f"{stem(component)}.safetensors"
+    with tensor_writer(target, plan, shard_bytes=SHARD_BYTES, progress=progress) as writer:
+        write(writer)
+
+
+def pass_through(folder: Path, component: str, reader: TensorReader, progress: Progress | None = None) -> None:
+    """Writes a component's tensors as they are."""
+
+    def write(writer: TensorWriter) -> None:
+        for name in reader.infos:
+            writer.write(name, reader.pieces(name))
+
+    plan = {name: TensorSpec(info.dtype, info.shape) for name, info in reader.infos.items()}
+    write_component(folder, component, plan, write, progress)
+
+
+def record(folder: Path, did: str, source: Checkpoint, **settings: Any) -> None:
+    """Adds a line to the folder's lineage."""
+    path = folder / LINEAGE
+    try:
+        lineage = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError:
+        lineage = None
+    if not isinstance(lineage, list):
+        raise CheckpointError(f"{path.name} of {source.name} is damaged: it should be a json list; repair or delete it")
+    lineage.append({"did": did, "from": source.name, "hash": source.hash, **settings})
+    path.write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
