@@ -21,7 +21,19 @@ from glmimg.positions import batch_positions, decode_positions
 from glmimg.prompt import Prompt, pad_prompts
 from glmimg.token_grid import TokenGrid, scale_mask
 
-__all__ = ["Forced", "OnStep", "TokenModel", "TokenSampling", "generate_tokens", "probabilities", "sample"]
+__all__ = [
+    "Forced",
+    "OnStep",
+    "TokenModel",
+    "TokenSampling",
+    "draw",
+    "generate_tokens",
+    "kept_tokens",
+    "prefill",
+    "probabilities",
+    "sample",
+    "to_grid",
+]
 
 OnStep = Callable[[int, int, torch.Tensor], None]
 
@@ -83,7 +95,8 @@ def _nucleus_border(weights_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     return ranked.gather(-1, last)
 
 
-def _draw(logits_BV: torch.Tensor, sampling: TokenSampling, uniform_B: torch.Tensor) -> torch.Tensor:
+def draw(logits_BV: torch.Tensor, sampling: TokenSampling, uniform_B: torch.Tensor) -> torch.Tensor:
+    """One id per row, ids_B: where its number from 0 to 1 falls among the cumulated probabilities."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     reached = probabilities(logits_BV, sampling).cumsum(-1)
@@ -96,7 +109,7 @@ def _draw(logits_BV: torch.Tensor, sampling: TokenSampling, uniform_B: torch.Ten
 def sample(logits_BV: torch.Tensor, sampling: TokenSampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Draw one id per row, ids_B; row b takes one number from `generators[b]`, a generator on the CPU."""
     uniform_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-    return _draw(logits_BV, sampling, uniform_B.to(logits_BV.device))
+    return draw(logits_BV, sampling, uniform_B.to(logits_BV.device))
 
 
 @dataclass(frozen=True)
@@ -176,7 +189,7 @@ def generate_tokens(
     if guided and (unconditional is None or len(unconditional) != len(prompts)):
         raise BadInput("token guidance needs the counterpart without caption of each prompt")
     rows = [prompt for prompt in prompts for _ in range(copies)]
-    kept_BN, keep_BN = _kept(rows, forced, model.codebook_size)
+    kept_BN, keep_BN = kept_tokens(rows, forced, model.codebook_size)
     N = kept_BN.shape[1]
     some_kept = keep_BN.any(0).tolist()
     lead = int(keep_BN.all(0).long().cumprod(0).sum())  # tokens known for every picture are not drawn one by one
@@ -185,21 +198,21 @@ def generate_tokens(
     ids_BN, keep_BN = kept_BN.to(model.device), keep_BN.to(model.device)
     if lead < N:
         sides = [*prompts, *(unconditional or ())] if guided else list(prompts)
-        logits_BV, state = _prefill(model, sides, copies, kept_BN[:, :lead], N)
+        logits_BV, state = prefill(model, sides, copies, kept_BN[:, :lead], N)
     for n in range(lead, N):
         if guided:
             with_BV, without_BV = logits_BV.chunk(2)
             logits_BV = without_BV + sampling.guidance * (with_BV - without_BV)
-        drawn_B = _draw(logits_BV, sampling, uniform_BN[:, n])
+        drawn_B = draw(logits_BV, sampling, uniform_BN[:, n])
         ids_BN[:, n] = torch.where(keep_BN[:, n], ids_BN[:, n], drawn_B) if some_kept[n] else drawn_B
         if on_step is not None:
             on_step(n + 1, N, ids_BN[:, : n + 1])
         if n + 1 < N:
             logits_BV = model.step(state, ids_BN[:, n].repeat(2) if guided else ids_BN[:, n])
-    return [_grid(ids_N, row, model.codebook_size, checkpoint) for ids_N, row in zip(ids_BN.cpu(), rows, strict=True)]
+    return [to_grid(ids_N, row, model.codebook_size, checkpoint) for ids_N, row in zip(ids_BN.cpu(), rows, strict=True)]
 
 
-def _kept(
+def kept_tokens(
     rows: Sequence[Prompt], forced: Sequence[Forced | None] | None, codebook_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids_BN and keep_BN of what is not drawn: forced tokens, and the places behind a picture's end."""
@@ -214,7 +227,7 @@ def _kept(
     return ids_BN, keep_BN
 
 
-def _prefill(
+def prefill(
     model: TokenModel, prompts: Sequence[Prompt], copies: int, lead_BN: torch.Tensor, N: int
 ) -> tuple[torch.Tensor, Any]:
     """Run the prompts, and behind them the first tokens where all pictures have them already."""
@@ -232,7 +245,8 @@ def _prefill(
     return model.prefill(ids_BT, positions_3BT, mask_BT, emitted_3BN[..., lead : N - 1], copies)
 
 
-def _grid(ids_N: torch.Tensor, prompt: Prompt, codebook_size: int, checkpoint: str | None) -> TokenGrid:
+def to_grid(ids_N: torch.Tensor, prompt: Prompt, codebook_size: int, checkpoint: str | None) -> TokenGrid:
+    """The grids of a picture's ids in the order of emission; ids behind its end do not count."""
     grids, start = [], 0
     for h, w in prompt.grids:
         grids.append(ids_N[start : start + h * w].view(h, w))
