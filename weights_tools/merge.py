@@ -1,0 +1,261 @@
+"""Checkpoints made of others: adapters merged into the weights, averages, and walks from one to another.
+
+Arithmetic is done in float32, a few rows at a time, and rounded once to the dtype in which the base stores a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glmimg.checkpoint import COMPONENTS, Checkpoint
+from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.packed_format import CONFIG_KEY
+from glmimg.weights_tools.adapters import Adapter, read_adapters
+from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
+from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
+
+__all__ = ["MergeResult", "average_checkpoints", "merge_adapters", "parse_weighted", "slerp_checkpoints"]
+
+_BLOCK = 1 << 22  # numbers worked on at a time
+_FLOATS = ("F64", "F32", "F16", "BF16")
+Model = str | Path | Checkpoint
+# Gives a tensor's new values from those of the base.
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written: for each component how many tensors changed, and by how much, sqrt(sum d^2 / sum w^2)."""
+
+    path: Path
+    changed: dict[str, int]
+    relative_change: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {"path": str(self.path), "changed": self.changed, "relative_change": self.relative_change}
+
+
+def parse_weighted(text: str, default: float = 1.0) -> tuple[str, float]:
+    """(path, weight) of "PATH" or "PATH:WEIGHT"; a path that exists as it stands has no weight."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, default
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, default
+    if not math.isfinite(value) or not path:
+        raise BadInput(f"{text!r}: give PATH or PATH:WEIGHT with a finite weight, such as {path or 'PATH'}:0.5")
+    return path, value
+
+
+def merge_adapters(
+    base: Model, target: str | Path, adapters: Sequence[tuple[str | Path, float]], *, progress: Progress | None = None
+) -> MergeResult:
+    """Writes `base` with LoRA and DoRA adapters, (folder, weight) each, merged into its weights.
+
+    Every adapter's change is computed from the base's weights alone, multiplied by its weight, and all are added up.
+    """
+    if not adapters:
+        raise BadInput("no adapters to merge: give at least one")
+    checkpoint, readers = _open(base)
+    shapes = {name: {key: info.shape for key, info in reader.infos.items()} for name, reader in readers.items()}
+    read = [(adapter, float(weight)) for path, weight in adapters for adapter in read_adapters(path, shapes)]
+    changes: dict[str, dict[str, Change]] = {}
+    for component in COMPONENTS:
+        mine = [(adapter, weight) for adapter, weight in read if adapter.component == component]
+        names = {name for adapter, _ in mine for name in (*adapter.changes, *adapter.replaced)}
+        changes[component] = {name: _merged(name, mine) for name in names}
+    told = [{"adapter": Path(path).name, "weight": weight} for path, weight in adapters]
+    return _write(checkpoint, readers, target, changes, progress, "merge", {"adapters": told})
+
+
+def average_checkpoints(
+    base: Model,
+    target: str | Path,
+    parts: Sequence[tuple[Model, float]],
+    *,
+    components: Sequence[str] = COMPONENTS,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Writes the weighted mean of the listed checkpoints' components; everything else comes from `base`.
+
+    Weights are divided by their sum; `base` counts only where it is listed too.
+    """
+    if len(parts) < 1 or abs(sum(weight for _, weight in parts)) < 1e-9:
+        raise BadInput("an average needs checkpoints whose weights do not add up to nothing")
+    checkpoint, readers = _open(base)
+    total = sum(weight for _, weight in parts)
+    others = [(_like(checkpoint, readers, part, components), weight / total) for part, weight in parts]
+
+    def change(component: str, name: str) -> Change:
+        def mean(own: torch.Tensor) -> torch.Tensor:
+            result = torch.zeros(own.shape)
+            for other, weight in others:
+                result.add_(other[component].tensor(name), alpha=weight)
+            return result
+
+        return mean
+
+    changes = _everywhere(readers, components, change)
+    told = [{"from": _name(part), "weight": weight / total} for part, weight in parts]
+    return _write(checkpoint, readers, target, changes, progress, "average", {"parts": told})
+
+
+def slerp_checkpoints(
+    base: Model,
+    target: str | Path,
+    first: Model,
+    second: Model,
+    t: float,
+    *,
+    components: Sequence[str] = COMPONENTS,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Writes the point `t` of the way from `first` (0) to `second` (1), on the arc between each pair of tensors.
+
+    Tensors that point the same way, or are nothing, are interpolated on the straight line.
+    """
+    if not 0 <= t <= 1:
+        raise BadInput(f"slerp at {t}: give a number from 0, the first checkpoint, to 1, the second")
+    checkpoint, readers = _open(base)
+    ends = [_like(checkpoint, readers, end, components) for end in (first, second)]
+
+    def change(component: str, name: str) -> Change:
+        def arc(own: torch.Tensor) -> torch.Tensor:
+            a, b = (end[component].tensor(name) for end in ends)
+            share_a, share_b = _shares(a, b, t)
+            return torch.mul(a, share_a, out=torch.empty(a.shape)).add_(b, alpha=share_b)
+
+        return arc
+
+    changes = _everywhere(readers, components, change)
+    told = {"first": _name(first), "second": _name(second), "t": t}
+    return _write(checkpoint, readers, target, changes, progress, "slerp", told)
+
+
+def _merged(name: str, adapters: Sequence[tuple[Adapter, float]]) -> Change:
+    def merged(own: torch.Tensor) -> torch.Tensor:
+        result = own.float()  # a copy, or the tensor itself where it is float32 already: ours either way
+        rows = max(1, _BLOCK // max(1, own[0].numel() if own.dim() > 1 else 1))
+        for start in range(0, own.shape[0], rows):
+            part = slice(start, start + rows)
+            block = own[part].float().clone()
+            for adapter, weight in adapters:
+                if name in adapter.replaced:
+                    result[part] += weight * (adapter.replaced[name][part].float() - block)
+                elif name in adapter.changes:
+                    result[part] += weight * adapter.changes[name].difference(block, part)
+        return result
+
+    return merged
+
+
+def _shares(a: torch.Tensor, b: torch.Tensor, t: float) -> tuple[float, float]:
+    """What a and b are multiplied by: (sin((1-t)w), sin(tw)) / sin(w) with w the angle between them."""
+    dots = torch.zeros(3, dtype=torch.float64)
+    for x, y in zip(a.flatten().split(_BLOCK), b.flatten().split(_BLOCK), strict=True):
+        x, y = x.double(), y.double()
+        dots += torch.stack([x @ y, x @ x, y @ y])
+    ab, aa, bb = dots.tolist()
+    cosine = ab / math.sqrt(aa * bb) if aa * bb > 0 else 1.0
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if math.sin(angle) < 1e-4:
+        return 1 - t, t
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def _open(base: Model) -> tuple[Checkpoint, dict[str, TensorReader]]:
+    checkpoint = Checkpoint.open(base)
+    for component in COMPONENTS:
+        if CONFIG_KEY in checkpoint.config(component):
+            raise BadInput(f"{checkpoint.name} is quantised: merge into the original, then quantise the result")
+    return checkpoint, {component: TensorReader(checkpoint.root / component) for component in COMPONENTS}
+
+
+def _like(
+    checkpoint: Checkpoint, readers: Mapping[str, TensorReader], other: Model, components: Sequence[str]
+) -> dict[str, TensorReader]:
+    """The other checkpoint's readers, if its tensors are those of the base."""
+    opened, found = _open(other)
+    for component in components:
+        if component not in COMPONENTS:
+            raise UnknownName.of("component", component, COMPONENTS)
+        mine, theirs = ({k: i.shape for k, i in r[component].infos.items()} for r in (readers, found))
+        if mine != theirs:
+            differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+            raise BadInput(
+                f"{opened.name} and {checkpoint.name} have different tensors in {component} "
+                f"({len(differ)}, first: {differ[0]}): only versions of one model can be mixed"
+            )
+    return found
+
+
+def _everywhere(
+    readers: Mapping[str, TensorReader], components: Sequence[str], change: Callable[[str, str], Change]
+) -> dict[str, dict[str, Change]]:
+    """A change for every floating-point tensor of the components."""
+    return {
+        component: {name: change(component, name) for name, i in readers[component].infos.items() if i.dtype in _FLOATS}
+        for component in components
+    }
+
+
+def _name(model: Model) -> str:
+    return model.name if isinstance(model, Checkpoint) else str(model)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    readers: Mapping[str, TensorReader],
+    target: str | Path,
+    changes: Mapping[str, Mapping[str, Change]],
+    progress: Progress | None,
+    did: str,
+    settings: Mapping[str, Any],
+) -> MergeResult:
+    needed = sum(reader.nbytes() for reader in readers.values())
+    told = Bytes(progress, needed)
+    counts, amounts = {}, {}
+    with rewritten(checkpoint, target, needed) as folder:
+        for component, reader in readers.items():
+            mine = changes.get(component, {})
+            if not mine:
+                pass_through(folder, component, reader, told.part)
+                continue
+            sums = torch.zeros(2, dtype=torch.float64)
+
+            def write(writer: TensorWriter, reader: Any = reader, mine: Any = mine, sums: Any = sums) -> None:
+                for name in reader.infos:
+                    if name not in mine:
+                        writer.write(name, reader.pieces(name))
+                        continue
+                    own = reader.tensor(name)
+                    # A float32 tensor may be changed in its place, so the original is read once more to compare.
+                    result = mine[name](own).to(own.dtype)
+                    if not bool(result.sum(dtype=torch.float64).isfinite()):
+                        raise CheckpointError(f"{name} became NaN or infinite: are these versions of one model?")
+                    sums.add_(_change_of(reader.tensor(name), result))
+                    writer.write(name, result)
+
+            plan = {name: TensorSpec(info.dtype, info.shape) for name, info in reader.infos.items()}
+            write_component(folder, component, plan, write, told.part)
+            counts[component] = len(mine)
+            amounts[component] = float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
+        record(folder, did, checkpoint, **settings)
+    return MergeResult(Path(target), counts, amounts)
+
+
+def _change_of(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    sums = torch.zeros(2, dtype=torch.float64)
+    for x, y in zip(before.flatten().split(_BLOCK), after.flatten().split(_BLOCK), strict=True):
+        x = x.float()
+        sums += torch.stack([(y.float() - x).square().sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)])
+    return sums
