@@ -162,15 +162,23 @@ class TensorReader(WeightFiles):
             raise CheckpointError(f"{file} became shorter while it was read: is another program writing it?") from error
 
 
-def cast_pieces(pieces: Iterable[Buffer], source: str, target: str) -> Iterator[Buffer]:
-    """The same values as another dtype, piece by piece; a piece must hold whole items."""
+def cast_pieces(pieces: Iterable[Buffer], source: str, target: str, name: str = "a tensor") -> Iterator[Buffer]:
+    """The same values as another dtype, piece by piece; a piece must hold whole items.
+
+    CheckpointError, naming the tensor, where a value is beyond the range of the new dtype.
+    """
     if source == target:
         yield from pieces
         return
     import torch
 
+    narrow = target == "F16" or source == "F64"
     for piece in pieces:
-        yield _as_bytes(torch.frombuffer(piece, dtype=torch_dtype(source)).to(torch_dtype(target)))
+        before = torch.frombuffer(piece, dtype=torch_dtype(source))
+        after = before.to(torch_dtype(target))
+        if narrow and not bool((after.isfinite() | ~before.isfinite()).all()):
+            raise CheckpointError(f"{name} has values that {TORCH_NAMES[target]} cannot hold: use bfloat16 or float32")
+        yield _as_bytes(after)
 
 
 class TensorWriter:

@@ -1,0 +1,323 @@
+"""Rewrites a checkpoint in another layout, dtype or arrangement of shards, tensor by tensor.
+
+Nothing is written before the source's headers, settings and shapes have been checked, and the target appears whole or
+not at all. What a conversion does not change keeps every byte: folder to single file to folder gives the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from glmimg.atomic_write import atomic_folder
+from glmimg.checkpoint import PICTURE_PARTS, Checkpoint
+from glmimg.errors import BadInput, UnknownName
+from glmimg.weights_tools.fit import PARTS, TEXT_TO_IMAGE, is_pruned, require_fit
+from glmimg.weights_tools.layouts import (
+    DECODER_PREFIX,
+    FILE,
+    METADATA,
+    STEMS,
+    Contents,
+    StoredTensor,
+    read_contents,
+)
+from glmimg.weights_tools.streaming import (
+    Progress,
+    TensorSpec,
+    require_space,
+    sync_folder,
+    tensor_writer,
+)
+
+__all__ = ["DTYPES", "LAYOUTS", "cast", "convert", "open_source", "prune", "write_folder"]
+
+LAYOUTS = ("folder", "single", "decoder", "gguf")
+# Our word for a dtype -> the file format's.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_INLINE = 64 << 10  # larger files become tensors of bytes: a header is read whole by every program that opens the file
+_CODEBOOK = "model.vqmodel.quantize.embedding.weight"
+_PLAIN = {"format": "pt"}
+_SHARD_BYTES = 5_000_000_000  # the libraries' own habit
+
+
+def open_source(source: str | Path, *, weights: bool = True) -> Contents:
+    """The contents of a file, a folder, a hub id or the embedded model."""
+    if not os.path.exists(Path(source).expanduser()):
+        source = Checkpoint.open(source).root
+    return read_contents(source, weights=weights)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | None = None,
+    base: str | Path | None = None,
+    component: str = "transformer",
+    dtype: str | None = None,
+    shard_bytes: int | None = None,
+    text_to_image_only: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Writes `source`, in whatever layout it is, as `target`, which must not exist; returns what was done.
+
+    `to` is one of LAYOUTS (default: by the target's name: .safetensors single, .gguf gguf, else folder). `base` is the
+    checkpoint that settings and components come from which the source lacks. `component` says which goes into a GGUF
+    file, and `dtype` there may also be one of gguf_files.QUANTIZED. `shard_bytes` is for folders.
+    """
+    target = Path(target)
+    if to is None:
+        to = {".safetensors": "single", ".gguf": "gguf"}.get(target.suffix, "folder")
+    if to not in LAYOUTS:
+        raise UnknownName.of("layout", to, LAYOUTS)
+    if os.path.lexists(target):
+        raise BadInput(f"{target} exists already: name one that does not, or delete it first")
+    if shard_bytes is not None and to != "folder":
+        raise BadInput("--shard-size is for folders: the other layouts are one file")
+    contents = open_source(source)
+    before = contents.nbytes
+    if base is not None:
+        contents = _completed(contents, open_source(base))
+    for name in contents.tensors:
+        if name not in contents.components:
+            raise BadInput(f"{source} holds no config.json for {name}: name the checkpoint it belongs to with --base")
+    require_fit(contents, source)
+    if text_to_image_only:
+        contents = prune(contents)
+    quantized = None
+    if dtype is not None and dtype not in DTYPES:
+        from glmimg.weights_tools.gguf_files import QUANTIZED
+
+        if to != "gguf" or dtype not in QUANTIZED:
+            raise UnknownName.of("dtype", dtype, (*DTYPES, *QUANTIZED) if to == "gguf" else DTYPES)
+        quantized = dtype
+    elif dtype is not None:
+        contents = cast(contents, DTYPES[dtype])
+    if to == "folder":
+        write_folder(contents, target, shard_bytes=shard_bytes, progress=progress)
+    elif to == "single":
+        _write_single(contents, target, progress)
+    elif to == "decoder":
+        _write_decoder(contents, target, progress)
+    else:
+        from glmimg.weights_tools.gguf_files import write_gguf
+
+        write_gguf(contents, component, target, quantized=quantized, progress=progress)
+    written = [target] if target.is_file() else sorted(path for path in target.rglob("*") if path.is_file())
+    return {
+        "source": str(source),
+        "target": str(target),
+        "from": contents.layout,
+        "to": to,
+        "components": sorted(contents.tensors) if to in ("folder", "single") else [component],
+        "tensor_bytes_read": before,
+        "bytes_written": sum(path.stat().st_size for path in written),
+        "files": len(written),
+    }
+
+
+def prune(contents: Contents) -> Contents:
+    """Without vision tower, quantiser and VAE encoder, which only a picture as input needs; model_index.json tells.
+
+    The codebook stays: token grids carry its digest.
+    """
+    tensors = {
+        component: {
+            name: tensor
+            for name, tensor in part.items()
+            if name == _CODEBOOK or not name.startswith(PICTURE_PARTS.get(component, ("\0",)))
+        }
+        for component, part in contents.tensors.items()
+    }
+    index = {"_class_name": "GlmImagePipeline"}
+    if "model_index.json" in contents.files:
+        index = contents.json("model_index.json")
+    index = index | {PARTS: TEXT_TO_IMAGE}
+    files = contents.files | {"model_index.json": _dump(index)}
+    return replace(contents, tensors=tensors, files=files)
+
+
+def cast(contents: Contents, dtype: str) -> Contents:
+    """With every floating-point tensor as `dtype` (a name of the file format); configs that name a dtype follow."""
+    tensors: dict[str, dict[str, StoredTensor]] = {}
+    files = dict(contents.files)
+    for component, part in contents.tensors.items():
+        config = contents.config(component)
+        if "quantization" in config or "quantization_config" in config:
+            raise BadInput(f"{component} is quantised: its scales cannot be cast; convert the original checkpoint")
+        tensors[component] = {
+            name: tensor.cast(dtype, name) if tensor.spec.dtype in _FLOATS else tensor for name, tensor in part.items()
+        }
+        word = next(ours for ours, theirs in DTYPES.items() if theirs == dtype)
+        renamed = {
+            key: ({k: word if k in _DTYPE_KEYS and v else v for k, v in value.items()})
+            if isinstance(value, dict)
+            else (word if key in _DTYPE_KEYS and value else value)
+            for key, value in config.items()
+        }
+        if renamed != config:
+            files[f"{component}/config.json"] = _dump(renamed)
+    return replace(contents, tensors=tensors, files=files)
+
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def write_folder(
+    contents: Contents,
+    target: str | Path,
+    *,
+    shard_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the native layout. Without `shard_bytes`, tensors go into the shards that an index of the source tells."""
+    target = Path(target)
+    require_space(target, contents.nbytes + sum(map(len, contents.files.values())))
+    shared = _Sum(progress, contents.nbytes)
+    with atomic_folder(target) as folder:
+        for path, data in contents.files.items():
+            if not (path.endswith(".index.json") and path.partition("/")[0] in contents.tensors):
+                _write_synced(folder / path, data)
+        for component, tensors in contents.tensors.items():
+            stem, limit, shards = _arrangement(contents, component, shard_bytes)
+            file = folder / component / f"{stem}.safetensors"
+            _write_tensors(file, tensors, contents.metadata.get(component, _PLAIN), limit, shards, shared)
+            index = file.with_name(file.name + ".index.json")
+            theirs = contents.files.get(f"{component}/{index.name}")
+            if theirs and index.exists() and _same_index(json.loads(theirs), json.loads(index.read_bytes())):
+                _write_synced(index, theirs)  # to the byte
+            shared.next()
+        sync_folder(folder)
+    sync_folder(target.absolute().parent)
+
+
+def _arrangement(
+    contents: Contents, component: str, shard_bytes: int | None
+) -> tuple[str, int | None, dict[str, str] | None]:
+    """What the weight files are called, and the limit of a shard or which tensor goes into which."""
+    index = contents.index(component)
+    stem, shards = index if index else (STEMS[component], None)
+    if shard_bytes is None and shards is not None and shards.keys() == contents.tensors[component].keys():
+        return stem, None, shards
+    whole = index is None and contents.layout.startswith(("folder", "single"))
+    return stem, None if whole and shard_bytes is None else shard_bytes or _SHARD_BYTES, None
+
+
+def _write_tensors(
+    file: Path,
+    tensors: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str],
+    shard_bytes: int | None,
+    shards: Mapping[str, str] | None,
+    progress: Progress | None,
+) -> None:
+    plan = {name: tensor.spec for name, tensor in tensors.items()}
+    with tensor_writer(
+        file, plan, metadata=metadata, shard_bytes=shard_bytes, shards=shards, progress=progress
+    ) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.pieces())
+
+
+def _write_single(contents: Contents, target: Path, progress: Progress | None) -> None:
+    metadata = dict(_PLAIN)
+    tensors: dict[str, StoredTensor] = {}
+    for path, data in contents.files.items():
+        if path.endswith(".index.json") and not _kept_index(contents, path):
+            continue
+        text = _text(data) if len(data) <= _INLINE else None
+        if text is None:
+            tensors[FILE + path] = StoredTensor(TensorSpec("U8", (len(data),)), _bytes_once(data))
+        else:
+            metadata[FILE + path] = text
+    for component, part in contents.tensors.items():
+        tensors |= {f"{component}.{name}": tensor for name, tensor in part.items()}
+        own = contents.metadata.get(component, _PLAIN)
+        if own != _PLAIN:
+            metadata[METADATA + component] = json.dumps(own)
+    _write_tensors(target, tensors, metadata, None, None, progress)
+
+
+def _write_decoder(contents: Contents, target: Path, progress: Progress | None) -> None:
+    if "transformer" not in contents.tensors:
+        raise BadInput(f"a {contents.layout} without a decoder (transformer) cannot become a decoder file")
+    path = "transformer/config.json"
+    metadata = _PLAIN | {FILE + path: contents.files[path].decode()}
+    tensors = {DECODER_PREFIX + name: tensor for name, tensor in contents.tensors["transformer"].items()}
+    _write_tensors(target, tensors, metadata, None, None, progress)
+
+
+def _completed(contents: Contents, base: Contents) -> Contents:
+    """`base` with the components of `contents` in place of its own; a config that comes along must be its equal."""
+    files = dict(base.files)
+    for component in contents.tensors:
+        path = f"{component}/config.json"
+        if path not in files:
+            raise BadInput(f"the base holds no {component}")
+        if path in contents.files:
+            files[path] = contents.files[path]
+        files = {
+            name: data
+            for name, data in files.items()
+            if not (name.startswith(f"{component}/") and name.endswith(".index.json"))
+        }
+    if is_pruned(contents):
+        files["model_index.json"] = _dump(base.json("model_index.json") | {PARTS: TEXT_TO_IMAGE})
+    return Contents(contents.layout, base.tensors | contents.tensors, files, base.metadata | contents.metadata)
+
+
+def _kept_index(contents: Contents, path: str) -> bool:
+    """Whether an index of shards still tells the truth: none of its tensors was left out."""
+    component = path.partition("/")[0]
+    index = contents.index(component)
+    return index is not None and index[1].keys() == contents.tensors.get(component, {}).keys()
+
+
+def _same_index(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    size = (theirs.get("metadata") or {}).get("total_size")
+    return size == ours["metadata"]["total_size"] and theirs["weight_map"] == ours["weight_map"]
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _dump(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _text(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _bytes_once(data: bytes) -> Any:
+    return lambda: iter((data,))
+
+
+class _Sum:
+    """One bar for several files."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._before = self._now = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        self._now = done
+        if self._progress:
+            self._progress(self._before + done, self._total)
+
+    def next(self) -> None:
+        self._before, self._now = self._before + self._now, 0
