@@ -80,6 +80,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
     run = parser.add_argument_group("the machine")
     run.add_argument("--model", default="embedded", metavar="PATH|HUB_ID", help="default: the embedded model")
+    run.add_argument(
+        "--adapter", dest="adapters", action="append", metavar="DIR[:STRENGTH]", help="repeat it to stack several"
+    )
     run.add_argument("--backend", default="auto", help="cpu, cuda, cuda:1, npu, xpu, mps, or generator=...,decoder=...")
     run.add_argument("--dtype", help="bf16 or fp32 (default: what the device is best at)")
     run.add_argument("--offload", default="none", help="none, stage or block: the less memory, the slower")
@@ -247,12 +250,16 @@ def _place(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict
     model = arguments.model
     if source is not None and model == "embedded":
         model = source.get("checkpoint", {}).get("name", model)
+    adapters = arguments.adapters
+    if source is not None and adapters is None:
+        adapters = [(one["name"], one["strength"]) for one in source.get("adapters", [])] or None
     return {
         "model": model,
         "backend": backend,
         "dtype": dtype,
         "offload": arguments.offload,
         "compile": arguments.compile,
+        "adapters": adapters,
     }
 
 

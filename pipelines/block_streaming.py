@@ -16,6 +16,8 @@ from glmimg.backends import Backend
 from glmimg.checkpoint import Checkpoint
 from glmimg.decoder import Decoder
 from glmimg.generator import TokenGenerator
+from glmimg.lora import merge
+from glmimg.pipelines.adapting import BLOCKS, Weighted
 from glmimg.weight_files import WeightFiles, fill, require_fit
 
 __all__ = ["StreamedBlocks", "streamed_decoder", "streamed_generator"]
@@ -25,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class StreamedBlocks(Generic[Block]):
-    """Yields `prepare(block)` for each block in order, every time it is iterated over.
+    """Yields `prepare(block)` for each block in order, adapters merged into it, every time it is iterated over.
 
     `blocks` are modules on the meta device, whose weights are `weights`' tensors "{prefix}{number}.{name}".
     """
@@ -38,9 +40,11 @@ class StreamedBlocks(Generic[Block]):
         backend: Backend,
         dtype: torch.dtype,
         prepare: Callable[[Any], Block],
+        adapters: Weighted = (),
     ) -> None:
         self.blocks = list(blocks)
         self.weights, self.prefix, self.backend, self.dtype, self.prepare = weights, prefix, backend, dtype, prepare
+        self.adapters = adapters
         self._empty = [dict(block.state_dict()) for block in self.blocks]
         names = {f"{prefix}{k}.{name}": tuple(t.shape) for k, e in enumerate(self._empty) for name, t in e.items()}
         stored = {name: info.shape for name, info in weights.infos.items() if name.startswith(prefix)}
@@ -62,6 +66,7 @@ class StreamedBlocks(Generic[Block]):
                 arriving = self._fetch(k + 1)
             block.load_state_dict(tensors, assign=True)
             del tensors
+            merge(block, self.adapters, f"{self.prefix}{k}.")
             yield self.prepare(block)
             block.load_state_dict(self._empty[k], assign=True)
 
@@ -86,9 +91,11 @@ class StreamedBlocks(Generic[Block]):
         return {name.removeprefix(start): tensor for name, tensor in tensors.items()}
 
 
-def streamed_generator(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype) -> TokenGenerator:
+def streamed_generator(
+    checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype, adapters: Weighted = ()
+) -> TokenGenerator:
     """The token generator with everything but its blocks on the device."""
-    name, prefix = "vision_language_encoder", "model.language_model.layers."
+    name, prefix = "vision_language_encoder", BLOCKS["generator"]
     model = checkpoint.skeleton(name)
     model.model.visual = model.model.vqmodel = None
     blocks, model.model.language_model.layers = model.model.language_model.layers, nn.ModuleList()
@@ -96,17 +103,18 @@ def streamed_generator(checkpoint: Checkpoint, backend: Backend, dtype: torch.dt
     weights = checkpoint.weights[name]
     fill(model, weights, device=backend.device, dtype=dtype, skip=lambda tensor: tensor.startswith(elsewhere))
     generator = TokenGenerator(model, packed=False)
-    generator.layers = StreamedBlocks(blocks, weights, prefix, backend, dtype, generator._layer)
+    generator.layers = StreamedBlocks(blocks, weights, prefix, backend, dtype, generator._layer, adapters)
     return generator
 
 
-def streamed_decoder(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype) -> Decoder:
+def streamed_decoder(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype, adapters: Weighted = ()) -> Decoder:
     """The decoder with everything but its blocks on the device."""
-    prefix = "transformer_blocks."
+    prefix = BLOCKS["decoder"]
     model = checkpoint.skeleton("transformer")
     blocks, model.transformer_blocks = model.transformer_blocks, nn.ModuleList()
     weights = checkpoint.weights["transformer"]
     fill(model, weights, device=backend.device, dtype=dtype, skip=lambda tensor: tensor.startswith(prefix))
+    merge(model, adapters)
     model.eval()
-    streamed: StreamedBlocks[Any] = StreamedBlocks(blocks, weights, prefix, backend, dtype, lambda block: block)
+    streamed: StreamedBlocks[Any] = StreamedBlocks(blocks, weights, prefix, backend, dtype, lambda b: b, adapters)
     return Decoder(model, blocks=lambda: streamed)

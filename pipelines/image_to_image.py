@@ -6,7 +6,7 @@ Letters: B batch, H x W tokens of a grid, h x w latents.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from glmimg.errors import BadInput
 from glmimg.image_io import open_picture, to_pil, to_tensor
 from glmimg.pipelines.request import Region, build_prompts, check_prompts, check_request, default_config
 from glmimg.pipelines.result import Callback, Clock, Result
-from glmimg.pipelines.stages import Stages
+from glmimg.pipelines.stages import AdapterName, Stages
 from glmimg.pipelines.steps import (
     batches,
     condition,
@@ -58,9 +58,10 @@ class ImageToImagePipeline:
         dtype: str | torch.dtype | None = None,
         offload: str = "none",
         compile: bool = False,
+        adapters: Iterable[AdapterName] | None = None,
     ) -> ImageToImagePipeline:
         """As `TextToImagePipeline.from_pretrained`."""
-        return cls(Stages(Checkpoint.open(model), backend, dtype, offload, compile))
+        return cls(Stages(Checkpoint.open(model), backend, dtype, offload, compile, adapters))
 
     @cached_property
     def defaults(self) -> SamplingConfig:
@@ -166,6 +167,10 @@ class ImageToImagePipeline:
                 f"these are not the {len(digests)} reference pictures that it was made after: a repetition needs the "
                 "same ones in the same order"
             )
+
+    def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
+        """Exchanges the adapters of the loaded pipeline; an empty list takes them out."""
+        self.stages.set_adapters(adapters)
 
     def to_diffusers(self) -> Any:
         """A diffusers.GlmImagePipeline on this checkpoint."""

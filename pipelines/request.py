@@ -82,7 +82,7 @@ class Request:
     def settings(self, stages: Stages, task: str) -> list[dict[str, Any]]:
         """For each picture, what would make it again; json-able."""
         checkpoint = stages.checkpoint
-        shared = {
+        shared: dict[str, Any] = {
             "task": task,
             "negative_prompt": self.negative_prompt,
             "checkpoint": {"name": checkpoint.name, "hash": checkpoint.hash},
@@ -90,6 +90,8 @@ class Request:
             "backend": {stage: str(backend.device) for stage, backend in stages.backends.items()},
             "region": None if self.region is None else list(self.region),
         }
+        if stages.adapters:
+            shared["adapters"] = [{"name": one.name, "strength": one.strength} for one in stages.adapters]
         return [
             {
                 "prompt": self.prompt_of(k),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +23,12 @@ from glmimg.decoder import Decoder, fuse_qkv
 from glmimg.errors import BackendError, BadInput, UnknownName
 from glmimg.generator import TokenGenerator
 from glmimg.glyph_encoder import GlyphEncoder
+from glmimg.lora import Stacked, merge, open_adapters
+from glmimg.pipelines.adapting import Weighted, by_stage, require_plain, swap_decoder, swap_generator
 from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
 
-__all__ = ["OFFLOADS", "STAGES", "Stages"]
+__all__ = ["OFFLOADS", "STAGES", "AdapterName", "Stages"]
 
 STAGES = ("generator", "decoder")
 # What stays on the device: everything; one stage at a time; one transformer block at a time.
@@ -36,13 +39,16 @@ _PARTS = {"generator": ("generator", "tokenizer"), "decoder": ("glyphs", "decode
 _CODEBOOK = "model.vqmodel.quantize.embedding.weight"
 
 Part = TypeVar("Part")
+# "path", "path:strength", or the two as a pair
+AdapterName = str | Path | tuple[str | Path, float]
 
 
 class Stages:
     """A checkpoint's parts on one backend, or on one for each stage. Arguments are checked at once, weights come later.
 
     `backend`: "auto", a name, a Backend, or {"generator": ..., "decoder": ...}. `dtype` None: the backend's own.
-    `load_seconds` counts the time spent loading.
+    `adapters`: folders of adapters, each as "path", "path:strength" or (path, strength), added to the weights on
+    loading. `load_seconds` counts the time spent loading.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class Stages:
         dtype: str | torch.dtype | None = None,
         offload: str = "none",
         compile: bool = False,
+        adapters: Iterable[AdapterName] | None = None,
     ) -> None:
         if offload not in OFFLOADS:
             raise UnknownName.of("offload", offload, OFFLOADS)
@@ -69,6 +76,10 @@ class Stages:
             raise BadInput("compile=True and offload='block' exclude each other: streamed blocks change their weights")
         self.load_seconds = 0.0
         self._loaded: dict[str, Any] = {}
+        self.adapters: list[Stacked] = []
+        self._changes: dict[str, Weighted] = {stage: [] for stage in STAGES}
+        if adapters:
+            self.set_adapters(adapters)
 
     # What needs no weights.
 
@@ -141,6 +152,27 @@ class Stages:
             for backend in self.backends.values():
                 backend.empty_cache()
 
+    def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
+        """Exchanges all adapters; an empty list takes them out. What is loaded stays, but for the layers changed."""
+        stacked = open_adapters(adapters)
+        new = by_stage(stacked, self.checkpoint, self.codebook)
+        if self.offload == "block":
+            for stage in STAGES:
+                if new[stage]:
+                    require_plain(self.checkpoint, stage)
+            self.release("generator", "decoder")
+        began, old = time.perf_counter(), self._changes
+        if "decoder" in self._loaded and self.compile:
+            self.release("decoder")  # what was compiled holds on to its weights
+        if "decoder" in self._loaded:
+            swap_decoder(self.decoder, self.checkpoint, old["decoder"], new["decoder"], *self._place("decoder"))
+        if "generator" in self._loaded:
+            swap_generator(
+                self.generator, self.checkpoint, old["generator"], new["generator"], *self._place("generator")
+            )
+        self.adapters, self._changes = stacked, dict(new)
+        self.load_seconds += time.perf_counter() - began
+
     def to_diffusers(self) -> Any:
         """A diffusers.GlmImagePipeline on these weights; the decoder's parts are shared, not copied."""
         if self.offload == "block":
@@ -154,12 +186,14 @@ class Stages:
         from transformers.models.glm_image.processing_glm_image import GlmImageProcessor
 
         root = self.checkpoint.root
+        generator = self.checkpoint.generator(*self._place("generator"), vision=True)
+        merge(generator, self._changes["generator"])
         self.release("generator", "tokenizer")  # theirs is the whole model; ours comes back when it is needed
         return GlmImagePipeline(
             tokenizer=ByT5Tokenizer.from_pretrained(root / "tokenizer"),
             processor=GlmImageProcessor.from_pretrained(root / "processor"),
             text_encoder=self.glyphs.model,
-            vision_language_encoder=self.checkpoint.generator(*self._place("generator"), vision=True),
+            vision_language_encoder=generator,
             vae=self.autoencoder(encoder=True).vae,
             transformer=self.decoder.model,
             scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.checkpoint.settings.scheduler),
@@ -181,16 +215,20 @@ class Stages:
         if self.offload == "block":
             from glmimg.pipelines.block_streaming import streamed_generator
 
-            return streamed_generator(self.checkpoint, self.backends["generator"], self.dtypes["generator"])
-        device, dtype = self._place("generator")
-        return TokenGenerator(self.checkpoint.generator(device, dtype))
+            place = self.backends["generator"], self.dtypes["generator"]
+            return streamed_generator(self.checkpoint, *place, self._changes["generator"])
+        model = self.checkpoint.generator(*self._place("generator"))
+        merge(model, self._changes["generator"])
+        return TokenGenerator(model)
 
     def _load_decoder(self) -> Decoder:
         if self.offload == "block":
             from glmimg.pipelines.block_streaming import streamed_decoder
 
-            return streamed_decoder(self.checkpoint, self.backends["decoder"], self.dtypes["decoder"])
+            place = self.backends["decoder"], self.dtypes["decoder"]
+            return streamed_decoder(self.checkpoint, *place, self._changes["decoder"])
         model = self.checkpoint.decoder(*self._place("decoder"))
+        merge(model, self._changes["decoder"])
         fuse_qkv(model)
         decoder = Decoder(model)
         if self.compile:

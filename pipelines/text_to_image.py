@@ -5,7 +5,7 @@ Letters: B batch, H x W tokens of a grid, C latent channels, h x w latents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from glmimg.config import SamplingConfig
 from glmimg.image_io import to_pil
 from glmimg.pipelines.request import Region, build_prompts, check_request, default_config
 from glmimg.pipelines.result import Callback, Clock, Event, Result
-from glmimg.pipelines.stages import Stages
+from glmimg.pipelines.stages import AdapterName, Stages
 from glmimg.pipelines.steps import batches, condition, decoder_events, denoise, draw_tokens, encode_glyphs
 from glmimg.token_grid import TokenGrid
 
@@ -43,14 +43,16 @@ class TextToImagePipeline:
         dtype: str | torch.dtype | None = None,
         offload: str = "none",
         compile: bool = False,
+        adapters: Iterable[AdapterName] | None = None,
     ) -> TextToImagePipeline:
         """Opens a folder, a hub id or the embedded model.
 
         `backend`: "auto", a kind or a device, or one for each stage: {"generator": "auto", "decoder": "cpu"}.
         `dtype` None takes the backend's own. `offload`: "none" keeps what is loaded; "stage" frees the generator before
         the decoder is loaded, and the other way round; "block" holds one transformer block at a time.
+        `adapters`: "path", "path:strength" or (path, strength) each, added up.
         """
-        return cls(Stages(Checkpoint.open(model), backend, dtype, offload, compile))
+        return cls(Stages(Checkpoint.open(model), backend, dtype, offload, compile, adapters))
 
     @cached_property
     def defaults(self) -> SamplingConfig:
@@ -122,6 +124,10 @@ class TextToImagePipeline:
                 # 5. From latents to pixels.
                 images += to_pil(autoencoder.decode(latents_BChw))
         return Result(images, grids, clock.stopped(), request.settings(stages, "text-to-image"))
+
+    def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
+        """Exchanges the adapters of the loaded pipeline; an empty list takes them out."""
+        self.stages.set_adapters(adapters)
 
     def to_diffusers(self) -> Any:
         """A diffusers.GlmImagePipeline on this checkpoint."""

@@ -1,0 +1,126 @@
+"""Linear layers that learn by an adapter, and where they are put.
+
+Letters: N outputs, K inputs, r rank, R rows of input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glmimg.errors import BadInput
+from glmimg.lora import Adapter, Low, row_lengths, target_names
+
+__all__ = ["LoraLinear", "attach", "detach"]
+
+
+class LoraLinear(nn.Module):
+    """Stands where a linear layer, plain or packed, stood; that layer no longer learns. Starts as no change at all.
+
+    The matrices are fp32 whatever the layer's dtype; under autocast the products run in its dtype.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        rank: int,
+        alpha: float,
+        *,
+        dora: bool = False,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(base.in_features, base.out_features):
+            raise BadInput(f"rank {rank} for a layer of {base.out_features} x {base.in_features}: use 1 to the smaller")
+        self.base_layer, self.scale, self.dropout = base.requires_grad_(False), alpha / rank, dropout
+        device = base.weight.device
+        bound = 1 / math.sqrt(base.in_features)
+        a_rK = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a_rK.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.magnitude = nn.Parameter(base.weight.float().norm(dim=1)) if dora else None
+
+    @property
+    def low(self) -> Low:
+        return Low(self.lora_A, self.lora_B, self.magnitude, self.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The unchanged weight: some callers ask for its dtype."""
+        return self.base_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        shown = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        if not torch.is_autocast_enabled(x.device.type):
+            shown = shown.to(self.lora_A.dtype)
+        inner_Rr = F.linear(shown, self.lora_A).mul(self.scale).flatten(0, -2)
+        if self.magnitude is None:
+            return torch.addmm(y.flatten(0, -2), inner_Rr.to(y.dtype), self.lora_B.T.to(y.dtype)).view_as(y)
+        bias = 0 if self.base_layer.bias is None else self.base_layer.bias.to(y.dtype)
+        gain_N = self.magnitude / row_lengths(self.base_layer.weight, self.low)
+        change = F.linear(inner_Rr, self.lora_B).view_as(y)
+        return (y - bias + change).mul(gain_N).to(y.dtype) + bias
+
+
+def attach(
+    model: nn.Module,
+    stage: str,
+    *,
+    rank: int,
+    alpha: float,
+    groups: Sequence[str] = (),
+    dora: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+    start: Adapter | None = None,
+) -> dict[str, LoraLinear]:
+    """Freezes the model and puts a LoraLinear in the place of each target; returns them by name.
+
+    `start`: an adapter to go on from; it must have the same layers and rank.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name in target_names(model, stage, groups):
+        layer = LoraLinear(model.get_submodule(name), rank, alpha, dora=dora, dropout=dropout, generator=generator)
+        _put(model, name, layer)
+        layers[name] = layer
+    if start is not None:
+        _continue(layers, start)
+    return layers
+
+
+@torch.no_grad()
+def _continue(layers: Mapping[str, LoraLinear], start: Adapter) -> None:
+    ours = {n: (tuple(m.lora_A.shape), tuple(m.lora_B.shape), m.magnitude is None, m.scale) for n, m in layers.items()}
+    theirs = {
+        n: (tuple(low.a_rK.shape), tuple(low.b_Nr.shape), low.magnitude_N is None, low.scale)
+        for n, low in start.layers.items()
+    }
+    if ours != theirs:
+        raise BadInput("the adapter to go on from has other layers, rank, alpha or kind: give it the same settings")
+    for name, layer in layers.items():
+        low = start.layers[name]
+        layer.lora_A.copy_(low.a_rK)
+        layer.lora_B.copy_(low.b_Nr)
+        if layer.magnitude is not None and low.magnitude_N is not None:
+            layer.magnitude.copy_(low.magnitude_N)
+
+
+def detach(model: nn.Module) -> None:
+    """Puts the layers back that `attach` replaced."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLinear):
+            _put(model, name, module.base_layer)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
