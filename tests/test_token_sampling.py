@@ -111,13 +111,13 @@ def test_zero_temperature_takes_the_likeliest() -> None:
 
 
 def test_the_last_weight_is_reached_and_nothing_behind_it() -> None:
-    from glmimg.token_sampling import _draw
+    from glmimg.token_sampling import draw
 
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, :777] = 0.0
     largest = torch.tensor([1 - 2**-24])
-    assert _draw(logits, TokenSampling(temperature=1.0, top_p=1.0), largest).item() == 776
-    assert _draw(logits, TokenSampling(temperature=1.0, top_p=1.0), torch.zeros(1)).item() == 0
+    assert draw(logits, TokenSampling(temperature=1.0, top_p=1.0), largest).item() == 776
+    assert draw(logits, TokenSampling(temperature=1.0, top_p=1.0), torch.zeros(1)).item() == 0
 
 
 def test_grids_are_complete_and_reproducible(model: TokenGenerator) -> None:
