@@ -32,6 +32,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokens diff": ("compare two token grids", "glmimg.cli_tokens:diff"),
     "tokens extract": ("write the token grid of any picture", "glmimg.cli_tokens:extract"),
     "weights init": ("write a checkpoint with random weights", "glmimg.cli_weights:init"),
+    "weights inspect": ("tell what a checkpoint is made of", "glmimg.cli_weights:inspect"),
+    "weights verify": ("find everything that is wrong with a checkpoint", "glmimg.cli_weights:verify"),
+    "weights convert": (
+        "rewrite a checkpoint in another layout, dtype or size of shards",
+        "glmimg.cli_weights:convert",
+    ),
     "evaluate": ("judge a checkpoint and write its report card", "glmimg.evaluation.command:evaluate"),
     "doctor": ("tell which devices work here, and why others do not", "glmimg.cli_doctor:doctor"),
 }

@@ -26,6 +26,7 @@ from glmimg.weights_tools.layouts import (
     StoredTensor,
     read_contents,
 )
+from glmimg.weights_tools.rewrite import SHARD_BYTES, Bytes
 from glmimg.weights_tools.streaming import (
     Progress,
     TensorSpec,
@@ -34,7 +35,18 @@ from glmimg.weights_tools.streaming import (
     tensor_writer,
 )
 
-__all__ = ["DTYPES", "LAYOUTS", "cast", "convert", "open_source", "prune", "write_folder"]
+__all__ = [
+    "DTYPES",
+    "LAYOUTS",
+    "as_json",
+    "cast",
+    "convert",
+    "open_source",
+    "prune",
+    "with_dtype",
+    "write_folder",
+    "write_synced",
+]
 
 LAYOUTS = ("folder", "single", "decoder", "gguf")
 # Our word for a dtype -> the file format's.
@@ -43,7 +55,6 @@ _FLOATS = ("F64", "F32", "BF16", "F16")
 _INLINE = 64 << 10  # larger files become tensors of bytes: a header is read whole by every program that opens the file
 _CODEBOOK = "model.vqmodel.quantize.embedding.weight"
 _PLAIN = {"format": "pt"}
-_SHARD_BYTES = 5_000_000_000  # the libraries' own habit
 
 
 def open_source(source: str | Path, *, weights: bool = True) -> Contents:
@@ -139,7 +150,7 @@ def prune(contents: Contents) -> Contents:
     if "model_index.json" in contents.files:
         index = contents.json("model_index.json")
     index = index | {PARTS: TEXT_TO_IMAGE}
-    files = contents.files | {"model_index.json": _dump(index)}
+    files = contents.files | {"model_index.json": as_json(index)}
     return replace(contents, tensors=tensors, files=files)
 
 
@@ -154,19 +165,21 @@ def cast(contents: Contents, dtype: str) -> Contents:
         tensors[component] = {
             name: tensor.cast(dtype, name) if tensor.spec.dtype in _FLOATS else tensor for name, tensor in part.items()
         }
-        word = next(ours for ours, theirs in DTYPES.items() if theirs == dtype)
-        renamed = {
-            key: ({k: word if k in _DTYPE_KEYS and v else v for k, v in value.items()})
-            if isinstance(value, dict)
-            else (word if key in _DTYPE_KEYS and value else value)
-            for key, value in config.items()
-        }
+        renamed = with_dtype(config, next(word for word, name in DTYPES.items() if name == dtype))
         if renamed != config:
-            files[f"{component}/config.json"] = _dump(renamed)
+            files[f"{component}/config.json"] = as_json(renamed)
     return replace(contents, tensors=tensors, files=files)
 
 
-_DTYPE_KEYS = ("dtype", "torch_dtype")
+def with_dtype(config: Mapping[str, Any], word: str) -> dict[str, Any]:
+    """The config with another dtype wherever it names one."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found[key] = with_dtype(value, word)
+        else:
+            found[key] = word if key in ("dtype", "torch_dtype") and value else value
+    return found
 
 
 def write_folder(
@@ -179,11 +192,11 @@ def write_folder(
     """Writes the native layout. Without `shard_bytes`, tensors go into the shards that an index of the source tells."""
     target = Path(target)
     require_space(target, contents.nbytes + sum(map(len, contents.files.values())))
-    shared = _Sum(progress, contents.nbytes)
+    shared = Bytes(progress, contents.nbytes).part
     with atomic_folder(target) as folder:
         for path, data in contents.files.items():
             if not (path.endswith(".index.json") and path.partition("/")[0] in contents.tensors):
-                _write_synced(folder / path, data)
+                write_synced(folder / path, data)
         for component, tensors in contents.tensors.items():
             stem, limit, shards = _arrangement(contents, component, shard_bytes)
             file = folder / component / f"{stem}.safetensors"
@@ -191,8 +204,7 @@ def write_folder(
             index = file.with_name(file.name + ".index.json")
             theirs = contents.files.get(f"{component}/{index.name}")
             if theirs and index.exists() and _same_index(json.loads(theirs), json.loads(index.read_bytes())):
-                _write_synced(index, theirs)  # to the byte
-            shared.next()
+                write_synced(index, theirs)  # to the byte
         sync_folder(folder)
     sync_folder(target.absolute().parent)
 
@@ -206,7 +218,7 @@ def _arrangement(
     if shard_bytes is None and shards is not None and shards.keys() == contents.tensors[component].keys():
         return stem, None, shards
     whole = index is None and contents.layout.startswith(("folder", "single"))
-    return stem, None if whole and shard_bytes is None else shard_bytes or _SHARD_BYTES, None
+    return stem, None if whole and shard_bytes is None else shard_bytes or SHARD_BYTES, None
 
 
 def _write_tensors(
@@ -268,7 +280,7 @@ def _completed(contents: Contents, base: Contents) -> Contents:
             if not (name.startswith(f"{component}/") and name.endswith(".index.json"))
         }
     if is_pruned(contents):
-        files["model_index.json"] = _dump(base.json("model_index.json") | {PARTS: TEXT_TO_IMAGE})
+        files["model_index.json"] = as_json(base.json("model_index.json") | {PARTS: TEXT_TO_IMAGE})
     return Contents(contents.layout, base.tensors | contents.tensors, files, base.metadata | contents.metadata)
 
 
@@ -284,7 +296,7 @@ def _same_index(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
     return size == ours["metadata"]["total_size"] and theirs["weight_map"] == ours["weight_map"]
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as stream:
         stream.write(data)
@@ -292,7 +304,7 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _dump(value: Mapping[str, Any]) -> bytes:
+def as_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -305,19 +317,3 @@ def _text(data: bytes) -> str | None:
 
 def _bytes_once(data: bytes) -> Any:
     return lambda: iter((data,))
-
-
-class _Sum:
-    """One bar for several files."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total = progress, total
-        self._before = self._now = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        self._now = done
-        if self._progress:
-            self._progress(self._before + done, self._total)
-
-    def next(self) -> None:
-        self._before, self._now = self._before + self._now, 0

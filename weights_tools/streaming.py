@@ -48,6 +48,7 @@ __all__ = [
     "TensorWriter",
     "cast_pieces",
     "dtype_name",
+    "natural_order",
     "parse_size",
     "tensor_writer",
     "torch_dtype",
@@ -297,7 +298,7 @@ def _share_out(target: Path, plan: Mapping[str, TensorSpec], limit: int | None) 
     """Tensor -> file: filled in the order of the names, so that a layer's tensors stay together."""
     groups: list[list[str]] = [[]]
     filled = 0
-    for name in sorted(plan, key=_natural):
+    for name in sorted(plan, key=natural_order):
         size = plan[name].nbytes
         if limit is not None and groups[-1] and filled + size > limit:
             groups.append([])
@@ -313,7 +314,8 @@ def _share_out(target: Path, plan: Mapping[str, TensorSpec], limit: int | None) 
     }
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 

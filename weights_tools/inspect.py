@@ -1,0 +1,280 @@
+"""What a checkpoint is, from its headers and settings: parts, parameters, dtypes, bytes, vocabulary, sizes, a tree."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from glmimg.checkpoint import Checkpoint
+from glmimg.errors import BadInput, CheckpointError
+from glmimg.packed_format import CONFIG_KEY, PACKED, SCALE
+from glmimg.weights_tools.layouts import Contents, StoredTensor, read_contents
+from glmimg.weights_tools.streaming import Progress, TensorSpec, natural_order, torch_dtype
+
+__all__ = ["as_text", "inspect", "open_headers", "parameters", "tree", "value_stats"]
+
+_SETTINGS = ["*.json", "*/*.json", "*/*.jinja", "*/*.txt"]
+
+
+def inspect(
+    source: str | Path, *, stats: bool = False, depth: int = 3, progress: Progress | None = None
+) -> dict[str, Any]:
+    """A report of plain values on a folder, a file, a hub id or the embedded model; components may be configs only.
+
+    `stats` reads every value, a piece at a time: norm, extremes and counts of NaN and infinity of each tensor.
+    `depth` levels of names are in the tree; layers of a stack are counted together.
+    """
+    contents = open_headers(source, weights=stats)
+    values = value_stats(contents, progress) if stats else {}
+    components = {}
+    for name in contents.components:
+        config = contents.config(name)
+        if name in contents.tensors:
+            specs = {tensor: stored.spec for tensor, stored in contents.tensors[name].items()}
+        else:
+            specs = _from_config(name, config)
+        own = values.get(name, {})
+        components[name] = {
+            "class": config.get("_class_name") or next(iter(config.get("architectures") or []), None),
+            "weights": name in contents.tensors,
+            "tensors": len(specs),
+            "parameters": sum(parameters(tensor, spec) for tensor, spec in specs.items()),
+            "bytes": sum(spec.nbytes for spec in specs.values()),
+            "dtypes": _by_dtype(specs),
+            "quantization": config.get(CONFIG_KEY),
+            "tree": tree(specs, own, depth),
+        } | ({"values": own} if stats else {})
+    return {
+        "path": str(source),
+        "layout": contents.layout,
+        "parameters": sum(part["parameters"] for part in components.values()),
+        "bytes": sum(part["bytes"] for part in components.values()),
+        "components": components,
+        "vocabulary": _vocabulary(contents),
+        "sizes": _sizes(contents),
+    }
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report as a page of text."""
+    lines = [
+        f"{report['path']}  ({report['layout']})",
+        f"{report['parameters']:,} parameters, {_size(report['bytes'])}",
+    ]
+    for name, part in report["components"].items():
+        dtypes = ", ".join(f"{dtype} {_size(row['bytes'])}" for dtype, row in part["dtypes"].items())
+        lines += ["", f"{name}  {part['class']}  {part['parameters']:,} parameters  {dtypes}"]
+        lines += [] if part["weights"] else ["  no weights here: counted from config.json"]
+        for group in part["tree"]:
+            label = "  " * group["level"] + group["name"].rpartition(".")[2]
+            label = label[:-1] + f"x{group['repeats']}" if label.endswith("*") else label
+            line = f"{label:<44}{group['parameters']:>15,}  {_size(group['bytes']):>9}"
+            line += f"  {group['shape']}" if "shape" in group else ""
+            line += f"  norm {group['norm']:.4g}" if "norm" in group else ""
+            line += f"  {group['not_finite']} NaN or infinite" if group.get("not_finite") else ""
+            lines.append(line)
+    if report["vocabulary"]:
+        words = report["vocabulary"]
+        lines += [
+            "",
+            f"vocabulary  {words['codes']} codes, image start {words['image_start']} and end {words['image_end']}, "
+            f"text from {words['for_pictures']}, {words['all']} in all",
+        ]
+    if report["sizes"]:
+        sizes = report["sizes"]
+        lines.append(
+            f"sizes       {sizes['token_side']} pixels a token (2 x {sizes['patch']} x {sizes['vae_factor']}), "
+            f"preview about {sizes['preview_side']} x {sizes['preview_side']} tokens, "
+            f"sides {sizes['least']} to {sizes['greatest']}, by default {sizes['default'][1]}x{sizes['default'][0]}"
+        )
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def open_headers(source: str | Path, *, weights: bool = False) -> Contents:
+    """The contents by headers alone. Of a hub id that is not downloaded, only the headers are fetched.
+
+    With `weights` the tensors' bytes must be at hand.
+    """
+    if os.path.exists(Path(source).expanduser()):
+        return read_contents(source, weights=weights)
+    text = str(source)
+    if weights or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        return read_contents(Checkpoint.open(text).root)
+    try:
+        return read_contents(Checkpoint.open(text, local_files_only=True).root)
+    except CheckpointError:  # not downloaded
+        return _remote(text)
+
+
+def parameters(name: str, spec: TensorSpec) -> int:
+    """How many weights a tensor stands for: two in a byte where four bits are packed, none for scales."""
+    if name.endswith(SCALE):
+        return 0
+    return math.prod(spec.shape) * (2 if name.endswith(PACKED) and spec.dtype == "U8" else 1)
+
+
+def tree(specs: Mapping[str, TensorSpec], values: Mapping[str, Mapping[str, Any]], depth: int) -> list[dict[str, Any]]:
+    """Groups of tensors by the first `depth` levels of their names, numbers told together, in the files' order.
+
+    Each: {"name", "level", "tensors", "parameters", "bytes", "shape" of a lone tensor} and, with `values`, their norm.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, spec in sorted(specs.items(), key=lambda item: natural_order(item[0])):
+        levels = ["*" if part.isdecimal() else part for part in name.split(".")]
+        for level in range(1, min(depth, len(levels)) + 1):
+            key = ".".join(levels[:level])
+            group = groups.setdefault(
+                key, {"name": key, "level": level, "tensors": 0, "parameters": 0, "bytes": 0, "repeats": set()}
+            )
+            group["tensors"] += 1
+            group["parameters"] += parameters(name, spec)
+            group["bytes"] += spec.nbytes
+            group["shape"] = list(spec.shape)
+            group["repeats"].add(tuple(part for part in name.split(".")[:level] if part.isdecimal()))
+            if name in values:
+                group["norm"] = math.hypot(group.get("norm", 0.0), values[name]["norm"])
+                group["not_finite"] = group.get("not_finite", 0) + values[name]["nan"] + values[name]["infinite"]
+    for group in groups.values():
+        group["repeats"] = len(group["repeats"])
+        if group["tensors"] > 1:
+            del group["shape"]
+    return list(groups.values())
+
+
+def value_stats(contents: Contents, progress: Progress | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Component -> tensor -> norm, mean, least, greatest (of its finite values) and counts of NaN and infinity."""
+    done, total = 0, contents.nbytes
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for component, tensors in contents.tensors.items():
+        for name, tensor in tensors.items():
+            found.setdefault(component, {})[name] = _stats(tensor)
+            done += tensor.spec.nbytes
+            if progress:
+                progress(done, total)
+    return found
+
+
+def _stats(tensor: StoredTensor) -> dict[str, Any]:
+    import torch
+
+    squares = added = 0.0
+    least, greatest = math.inf, -math.inf
+    nan = infinite = count = 0
+    dtype = torch_dtype(tensor.spec.dtype)
+    for piece in tensor.pieces():
+        values = torch.frombuffer(piece, dtype=dtype)
+        values = values.abs() if values.is_complex() else values
+        values = values.double() if values.element_size() > 2 else values.float()
+        finite = values[values.isfinite()]
+        nan += int(values.isnan().sum())
+        infinite += int(values.isinf().sum())
+        if len(finite):
+            squares += float(finite.square().sum(dtype=torch.float64))
+            added += float(finite.sum(dtype=torch.float64))
+            least, greatest = min(least, float(finite.min())), max(greatest, float(finite.max()))
+            count += len(finite)
+    return {
+        "norm": math.sqrt(squares),
+        "mean": added / count if count else None,
+        "least": least if count else None,
+        "greatest": greatest if count else None,
+        "nan": nan,
+        "infinite": infinite,
+    }
+
+
+def _by_dtype(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for spec in specs.values():
+        row = found.setdefault(spec.dtype, {"tensors": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["bytes"] += spec.nbytes
+    return found
+
+
+def _from_config(component: str, config: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    from glmimg.weights_tools.fit import expected_shapes
+
+    word = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = {"bfloat16": "BF16", "float16": "F16"}.get(word, "F32")
+    return {name: TensorSpec(dtype, shape) for name, shape in expected_shapes(component, config).items()}
+
+
+def _vocabulary(contents: Contents) -> dict[str, Any] | None:
+    if "vision_language_encoder" not in contents.components:
+        return None
+    language = contents.config("vision_language_encoder")
+    text = language.get("text_config") or {}
+    start = language.get("image_start_token_id")
+    return {
+        "codes": (language.get("vq_config") or {}).get("num_embeddings"),
+        "image_start": start,
+        "image_end": language.get("image_end_token_id"),
+        "image_place": language.get("image_token_id"),
+        "for_pictures": text.get("vision_vocab_size"),
+        "all": text.get("vocab_size"),
+    }
+
+
+def _sizes(contents: Contents) -> dict[str, Any] | None:
+    if not {"transformer", "vae", "vision_language_encoder"} <= set(contents.components):
+        return None
+    path = "vision_language_encoder/generation_config.json"
+    generation = contents.json(path) if path in contents.files else {}
+    decoder, vae = contents.config("transformer"), contents.config("vae")
+    try:
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        patch = int(decoder["patch_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the settings of decoder or VAE lack {error}") from error
+    return {
+        "vae_factor": factor,
+        "patch": patch,
+        "token_side": 2 * patch * factor,
+        "preview_side": generation.get("preview_side", 16),
+        "default": generation.get("default_size", [1024, 1024]),
+        "least": generation.get("min_size", 512),
+        "greatest": generation.get("max_size", 2048),
+    }
+
+
+def _remote(hub_id: str) -> Contents:
+    """Settings downloaded, headers fetched by range, no weights."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        root = Path(snapshot_download(hub_id, allow_patterns=_SETTINGS, etag_timeout=10))
+        api = HfApi()
+        files = [name for name in api.list_repo_files(hub_id) if name.endswith(".safetensors") and name.count("/") == 1]
+        headers = {name: api.parse_safetensors_file_metadata(hub_id, name) for name in files}
+    except Exception as error:  # network, absent or gated repository, offline mode: many unrelated classes
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{hub_id} is no folder here, and its headers could not be fetched ({type(error).__name__}).\n"
+            f"Reason: {reason}\n"
+            f"Download it where there is a network (hf download {hub_id} --local-dir DIR) and pass that folder."
+        ) from error
+    contents = read_contents(root, weights=False)
+    contents.layout = "folder on the hub"
+    for name, header in headers.items():
+        component = name.partition("/")[0]
+        if component in contents.components:
+            part = contents.tensors.setdefault(component, {})
+            for tensor, info in header.tensors.items():
+                part[tensor] = StoredTensor(TensorSpec(info.dtype, tuple(info.shape)), _nothing)
+    return contents
+
+
+def _nothing() -> Iterable[bytes]:
+    raise BadInput("only headers were fetched: download the checkpoint to read its values")
