@@ -15,8 +15,8 @@ import torch
 
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.lora import COMPONENT, Low, change_of, open_adapters
 from glmimg.packed_format import CONFIG_KEY
-from glmimg.weights_tools.adapters import Adapter, read_adapters
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
 
@@ -25,7 +25,7 @@ __all__ = ["MergeResult", "average_checkpoints", "merge_adapters", "parse_weight
 _BLOCK = 1 << 22  # numbers worked on at a time
 _FLOATS = ("F64", "F32", "F16", "BF16")
 Model = str | Path | Checkpoint
-# Gives a tensor's new values from those of the base.
+# Gives a tensor's new values from those of the base, which it may overwrite.
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -42,38 +42,49 @@ class MergeResult:
         return {"path": str(self.path), "changed": self.changed, "relative_change": self.relative_change}
 
 
-def parse_weighted(text: str, default: float = 1.0) -> tuple[str, float]:
-    """(path, weight) of "PATH" or "PATH:WEIGHT"; a path that exists as it stands has no weight."""
-    path, colon, weight = text.rpartition(":")
+def parse_weighted(text: str) -> tuple[str, float]:
+    """(path, weight) of "PATH" or "PATH:WEIGHT"; the weight is 1 where none is written, or the whole is a path."""
+    path, colon, number = text.rpartition(":")
     if not colon or Path(text).exists():
-        return text, default
+        return text, 1.0
     try:
-        value = float(weight)
+        weight = float(number)
     except ValueError:
-        return text, default
-    if not math.isfinite(value) or not path:
+        return text, 1.0
+    if not math.isfinite(weight) or not path:
         raise BadInput(f"{text!r}: give PATH or PATH:WEIGHT with a finite weight, such as {path or 'PATH'}:0.5")
-    return path, value
+    return path, weight
 
 
 def merge_adapters(
-    base: Model, target: str | Path, adapters: Sequence[tuple[str | Path, float]], *, progress: Progress | None = None
+    base: Model,
+    target: str | Path,
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    *,
+    progress: Progress | None = None,
 ) -> MergeResult:
-    """Writes `base` with LoRA and DoRA adapters, (folder, weight) each, merged into its weights.
+    """Writes `base` with LoRA and DoRA adapters merged into its weights: folders, (folder, strength) or "folder:0.7".
 
-    Every adapter's change is computed from the base's weights alone, multiplied by its weight, and all are added up.
+    Every adapter's change is reckoned from the base's weights alone, multiplied by its strength, and all are added up.
     """
     if not adapters:
         raise BadInput("no adapters to merge: give at least one")
     checkpoint, readers = _open(base)
-    shapes = {name: {key: info.shape for key, info in reader.infos.items()} for name, reader in readers.items()}
-    read = [(adapter, float(weight)) for path, weight in adapters for adapter in read_adapters(path, shapes)]
-    changes: dict[str, dict[str, Change]] = {}
-    for component in COMPONENTS:
-        mine = [(adapter, weight) for adapter, weight in read if adapter.component == component]
-        names = {name for adapter, _ in mine for name in (*adapter.changes, *adapter.replaced)}
-        changes[component] = {name: _merged(name, mine) for name in names}
-    told = [{"adapter": Path(path).name, "weight": weight} for path, weight in adapters]
+    stacked = open_adapters(adapters)
+    layers: dict[str, dict[str, list[tuple[Low, float]]]] = {component: {} for component in COMPONENTS}
+    for one in stacked:
+        for stage, adapter in one.stages.items():
+            infos = readers[COMPONENT[stage]].infos
+            shapes = {n.removesuffix(".weight"): i.shape for n, i in infos.items() if n.endswith(".weight")}
+            adapter.require_fit({name: (shape[0], shape[-1]) for name, shape in shapes.items()}, name=one.name)
+            for name, low in adapter.layers.items():
+                if not all(bool(tensor.isfinite().all()) for tensor in low[:3] if tensor is not None):
+                    raise CheckpointError(f"{one.name}: {name} holds NaN or infinity: its training run diverged")
+                layers[COMPONENT[stage]].setdefault(f"{name}.weight", []).append((low, one.strength))
+    changes = {
+        component: {name: _merged(lows) for name, lows in by_name.items()} for component, by_name in layers.items()
+    }
+    told = [{"adapter": Path(one.name).name, "strength": one.strength} for one in stacked]
     return _write(checkpoint, readers, target, changes, progress, "merge", {"adapters": told})
 
 
@@ -141,19 +152,18 @@ def slerp_checkpoints(
     return _write(checkpoint, readers, target, changes, progress, "slerp", told)
 
 
-def _merged(name: str, adapters: Sequence[tuple[Adapter, float]]) -> Change:
+def _merged(lows: Sequence[tuple[Low, float]]) -> Change:
     def merged(own: torch.Tensor) -> torch.Tensor:
-        result = own.float()  # a copy, or the tensor itself where it is float32 already: ours either way
-        rows = max(1, _BLOCK // max(1, own[0].numel() if own.dim() > 1 else 1))
+        rows = max(1, _BLOCK // own.shape[1])
         for start in range(0, own.shape[0], rows):
             part = slice(start, start + rows)
-            block = own[part].float().clone()
-            for adapter, weight in adapters:
-                if name in adapter.replaced:
-                    result[part] += weight * (adapter.replaced[name][part].float() - block)
-                elif name in adapter.changes:
-                    result[part] += weight * adapter.changes[name].difference(block, part)
-        return result
+            block = own[part].float()
+            total = block.clone()
+            for low, strength in lows:
+                lengths = None if low.magnitude_N is None else low.magnitude_N[part]
+                total += strength * change_of(block, low._replace(b_Nr=low.b_Nr[part], magnitude_N=lengths))
+            own[part] = total.to(own.dtype)
+        return own
 
     return merged
 
@@ -238,11 +248,10 @@ def _write(
                         writer.write(name, reader.pieces(name))
                         continue
                     own = reader.tensor(name)
-                    # A float32 tensor may be changed in its place, so the original is read once more to compare.
                     result = mine[name](own).to(own.dtype)
                     if not bool(result.sum(dtype=torch.float64).isfinite()):
                         raise CheckpointError(f"{name} became NaN or infinite: are these versions of one model?")
-                    sums.add_(_change_of(reader.tensor(name), result))
+                    sums.add_(_change_of(reader.tensor(name), result))  # read anew: it may have been overwritten
                     writer.write(name, result)
 
             plan = {name: TensorSpec(info.dtype, info.shape) for name, info in reader.infos.items()}
