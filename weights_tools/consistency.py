@@ -137,6 +137,12 @@ def _tokenizer(contents: Contents, language: dict[str, Any]) -> Iterator[str]:
     growth = _growth(tokenizer.get("normalizer")) * _growth(tokenizer.get("pre_tokenizer"))
     if growth > _EXPANSION:
         yield f"{path}: its rules can make a text {growth:.3g} times longer: a trap, do not use this tokenizer"
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(contents.files[path].decode())
+    except Exception as error:  # the library raises bare Exception
+        yield f"{path} cannot be loaded ({str(error):.100})"
 
 
 def _growth(step: Any) -> float:
