@@ -232,7 +232,11 @@ def _tensors(reader: TensorReader, names: Mapping[str, str] | None = None) -> di
 
 def _read_file(path: Path) -> Contents:
     reader = TensorReader(path)
-    files = {key.removeprefix(FILE): text.encode() for key, text in reader.metadata.items() if key.startswith(FILE)}
+    files: dict[str, bytes] = {}
+    for key, text in reader.metadata.items():
+        if key.startswith(FILE):
+            _require_small(key, len(text), sum(map(len, files.values())))
+            files[key.removeprefix(FILE)] = text.encode()
     for name, info in reader.infos.items():
         if name.startswith(FILE):
             _require_small(name, info.nbytes, sum(map(len, files.values())))
