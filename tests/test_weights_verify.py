@@ -105,6 +105,7 @@ def test_index_against_shards(tiny_copy: Path) -> None:
 
     edit_json(index, change)
     save_file({"stray": torch.zeros(1)}, folder / "stray.safetensors")
+    (folder / "z.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}')
     problems = verify(tiny_copy).problems
     place = f"transformer: {index.name}"
     for line in (
@@ -115,6 +116,7 @@ def test_index_against_shards(tiny_copy: Path) -> None:
     ):
         assert line in problems, problems
     assert any("tells of" in line for line in problems)
+    assert any("names files outside its folder" in line for line in problems)
 
 
 TOKENIZER = "processor/tokenizer.json"

@@ -58,6 +58,7 @@ _SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model")
 _SAFE = re.compile(r"(?:[A-Za-z0-9_][\w-]*/)?[A-Za-z0-9_][\w-]*(?:\.[\w-]+)*", re.ASCII)
 _MAX_FILE = 128 << 20
 _MAX_FILES = 256 << 20
+_MOST_FILES = 1000
 
 
 @dataclass(frozen=True)
@@ -208,15 +209,16 @@ def _small_files(root: Path, own: str) -> dict[str, bytes]:
             name = f"{prefix}/{path.name}" if prefix else path.name
             if _is_carried(name) and path.is_file():
                 size = path.stat().st_size
-                _require_small(name, size, sum(map(len, found.values())))
+                _require_small(name, size, found)
                 found[name] = contained(folder, path).read_bytes()
     return found
 
 
-def _require_small(name: str, size: int, others: int) -> None:
-    if size > _MAX_FILE or others + size > _MAX_FILES:
+def _require_small(name: str, size: int, others: Mapping[str, bytes]) -> None:
+    if size > _MAX_FILE or len(others) >= _MOST_FILES or sum(map(len, others.values())) + size > _MAX_FILES:
         raise CheckpointError(
-            f"{name} has {size:,} bytes; settings and tokenizers may have {_MAX_FILE:,} each and {_MAX_FILES:,} in all"
+            f"{name:.100} has {size:,} bytes and comes after {len(others)} others; settings and tokenizers may have "
+            f"{_MAX_FILE:,} each, and {_MAX_FILES:,} in {_MOST_FILES} files in all"
         )
 
 
@@ -235,11 +237,11 @@ def _read_file(path: Path) -> Contents:
     files: dict[str, bytes] = {}
     for key, text in reader.metadata.items():
         if key.startswith(FILE):
-            _require_small(key, len(text), sum(map(len, files.values())))
+            _require_small(key, len(text), files)
             files[key.removeprefix(FILE)] = text.encode()
     for name, info in reader.infos.items():
         if name.startswith(FILE):
-            _require_small(name, info.nbytes, sum(map(len, files.values())))
+            _require_small(name, info.nbytes, files)
             files[name.removeprefix(FILE)] = b"".join(bytes(piece) for piece in reader.pieces(name))
     bad = [name for name in files if not _is_carried(name)]
     if bad:

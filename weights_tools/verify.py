@@ -16,7 +16,7 @@ from typing import Any
 from glmimg.atomic_write import atomic_file
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
-from glmimg.weight_files import read_header
+from glmimg.weight_files import contained, read_header, read_index
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import is_pruned, misfits
 from glmimg.weights_tools.layouts import Contents, read_contents, read_folder, safe_path
@@ -110,22 +110,25 @@ def _index_problems(root: Path, component: str) -> list[str]:
     folder = root / component if (root / component).is_dir() else root
     found: list[str] = []
     for path in sorted(folder.glob("*.safetensors.index.json")):
-        index = json.loads(path.read_bytes())
-        told: dict[str, str] = index["weight_map"]
+        place = f"{component}: {path.name}"
         lies: dict[str, str] = {}
         total = 0
-        for file in sorted(set(told.values())):
-            infos, _ = read_header(folder / file)
-            lies |= dict.fromkeys(infos, file)
-            total += sum(info.nbytes for info in infos.values())
-        place = f"{component}: {path.name}"
+        try:
+            told = read_index(path)
+            for file in sorted(set(told.values())):
+                infos, _ = read_header(contained(folder, folder / file))
+                lies |= dict.fromkeys(infos, file)
+                total += sum(info.nbytes for info in infos.values())
+        except CheckpointError as error:
+            found.append(str(error).replace("\n", " "))
+            continue
         found += [
             f"{place} puts {name} into {told[name]}, it is in {lies.get(name)}"
             for name in told
             if told[name] != lies.get(name)
         ]
         found += [f"{place} does not list {name}, which is in {lies[name]}" for name in lies if name not in told]
-        size = (index.get("metadata") or {}).get("total_size", total)
+        size = (json.loads(path.read_bytes()).get("metadata") or {}).get("total_size", total)
         if size != total:
             found.append(f"{place} tells of {size} bytes, the shards hold {total}")
         shards = {file.name for file in folder.glob("*.safetensors")}
