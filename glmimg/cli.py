@@ -38,6 +38,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rewrite a checkpoint in another layout, dtype or size of shards",
         "glmimg.cli_weights:convert",
     ),
+    "serve": ("answer requests for pictures: an OpenAI-compatible server and a page", "glmimg.cli_serve:serve"),
+    "serve key": ("make an API key for the server", "glmimg.cli_serve:key"),
     "evaluate": ("judge a checkpoint and write its report card", "glmimg.evaluation.command:evaluate"),
     "doctor": ("tell which devices work here, and why others do not", "glmimg.cli_doctor:doctor"),
 }

@@ -118,8 +118,8 @@ ROWS = [
     {"checkpoint", "corpus", "lora"},
     {"training", "weights_tools"},
     {"pipelines"},
-    {"evaluation"},
-    {"cli", "serving"},
+    {"evaluation", "serving"},
+    {"cli"},
 ]
 
 

@@ -1,0 +1,142 @@
+"""API keys: a file of hashes, read again when it changes; and what each key may ask for.
+
+Keys are 256 random bits, so that a plain SHA-256 keeps them: there is nothing to guess that a slow hash would protect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmimg.atomic_write import atomic_file
+from glmimg.config import Config, require
+from glmimg.errors import BadInput
+from glmimg.serving.settings import Problem
+
+__all__ = ["LOCAL", "Client", "KeyFile", "Limits", "add_key"]
+
+PREFIX = "gi-"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Client(Config):
+    """Who asks. `pictures_per_minute` and `max_requests` (at a time) None: no limit; a higher priority goes first."""
+
+    name: str
+    sha256: str = ""
+    priority: int = 0
+    pictures_per_minute: int | None = None
+    max_requests: int | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.name.strip()), "a key needs a name")
+        for limit in (self.pictures_per_minute, self.max_requests):
+            require(limit is None or limit >= 1, f"a limit of {limit}: use 1 or more, or leave it out")
+
+
+LOCAL = Client("local")  # everybody, where there are no keys
+
+
+class KeyFile:
+    """The clients of a file {"keys": [{"name": ..., "sha256": ...}, ...]}; BadInput if it cannot be read at first."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._seen = self._stamp()
+        self._clients = _read(self.path)
+
+    def find(self, key: str) -> Client | None:
+        """Whose key that is. Takes the same time whichever it is, and whether there is one."""
+        self._reload()
+        digest = hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
+        found = None
+        for client in self._clients:
+            if hmac.compare_digest(client.sha256.lower().encode(), digest.encode()):
+                found = client
+        return found
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _reload(self) -> None:
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            self._clients = [] if stamp is None else _read(self.path)
+        except BadInput as error:
+            logger.error("the keys stay as they were: %s", error)
+
+
+def _read(path: Path) -> list[Client]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["keys"]
+        clients = [Client.from_dict(row) for row in rows]
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file; glmimg serve key NAME --keys {path} makes one") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is no file of keys ({error})") from error
+    require(len({client.name for client in clients}) == len(clients), f"{path} holds two keys of one name")
+    return clients
+
+
+def add_key(path: str | Path, name: str, **limits: int | None) -> str:
+    """Makes a key for `name`, in place of the one it had, and returns it: only its hash is kept."""
+    path, key = Path(path), PREFIX + secrets.token_urlsafe(32)
+    clients = _read(path) if path.exists() else []
+    client = Client.from_dict({"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest(), **limits})
+    rows = [one.to_dict() for one in clients if one.name != name] + [client.to_dict()]
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps({"keys": rows}, indent=2) + "\n", encoding="utf-8")
+    os.chmod(path, 0o600)
+    return key
+
+
+class Limits:
+    """What each client has under way, and how many pictures it may ask for right now."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, int] = {}
+        self._left: dict[str, tuple[float, float]] = {}  # pictures, at that time
+
+    def enter(self, client: Client, pictures: int) -> None:
+        """Counts a request; 429 if it is one too many. Every `enter` that returns needs a `leave`."""
+        if client.max_requests is not None and self._requests.get(client.name, 0) >= client.max_requests:
+            raise Problem(429, f"{client.max_requests} requests at a time are allowed", "rate_limit_exceeded", None, 2)
+        if client.pictures_per_minute is not None:
+            now, most = time.monotonic(), float(client.pictures_per_minute)
+            left, then = self._left.get(client.name, (most, now))
+            left = min(most, left + (now - then) * most / 60)
+            if pictures > left:
+                if pictures > most:
+                    raise Problem(400, f"n {pictures}: {most:g} pictures a minute are allowed", "invalid_value", "n")
+                raise Problem(
+                    429,
+                    f"{most:g} pictures a minute are allowed",
+                    "rate_limit_exceeded",
+                    None,
+                    (pictures - left) * 60 / most,
+                )
+            self._left[client.name] = left - pictures, now
+        self._requests[client.name] = self._requests.get(client.name, 0) + 1
+
+    def leave(self, client: Client) -> None:
+        left = self._requests.get(client.name, 0) - 1
+        if left > 0:
+            self._requests[client.name] = left
+        else:
+            self._requests.pop(client.name, None)

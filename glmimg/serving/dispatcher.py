@@ -1,0 +1,362 @@
+"""The front's side of the worker: who may wait, who is next, what comes back, and what to do when the worker dies."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import math
+import multiprocessing
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from glmimg.errors import GlmimgError
+from glmimg.serving import worker
+from glmimg.serving.fair_queue import FairQueue
+from glmimg.serving.jobs import Job
+from glmimg.serving.settings import Problem, ServerSettings
+
+__all__ = ["Dispatcher", "Ticket"]
+
+Message = dict[str, Any]
+RESTARTS = 8  # in a row, before a worker that never gets ready is given up
+LONGEST_PAUSE = 30.0  # seconds between two of them
+
+logger = logging.getLogger(__name__)
+
+
+class Ticket:
+    """One request on its way. Iterating gives its messages; the last is "ended", or a Problem is raised."""
+
+    def __init__(self, job: Job, client: str, priority: int, deadline: float) -> None:
+        self.job, self.client, self.priority, self.deadline = job, client, priority, deadline
+        self.cost = float(job.n)
+        self.about: Message = {}
+        self.came = time.monotonic()
+        self.began: float | None = None
+        self.delivered: set[int] = set()
+        self.retried = False
+        self.over = False  # nothing more will be put
+        self.given_up: float | None = None  # when it was cancelled at the worker
+        self._events: deque[Message | Problem] = deque()
+        self._wake = asyncio.Event()
+
+    def put(self, event: Message | Problem) -> None:
+        """Progress replaces progress that was not read yet: a slow reader costs no memory."""
+        if self.over:
+            return
+        if isinstance(event, Problem) or event["type"] == "ended":
+            self.over = True
+        elif event["type"] in ("progress", "position"):
+            same = (event["type"], event.get("picture"))
+            for waiting in list(self._events):
+                if not isinstance(waiting, Problem) and (waiting["type"], waiting.get("picture")) == same:
+                    self._events.remove(waiting)
+        self._events.append(event)
+        self._wake.set()
+
+    def __aiter__(self) -> Ticket:
+        return self
+
+    async def __anext__(self) -> Message:
+        while not self._events:
+            if self.over:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        event = self._events.popleft()
+        if isinstance(event, Problem):
+            raise event
+        if event["type"] == "ended":
+            raise StopAsyncIteration
+        return event
+
+
+class Dispatcher:
+    """`state` is "starting", "ready", "restarting", "draining" or "stopped"; `about` what the worker says of itself."""
+
+    def __init__(self, settings: ServerSettings, *, watch: Callable[[str, Any], None] | None = None) -> None:
+        self.settings = settings
+        self.watch = watch or (lambda name, value: None)
+        self.state = "starting"
+        self.about: Message = {}
+        self.stats: Message = {}
+        self.queue = FairQueue()
+        self.running: dict[str, Ticket] = {}
+        self.restarts = 0
+        self._checks: dict[str, asyncio.Future[Message]] = {}
+        self._reserved = 0
+        self._pace = 1.0  # seconds from one finished picture to the next, while busy
+        self._last_picture = 0.0
+        self._failures = 0
+        self._process: Any = None
+        self._connection: Any = None
+        self._ready: asyncio.Future[None] | None = None
+        self._sender = ThreadPoolExecutor(1, "to-worker")
+        self._tasks: set[asyncio.Task[Any]] = set()
+        atexit.register(self._kill)  # before multiprocessing waits for its children, and this one minds no signal
+
+    # Life.
+
+    async def start(self) -> None:
+        """Starts the worker and waits until it has drawn a picture; GlmimgError if it cannot."""
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._loop.create_future()
+        self._launch()
+        self._keep(self._guard())
+        await asyncio.shield(self._ready)
+
+    async def drain(self, seconds: float) -> None:
+        """Takes nothing new and gives what is there that long; the rest is told that the server stops."""
+        if self.state != "stopped":
+            self.state = "draining"
+        end = time.monotonic() + seconds
+        while (self.running or len(self.queue)) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        for ticket in [*self.queue.order(), *self.running.values()]:
+            assert isinstance(ticket, Ticket)
+            ticket.put(Problem(503, "the server was stopped before the picture was done", "server_stopping", None, 10))
+
+    async def stop(self) -> None:
+        """Ends the worker; whoever still waits is told."""
+        if self.state == "stopped":
+            return
+        await self.drain(0)
+        self.state = "stopped"
+        for task in self._tasks:
+            task.cancel()
+        process, connection = self._process, self._connection
+        if process is not None:
+            await self._send("stop")
+            await asyncio.to_thread(process.join, 5)
+            if process.is_alive():
+                process.kill()
+                await asyncio.to_thread(process.join, 5)
+            connection.close()
+        atexit.unregister(self._kill)
+        self._sender.shutdown(wait=False)
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.is_alive():
+            self._process.kill()
+
+    def _launch(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=worker.main, args=(theirs, self.settings), name="glmimg worker", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        threading.Thread(target=self._read, args=(self._connection,), daemon=True).start()
+
+    def _read(self, connection: Any) -> None:
+        """In a thread of its own: hands what the worker sends to the loop, at last that it is gone."""
+        while True:
+            try:
+                message = connection.recv()
+            except (EOFError, OSError):
+                message = None
+            try:
+                self._loop.call_soon_threadsafe(self._receive, connection, message)
+            except RuntimeError:  # the loop is closed
+                return
+            if message is None:
+                return
+
+    async def _send(self, *message: Any) -> None:
+        connection = self._connection
+
+        def send() -> None:
+            try:
+                connection.send(message)
+            except (OSError, ValueError):
+                logger.info("the worker is gone")  # its reader tells the loop
+
+        await self._loop.run_in_executor(self._sender, send)
+
+    def _keep(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Requests.
+
+    async def submit(self, job: Job, client: str = "", priority: int = 0) -> Ticket:
+        """Takes a request in, or raises the Problem that says why not."""
+        if self.state in ("draining", "stopped"):
+            raise Problem(503, "the server is being stopped", "server_stopping", None, 10)
+        if self.state != "ready":
+            raise Problem(503, "the model is being loaded", "model_loading", None, 5)
+        waiting = self._reserved + sum(ticket.job.n for ticket in self.queue.order())  # type: ignore[attr-defined]
+        if waiting + job.n > self.settings.max_queue:
+            raise Problem(
+                429,
+                f"{waiting} pictures wait already, and the queue takes {self.settings.max_queue}: try again later",
+                "queue_full",
+                None,
+                min(600.0, math.ceil(max(1.0, waiting * self._pace))),
+            )
+        ticket = Ticket(job, client, priority, time.monotonic() + self.settings.timeout)
+        self._reserved += job.n
+        try:
+            ticket.about = await self._check(job)
+        finally:
+            self._reserved -= job.n
+        ticket.cost = float(job.n * ticket.about["patches"] * (ticket.about["steps"] + 1))
+        self.queue.add(ticket)
+        self._pump()
+        return ticket
+
+    async def _check(self, job: Job) -> Message:
+        answer = self._checks[job.id] = self._loop.create_future()
+        try:
+            await self._send("check", job)
+            message = await asyncio.wait_for(answer, self.settings.stuck)
+        except asyncio.TimeoutError:
+            raise Problem(503, "the worker does not answer", "worker_busy", None, 10) from None
+        finally:
+            self._checks.pop(job.id, None)
+        if message["type"] == "refused":
+            raise Problem(message["status"], message["message"], message["code"])
+        return message
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody waits for it any more."""
+        ticket.over = True
+        if self.queue.remove(ticket):
+            self._tell_positions()
+        elif ticket.job.id in self.running and ticket.given_up is None:
+            ticket.given_up = time.monotonic()
+            self._keep(self._send("cancel", ticket.job.id))
+            self.watch("cancelled", 1)
+
+    def _pump(self) -> None:
+        """Gives the worker as much as it can use: the batch that it draws, and as much again that is decoded."""
+        while len(self.queue) and self.state in ("ready", "draining"):
+            if sum(ticket.job.n for ticket in self.running.values()) >= 2 * self.settings.max_batch:
+                break
+            ticket = self.queue.pop()
+            assert isinstance(ticket, Ticket)
+            ticket.began = time.monotonic()
+            self.watch("waited", ticket.began - ticket.came)
+            self.running[ticket.job.id] = ticket
+            self._keep(self._send("run", ticket.job))
+        self._tell_positions()
+
+    def _tell_positions(self) -> None:
+        for place, ticket in enumerate(self.queue.order()):
+            assert isinstance(ticket, Ticket)
+            if ticket.job.progress:
+                ticket.put({"type": "position", "position": place + 1})
+
+    # Messages.
+
+    def _receive(self, connection: Any, message: Message | None) -> None:
+        if connection is not self._connection or self.state == "stopped":
+            return  # of a worker that is no more
+        if message is None:
+            self._lost()
+            return
+        kind, job_id = message["type"], message.get("id", "")
+        if kind == "ready":
+            self.about, self.state = message, "draining" if self.state == "draining" else "ready"
+            self._failures = 0
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_result(None)
+            self._pump()
+        elif kind == "broken":
+            logger.error("the worker could not start: %s", message["message"])
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_exception(GlmimgError(message["message"]))
+        elif kind == "stats":
+            self.stats = message
+        elif job_id in self._checks:
+            if not self._checks[job_id].done():
+                self._checks[job_id].set_result(message)
+        elif job_id in self.running:
+            self._of_ticket(self.running[job_id], message)
+
+    def _of_ticket(self, ticket: Ticket, message: Message) -> None:
+        kind = message["type"]
+        if kind == "refused":
+            ticket.put(Problem(message["status"], message["message"], message["code"], None, None))
+        elif kind == "picture":
+            if message["picture"] in ticket.delivered:
+                return  # made once more after the worker had died; it is the same
+            ticket.delivered.add(message["picture"])
+            now = time.monotonic()
+            if now - self._last_picture < 60:
+                self._pace += 0.2 * (now - self._last_picture - self._pace)
+            self._last_picture = now
+            ticket.put(message)
+        elif kind == "ended":
+            self.running.pop(ticket.job.id, None)
+            ticket.put(message)
+            self._pump()
+        else:
+            ticket.put(message)
+
+    def _lost(self) -> None:
+        """The worker died: what it worked on goes back to the front of the queue, once."""
+        self._connection.close()
+        code = self._process.exitcode
+        logger.error("the worker ended with status %s", code)
+        for answer in self._checks.values():
+            if not answer.done():
+                answer.set_result(_refused(503, "the worker was restarted: try again", "worker_restarted"))
+        for ticket in reversed(self.running.values()):
+            if ticket.over:
+                continue
+            if ticket.retried:
+                ticket.put(Problem(500, "the worker died twice while making this picture", "worker_died"))
+                continue
+            ticket.retried, ticket.began = True, None
+            self.queue.add(ticket, first=True)
+        self.running.clear()
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(GlmimgError(f"the worker ended with status {code} before it was ready"))
+        if self.state != "draining" or len(self.queue):
+            self._keep(self._restart())
+
+    async def _restart(self) -> None:
+        if self.state == "ready":
+            self.state = "restarting"
+        self._failures += 1
+        self.restarts += 1
+        self.watch("restarted", 1)
+        if self._failures > RESTARTS:
+            logger.critical("the worker died %d times in a row: giving up", RESTARTS)
+            self.state = "stopped"
+            while len(self.queue):
+                ticket = self.queue.pop()
+                assert isinstance(ticket, Ticket)
+                ticket.put(Problem(503, "the worker cannot be started", "worker_died"))
+            return
+        await asyncio.sleep(0 if self._failures == 1 else min(LONGEST_PAUSE, 2.0**self._failures / 4))
+        await asyncio.to_thread(self._process.join)
+        self._launch()
+
+    async def _guard(self) -> None:
+        """Sees to deadlines, and to a worker that does not let go."""
+        while True:
+            await asyncio.sleep(0.2)
+            now = time.monotonic()
+            for ticket in [*self.queue.order(), *self.running.values()]:
+                assert isinstance(ticket, Ticket)
+                if now > ticket.deadline and not ticket.over:
+                    seconds = f"{self.settings.timeout:g} seconds"
+                    ticket.put(Problem(504, f"the picture was not done within {seconds}", "timeout"))
+                    self.cancel(ticket)
+            stuck = [t for t in self.running.values() if t.given_up and now - t.given_up > self.settings.stuck]
+            if stuck and self._process.is_alive():
+                logger.error("the worker does not let go of a request that was cancelled: it is killed")
+                self._process.kill()
+
+
+def _refused(status: int, message: str, code: str) -> Message:
+    return {"type": "refused", "status": status, "message": message, "code": code}

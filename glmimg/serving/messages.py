@@ -1,0 +1,101 @@
+"""What the worker tells the front of a work; the list is in jobs.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+from glmimg.errors import BadInput
+from glmimg.pipelines.result import picture_metadata
+from glmimg.pipelines.stages import Stages
+from glmimg.serving.token_batch import Drawing
+from glmimg.serving.work import Work, picture_file
+
+__all__ = ["decoder_progress", "out_of_memory", "partial", "picture", "refusal", "token_progress"]
+
+Message = dict[str, Any]
+
+
+def token_progress(work: Work, drawing: Drawing, grids: tuple[torch.Tensor | None, torch.Tensor]) -> Message:
+    preview_HW, target_HW = grids
+    return {
+        "type": "progress",
+        "id": work.job.id,
+        "stage": "tokens",
+        "step": drawing.at,
+        "total": drawing.length,
+        "picture": drawing.number,
+        "preview": None if preview_HW is None else preview_HW.tolist(),
+        "target": target_HW.tolist(),
+    }
+
+
+def decoder_progress(work: Work, number: int, step: int, total: int) -> Message:
+    return {
+        "type": "progress",
+        "id": work.job.id,
+        "stage": "decoder",
+        "step": step,
+        "total": total,
+        "picture": number,
+        "preview": None,
+        "target": None,
+    }
+
+
+def partial(work: Work, number: int, image: Image.Image) -> Message:
+    """A look at a picture that is not done; its numbers count from 0."""
+    work.partials[number] = work.partials.get(number, 0) + 1
+    return {
+        "type": "partial",
+        "id": work.job.id,
+        "picture": number,
+        "number": work.partials[number] - 1,
+        "data": picture_file(image, work.job),
+        "width": image.width,
+        "height": image.height,
+    }
+
+
+def picture(work: Work, stages: Stages, name: str, number: int, image: Image.Image | None) -> Message:
+    """A finished picture with all that would make it again, or its layout alone."""
+    grid, data = work.grids[number], None
+    if image is not None:
+        data = picture_file(image, work.job, picture_metadata(work.settings(stages, name, number), grid))
+    return {
+        "type": "picture",
+        "id": work.job.id,
+        "picture": number,
+        "data": data,
+        "width": grid.width,
+        "height": grid.height,
+        "seed": work.request.seeds[number],
+        "tokens": grid.to_dict(),
+        "seconds": round(work.seconds, 4),
+        "drawn": work.drawn,
+        "steps": 0 if image is None else work.request.config.num_inference_steps,
+    }
+
+
+def refusal(job_id: str, error: Exception) -> Message:
+    """What the client is told of an error: of those that are not its own, no more than the kind."""
+    answer: Message
+    if isinstance(error, BadInput):
+        answer = {"status": 400, "message": str(error), "code": "invalid_value"}
+    elif out_of_memory(error):
+        message = "the picture does not fit into the memory that is free: ask for a smaller one, or for fewer"
+        answer = {"status": 503, "message": message, "code": "insufficient_memory"}
+    else:
+        message = f"the picture could not be made ({type(error).__name__}): the server's log tells more"
+        answer = {"status": 500, "message": message, "code": "generation_failed"}
+    return {"type": "refused", "id": job_id, **answer}
+
+
+def out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

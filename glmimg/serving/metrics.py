@@ -1,0 +1,104 @@
+"""What the server counts: for Prometheus, and for each key."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from glmimg.atomic_write import atomic_file
+from glmimg.errors import GlmimgError
+
+__all__ = ["Ledger", "Metrics", "Totals"]
+
+SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600)
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics:
+    """One registry for each app, so that several can live in a process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("glmimg_requests", "Answered requests", ["route", "status"], registry=registry)
+        self.seconds = Histogram(
+            "glmimg_request_seconds", "From request to end of answer", ["route"], buckets=SECONDS, registry=registry
+        )
+        self.waited = Histogram("glmimg_queue_seconds", "Time in the queue", buckets=SECONDS, registry=registry)
+        self.pictures = Counter("glmimg_pictures", "Finished pictures", registry=registry)
+        self.tokens = Counter("glmimg_tokens", "Tokens drawn", registry=registry)
+        self.steps = Counter("glmimg_decoder_steps", "Steps of the decoder", registry=registry)
+        self.busy = Counter("glmimg_machine_seconds", "Seconds of the machine spent on pictures", registry=registry)
+        self.cancelled = Counter("glmimg_cancelled", "Requests whose client went away", registry=registry)
+        self.restarts = Counter("glmimg_worker_restarts", "Times the worker had to be started again", registry=registry)
+        self.waiting = Gauge("glmimg_waiting_requests", "Requests in the queue", registry=registry)
+        self.running = Gauge("glmimg_running_requests", "Requests at the worker", registry=registry)
+        self.batch = Gauge("glmimg_token_batch", "Pictures whose tokens are drawn together", registry=registry)
+        self.memory = Gauge("glmimg_worker_memory_bytes", "Memory that the worker holds", registry=registry)
+        self.ready = Gauge("glmimg_ready", "1 when pictures can be made", registry=registry)
+
+    def watch(self, name: str, value: Any) -> None:
+        """For the dispatcher."""
+        if name == "waited":
+            self.waited.observe(value)
+        elif name == "cancelled":
+            self.cancelled.inc()
+        elif name == "restarted":
+            self.restarts.inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+@dataclass
+class Totals:
+    """What was made for one key; energy in Wh and cost only where the server was told the prices."""
+
+    requests: int = 0
+    pictures: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    energy_wh: float = 0.0
+    cost: float = 0.0
+
+    def add(self, other: Totals) -> None:
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
+    def to_dict(self) -> dict[str, float]:
+        return {one.name: round(getattr(self, one.name), 6) for one in fields(self)}
+
+
+@dataclass
+class Ledger:
+    """Totals by key; with a file they outlive the server. A file that cannot be written is told in the log."""
+
+    path: Path | None = None
+    totals: dict[str, Totals] = field(default_factory=dict)
+    changed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.exists():
+            rows = json.loads(self.path.read_text(encoding="utf-8"))
+            self.totals = {name: Totals(**row) for name, row in rows.items()}
+
+    def add(self, client: str, amount: Totals) -> None:
+        self.totals.setdefault(client, Totals()).add(amount)
+        self.changed = True
+
+    def save(self) -> None:
+        if self.path is None or not self.changed:
+            return
+        try:
+            with atomic_file(self.path) as temporary:
+                temporary.write_text(json.dumps({name: one.to_dict() for name, one in self.totals.items()}, indent=2))
+            self.changed = False
+        except (GlmimgError, OSError) as error:
+            logger.error("the usage was not written, and is kept for the next time: %s", error)

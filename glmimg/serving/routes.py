@@ -1,0 +1,215 @@
+"""The routes under /v1: OpenAI's three, and ours for layouts. Bodies are in schemas.py."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import APIRouter, Request, Security
+from fastapi.security import HTTPBearer
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.responses import JSONResponse, Response
+
+from glmimg.serving import schemas
+from glmimg.serving.answers import answer
+from glmimg.serving.auth import LOCAL
+from glmimg.serving.metrics import Totals
+from glmimg.serving.service import Service
+from glmimg.serving.settings import Problem
+
+__all__ = ["router", "validation_problem"]
+
+MAX_REFERENCES = 16
+_STATUSES = (400, 401, 404, 413, 429, 500, 503, 504)
+_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+
+router = APIRouter(
+    prefix="/v1",
+    dependencies=[Security(HTTPBearer(auto_error=False, description="An API key, where the server has keys."))],
+    responses={status: {"model": schemas.ErrorReply} for status in _STATUSES},
+)
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _ok(model: type[Any]) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": model, "content": _EVENTS}}
+
+
+@router.post("/images/generations", response_model=None, responses=_ok(schemas.ImagesReply), tags=["pictures"])
+async def generations(body: schemas.GenerateRequest, request: Request) -> Response:
+    """Pictures of a prompt."""
+    service = _service(request)
+    return await answer(service, request, service.job(body), body, "image_generation")
+
+
+@router.post(
+    "/images/edits",
+    response_model=None,
+    responses=_ok(schemas.ImagesReply),
+    tags=["pictures"],
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["prompt", "image"],
+                        "properties": {
+                            "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                            **schemas.EditRequest.model_json_schema(ref_template="#/components/schemas/{model}")[
+                                "properties"
+                            ],
+                        },
+                    }
+                }
+            },
+        }
+    },
+)
+async def edits(request: Request) -> Response:
+    """Pictures after one or more reference pictures (`image` or `image[]`), as multipart/form-data.
+
+    Nested fields (`adapters`) are JSON text.
+    """
+    service = _service(request)
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise Problem(400, "send multipart/form-data with the pictures as files: no url is fetched", "invalid_body")
+    images: list[bytes] = []
+    fields: dict[str, Any] = {}
+    try:
+        form = await request.form(max_files=MAX_REFERENCES, max_fields=64, max_part_size=service.settings.max_body)
+    except MultiPartException as error:
+        raise Problem(400, f"the form cannot be read: {error.message}", "invalid_body") from error
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name in ("image", "image[]"):
+                    images.append(await value.read())
+                else:
+                    advice = (
+                        "mark a region of given tokens instead: /v1/images/regions" if name == "mask" else "take it out"
+                    )
+                    raise Problem(400, f"file {name!r} is not used here: {advice}", "unsupported_parameter", name)
+            elif name in ("image", "image[]"):
+                raise Problem(400, "an image is a file, not text: no path or url is read", "invalid_value", "image")
+            else:
+                fields[name] = _unpacked(name, value)
+    finally:
+        await form.close()
+    if not images:
+        raise Problem(
+            400, "no image: send at least one reference picture as a file", "missing_required_parameter", "image"
+        )
+    try:
+        body = schemas.EditRequest.model_validate(fields)
+    except ValidationError as error:
+        raise validation_problem(error.errors()) from error
+    for data in images:
+        service.require_picture(data)
+    return await answer(service, request, service.job(body, images=tuple(images)), body, "image_edit")
+
+
+def _unpacked(name: str, text: str) -> Any:
+    if name != "adapters":
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Problem(400, f"{name} is no JSON ({error})", "invalid_value", name) from error
+
+
+@router.post("/images/layouts", response_model=None, responses=_ok(schemas.LayoutReply), tags=["layouts"])
+async def layouts(body: schemas.LayoutRequest, request: Request) -> Response:
+    """Semantic layouts of a prompt, without pictures: what `decode` and `regions` take as `tokens`."""
+    service = _service(request)
+    return await answer(service, request, service.job(body, layout_only=True), body, "image_layout")
+
+
+@router.post("/images/decode", response_model=None, responses=_ok(schemas.ImagesReply), tags=["layouts"])
+async def decode(body: schemas.DecodeRequest, request: Request) -> Response:
+    """Pictures of a given layout: the same composition, another seed."""
+    service = _service(request)
+    return await answer(service, request, service.job(body), body, "image_generation")
+
+
+@router.post("/images/regions", response_model=None, responses=_ok(schemas.ImagesReply), tags=["layouts"])
+async def regions(body: schemas.RegionRequest, request: Request) -> Response:
+    """Pictures of a given layout of which the tokens inside a region are drawn anew."""
+    service = _service(request)
+    left, top, right, bottom = body.region
+    return await answer(
+        service, request, service.job(body, region=(left, top, right, bottom)), body, "image_generation"
+    )
+
+
+@router.get("/files/{name}", response_model=None, tags=["pictures"])
+async def files(name: str, request: Request) -> Response:
+    """A picture that was asked for as a url, until that expires."""
+    found = _service(request).files.get(name)
+    if found is None:
+        raise Problem(404, "no such picture, or its url has expired", "not_found")
+    return Response(found[1], media_type=found[0], headers={"Cache-Control": "private, max-age=3600"})
+
+
+@router.get("/models", tags=["server"])
+async def models(request: Request) -> schemas.ModelList:
+    """The model of this server."""
+    return schemas.ModelList(data=[_model(_service(request))])
+
+
+@router.get("/models/{model_id:path}", tags=["server"])
+async def model(model_id: str, request: Request) -> schemas.Model:
+    """The model of this server, if that is its id."""
+    service = _service(request)
+    if model_id != service.settings.name:
+        raise Problem(404, f"model {model_id!r}: this server has {service.settings.name!r}", "model_not_found", "model")
+    return _model(service)
+
+
+def _model(service: Service) -> schemas.Model:
+    hidden = ("type", "pid")
+    about = {name: value for name, value in service.dispatcher.about.items() if name not in hidden}
+    settings = service.settings
+    about |= {"max_pictures": 10, "max_queue": settings.max_queue, "max_body": settings.max_body}
+    about |= {"max_pixels": settings.max_pixels, "keys": service.keys is not None}
+    return schemas.Model(id=settings.name, created=service.started, glmimg=about)
+
+
+@router.get("/adapters", tags=["server"])
+async def adapters(request: Request) -> JSONResponse:
+    """Adapters that a request may name."""
+    names = _service(request).adapter_names()
+    return JSONResponse({"object": "list", "data": [{"id": name, "object": "adapter"} for name in names]})
+
+
+@router.get("/usage", tags=["server"])
+async def usage(request: Request) -> JSONResponse:
+    """What was made for this key so far."""
+    service, client = _service(request), request.scope["state"].get("client", LOCAL)
+    totals = service.ledger.totals.get(client.name, Totals())
+    return JSONResponse({"object": "usage", "client": client.name, **totals.to_dict()})
+
+
+def validation_problem(errors: Any) -> Problem:
+    """The first of pydantic's findings as OpenAI words them."""
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    param = ".".join(place) or None
+    if first["type"] == "extra_forbidden":
+        from glmimg.errors import UnknownName
+
+        known = schemas.RegionRequest.model_fields
+        return Problem(400, str(UnknownName.of("parameter", place[-1], known)), "unknown_parameter", param)
+    if first["type"] == "missing":
+        what = f"{param} is missing" if param else "the request has no body"
+        return Problem(400, what, "missing_required_parameter", param)
+    if first["type"] == "json_invalid":
+        return Problem(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}", "invalid_json")
+    return Problem(400, f"{param or 'body'}: {first['msg']}", "invalid_value", param)

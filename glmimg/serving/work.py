@@ -1,0 +1,149 @@
+"""One job in the worker: checked as a whole, then what has become of it so far.
+
+Letters: H x W tokens of a grid, h x w pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from glmimg.config import require
+from glmimg.decoder import ReferenceCache
+from glmimg.image_io import METADATA_KEY, open_picture, to_tensor
+from glmimg.pipelines.request import Request, build_prompts, check_request
+from glmimg.pipelines.stages import Stages
+from glmimg.pipelines.steps import Glyphs, batches
+from glmimg.prompt import Prompt
+from glmimg.semantic_tokenizer import fit_reference
+from glmimg.serving.jobs import Job
+from glmimg.token_grid import TokenGrid
+
+__all__ = ["Work", "both_prompts", "check", "picture_file"]
+
+
+@dataclass(eq=False)
+class Work:
+    """`prompts` are None until the references have become tokens; `pending` pictures have no tokens yet."""
+
+    job: Job
+    request: Request
+    prompts: tuple[Prompt, Prompt] | None  # with the caption, and without
+    pixels: list[torch.Tensor]
+    chunks: list[tuple[int, ...]]  # pictures that the decoder makes together
+    pending: list[int]
+    prompt_tokens: int
+    grids: dict[int, TokenGrid] = field(default_factory=dict)
+    references: list[torch.Tensor] = field(default_factory=list)
+    glyphs: Glyphs | None = None
+    reference_cache: ReferenceCache | None = None
+    seconds: float = 0.0  # of the machine
+    drawn: int = 0  # tokens
+    decoded: int = 0
+    sent: int = 0
+    partials: dict[int, int] = field(default_factory=dict)
+    looks: dict[int, torch.Tensor] = field(default_factory=dict)  # preview grids of which a picture is wanted
+    look: bool = False  # whether the first partial picture is made from the preview grid
+    begun: bool = False
+    told: float = 0.0  # when progress was last sent
+    again: bool = False  # the batch that it was in broke down once
+    over: bool = False  # cancelled or refused: nothing of it is wanted
+    ended: bool = False
+
+    @property
+    def guided(self) -> bool:
+        return self.request.token_sampling.guidance != 1
+
+    @property
+    def request_grids(self) -> list[tuple[int, int]]:
+        """What is drawn for each picture, preview grid included."""
+        if not self.request.samples_tokens:
+            return []
+        return list(self.prompts[0].grids) if self.prompts else [self.request.grid]
+
+    @property
+    def adapters(self) -> tuple[tuple[str, float], ...]:
+        return tuple((folder, strength) for _, folder, strength in self.job.adapters)
+
+    def partial_steps(self) -> list[int]:
+        """Decoder steps after which a partial picture is due, evenly spread; the preview grid gives the first one."""
+        steps, wanted = self.request.config.num_inference_steps, self.job.partial_images - self.look
+        return sorted({max(1, steps * (k + 1) // (wanted + 1)) for k in range(wanted)}) if wanted > 0 else []
+
+    def settings(self, stages: Stages, name: str, picture: int) -> dict[str, Any]:
+        """What the picture carries: no path of this machine among it."""
+        task = "image-to-image" if self.request.references else "text-to-image"
+        settings = self.request.settings(stages, task)[picture]
+        settings["checkpoint"]["name"] = name
+        settings.pop("adapters", None)
+        if self.job.adapters:
+            settings["adapters"] = [{"name": called, "strength": strength} for called, _, strength in self.job.adapters]
+        return settings
+
+
+def check(stages: Stages, job: Job) -> Work:
+    """The work that a job is, or BadInput; no weight is touched."""
+    limits = stages.checkpoint.settings
+    pictures = [_fitted(open_picture(data), limits.min_size, limits.max_size) for data in job.images]
+    request = check_request(
+        stages,
+        job.prompt,
+        negative_prompt=job.negative_prompt,
+        num_images_per_prompt=job.n,
+        seed=job.seed,
+        tokens=None if job.tokens is None else TokenGrid.from_dict(job.tokens),
+        region=job.region,
+        config=job.options,
+        options={},
+        default_size=(pictures[0].height, pictures[0].width) if pictures else None,
+    )
+    require(
+        request.samples_tokens or not job.layout_only, "these tokens are the layout already: nothing is to be drawn"
+    )
+    blank: list[torch.Tensor] = []
+    if pictures:
+        request = replace(request, references=(tuple(picture.size for picture in pictures),))
+        blank = [torch.zeros(picture.height // 32, picture.width // 32).long() for picture in pictures]
+    prompts = both_prompts(stages, request, blank)
+    return Work(
+        job,
+        request,
+        None if pictures else prompts,
+        [to_tensor([picture])[0] for picture in pictures],
+        list(batches(stages, request)),
+        list(range(request.pictures)),
+        len(prompts[0].ids),
+        look=bool(job.partial_images and stages.offload == "none" and not pictures and request.tokens is None),
+    )
+
+
+def both_prompts(stages: Stages, request: Request, references: list[torch.Tensor]) -> tuple[Prompt, Prompt]:
+    rows = [references] if references else ()
+    (with_caption,) = build_prompts(stages, request, request.prompts, rows)
+    (without,) = build_prompts(stages, request, [request.negative_prompt], rows)
+    return with_caption, without
+
+
+def picture_file(image: Image.Image, job: Job, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The picture's file; only a PNG carries how it was made."""
+    data = io.BytesIO()
+    if job.output_format == "png":
+        info = PngInfo()
+        if metadata is not None:
+            info.add_text(METADATA_KEY, json.dumps(metadata))
+        image.save(data, "PNG", pnginfo=info)
+    else:
+        image.save(data, job.output_format.upper(), quality=max(1, job.compression))
+    return data.getvalue()
+
+
+def _fitted(picture: Image.Image, least: int, most: int) -> Image.Image:
+    size = fit_reference(*picture.size, least, most)
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,349 @@
+"""The server as clients see it: the openai package as it is, httpx, multipart forms, events, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from glmimg.image_io import read_metadata
+from glmimg.pipelines.text_to_image import TextToImagePipeline
+from glmimg.serving.settings import ServerSettings
+
+uvicorn = pytest.importorskip("uvicorn")
+
+SIZE = "64x64"
+PLAIN = {"prompt": "a cat", "size": SIZE, "steps": 2, "seed": 5}
+
+
+class Server:
+    """The real app under the real Uvicorn on a free port, in a thread."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        from glmimg.serving.app import create_app
+
+        self.app = create_app(settings)
+        config = uvicorn.Config(self.app, port=0, log_level="warning", timeout_graceful_shutdown=2)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive(), "the server did not come up"
+            time.sleep(0.05)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+
+    @property
+    def service(self) -> Any:
+        return self.app.state.service
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    settings = ServerSettings(
+        model=str(tiny_checkpoint),
+        model_name="tiny",
+        backend="cpu",
+        dtype="fp32",
+        max_queue=12,
+        max_body=1 << 20,
+        max_pixels=512 * 512,
+        watts=100.0,
+        price=0.5,
+        usage_file=str(tmp_path_factory.mktemp("usage") / "usage.json"),
+    )
+    server = Server(settings)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0, timeout=120)
+
+
+def picture(data: str | None) -> Image.Image:
+    assert data is not None
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def pixels(image: Image.Image) -> Any:
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    name = ""
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line[7:]
+        elif line.startswith("data: "):
+            yield {"event": name, **json.loads(line[6:])}
+
+
+def photo(size: tuple[int, int] = (70, 64), kind: str = "PNG") -> bytes:
+    data = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(data, kind)
+    return data.getvalue()
+
+
+# OpenAI's client, unmodified.
+
+
+def test_generate_gives_the_pipelines_own_pictures(
+    client: openai.OpenAI, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    reply = client.images.generate(model="tiny", prompt="a cat", n=2, size=SIZE, extra_body={"seed": 5, "steps": 2})
+    pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")
+    alone = pipeline("a cat", height=64, width=64, num_inference_steps=2, num_images_per_prompt=2, seed=5)
+    assert reply.data is not None and len(reply.data) == 2
+    for k, item in enumerate(reply.data):
+        assert np.abs(pixels(picture(item.b64_json)) - pixels(alone.images[k])).max() <= 2
+        assert item.model_extra is not None and item.model_extra["seed"] == 5 + k
+    usage = reply.usage
+    assert usage is not None and usage.output_tokens == 2 * sum(
+        grid.ids_HW.numel() + (0 if grid.preview_HW is None else grid.preview_HW.numel()) for grid in alone.tokens[:1]
+    )
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens and usage.input_tokens > 0
+    path = tmp_path / "kept.png"
+    path.write_bytes(base64.b64decode(reply.data[1].b64_json or ""))
+    carried = read_metadata(path)
+    assert carried["config"]["seed"] == 6 and carried["checkpoint"]["name"] == "tiny"
+    assert str(tiny_checkpoint) not in json.dumps(carried)
+
+
+def test_streaming_as_openai_sends_it(client: openai.OpenAI) -> None:
+    stream = client.images.generate(
+        prompt="a cat", size=SIZE, stream=True, partial_images=2, extra_body={"seed": 5, "steps": 4}
+    )
+    seen = list(stream)
+    assert [event.type for event in seen] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in seen[:2]] == [0, 1]  # type: ignore[union-attr]
+    assert picture(seen[-1].b64_json).size == (64, 64)
+    once = client.images.generate(prompt="a cat", size=SIZE, extra_body={"seed": 5, "steps": 4})
+    assert once.data and once.data[0].b64_json == seen[-1].b64_json
+
+
+def test_edit_and_models(client: openai.OpenAI) -> None:
+    reply = client.images.edit(
+        image=[("a.png", photo()), ("b.webp", photo((64, 96), "WEBP"))],
+        prompt="the same in red",
+        extra_body={"seed": 1, "steps": 1},
+        output_format="jpeg",
+    )
+    assert reply.data and picture(reply.data[0].b64_json).format == "JPEG"
+    assert reply.usage and reply.usage.input_tokens_details.image_tokens > 0
+    one = client.images.edit(image=photo(), prompt="the same in red", size=SIZE, extra_body={"steps": 1})
+    assert one.data and picture(one.data[0].b64_json).size == (64, 64)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
+        client.images.generate(prompt="a cat", model="dall-e-3")
+
+
+def test_errors_are_openais(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="nearest") as caught:
+        client.images.generate(prompt="a cat", size="70x64")  # type: ignore[call-overload]
+    assert caught.value.param == "size" and caught.value.code == "invalid_value"
+    with pytest.raises(openai.BadRequestError, match="did you mean 'seed'"):
+        client.images.generate(prompt="a cat", extra_body={"sed": 3})
+    with pytest.raises(openai.BadRequestError, match="opaque"):
+        client.images.generate(prompt="a cat", background="transparent")
+
+
+# Ours.
+
+
+def test_layouts_decode_and_regions(http: httpx.Client) -> None:
+    made = http.post("/v1/images/generations", json=PLAIN | {"return_tokens": True}).json()["data"][0]
+    layout = http.post("/v1/images/layouts", json={"prompt": "a cat", "size": SIZE, "seed": 5}).json()
+    assert layout["data"][0]["tokens"] == made["tokens"] and "b64_json" not in layout["data"][0]
+    same = http.post("/v1/images/decode", json={"prompt": "a cat", "tokens": made["tokens"], "seed": 5, "steps": 2})
+    assert np.array_equal(pixels(picture(same.json()["data"][0]["b64_json"])), pixels(picture(made["b64_json"])))
+    assert same.json()["usage"]["output_tokens"] == 0
+    region = {"prompt": "a cat", "tokens": made["tokens"], "region": [0, 0, 32, 32], "seed": 77, "return_tokens": True}
+    again = http.post("/v1/images/regions", json=region | {"steps": 1, "temperature": 5, "top_p": 1}).json()["data"][0]
+    from glmimg.token_grid import TokenGrid
+
+    changed_HW = TokenGrid.from_dict(again["tokens"]).diff(TokenGrid.from_dict(made["tokens"]))
+    assert not changed_HW[1:].any() and not changed_HW[:, 1:].any()
+    damaged = made["tokens"] | {"codebook_size": 7}
+    refused = http.post("/v1/images/decode", json={"prompt": "a cat", "tokens": damaged})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "tokens"
+
+
+def test_progress_events(http: httpx.Client) -> None:
+    body = PLAIN | {"stream": True, "progress": True, "partial_images": 3, "n": 2, "steps": 4, "return_tokens": True}
+    with http.stream("POST", "/v1/images/generations", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        seen = list(events(response))
+    assert all(event["event"] == event["type"] for event in seen)
+    stages = {event["stage"] for event in seen if event["event"] == "image_generation.progress"}
+    assert "decoder" in stages
+    done = [event for event in seen if event["event"] == "image_generation.completed"]
+    assert [event["index"] for event in done] == [0, 1] and done[0]["tokens"]["format"] == "glmimg.token_grid/1"
+    assert [event["seed"] for event in done] == [5, 6]
+    for index in (0, 1):
+        partials = [e["partial_image_index"] for e in seen if "partial_image_index" in e and e["index"] == index]
+        assert partials == [0, 1, 2]
+
+
+def test_urls_expire_nothing_else_is_served(http: httpx.Client, server: Server) -> None:
+    reply = http.post("/v1/images/generations", json=PLAIN | {"response_format": "url", "output_format": "webp"})
+    url = reply.json()["data"][0]["url"]
+    got = httpx.get(url)
+    assert got.headers["content-type"] == "image/webp" and Image.open(io.BytesIO(got.content)).format == "WEBP"
+    server.service.files.seconds = -1
+    url = http.post("/v1/images/generations", json=PLAIN | {"response_format": "url"}).json()["data"][0]["url"]
+    assert httpx.get(url).status_code == 404
+    server.service.files.seconds = 60
+    for path in ("/page/../app.py", "/page/%2e%2e/app.py", "/v1/files/..%2fapp.py", "/v1/nothing"):
+        assert http.get(path).status_code == 404
+
+
+def test_what_a_request_may_not_do(http: httpx.Client) -> None:
+    def refused(status: int, part: str, response: httpx.Response) -> None:
+        error = response.json()["error"]
+        assert (response.status_code, set(error)) == (status, {"message", "type", "param", "code"})
+        assert part in error["message"], error
+
+    refused(
+        400, "no JSON", http.post("/v1/images/generations", content=b"{", headers={"Content-Type": "application/json"})
+    )
+    refused(400, "missing", http.post("/v1/images/generations", json={}))
+    refused(400, "<sop>", http.post("/v1/images/generations", json=PLAIN | {"prompt": "a <sop>cat"}))
+    refused(400, "less than or equal to 10", http.post("/v1/images/generations", json=PLAIN | {"n": 11}))
+    refused(400, "stream", http.post("/v1/images/generations", json=PLAIN | {"progress": True}))
+    refused(400, "adapter 'x'", http.post("/v1/images/generations", json=PLAIN | {"adapters": [{"name": "x"}]}))
+    refused(404, "nothing under", http.get("/v1/nothing"))
+    refused(405, "another method", http.get("/v1/images/generations"))
+    refused(413, "1,048,576 bytes", http.post("/v1/images/generations", content=b"x" * (1 << 21)))
+    chunks = (b"x" * (1 << 18) for _ in range(8))
+    refused(413, "1,048,576 bytes", http.post("/v1/images/generations", content=chunks))
+    form = {"prompt": "the same"}
+    refused(400, "multipart", http.post("/v1/images/edits", json=form))
+    refused(400, "no image", http.post("/v1/images/edits", data=form, files={"x": (None, "y")}))
+    refused(
+        400,
+        "no path or url",
+        http.post("/v1/images/edits", data=form | {"image": "/etc/passwd"}, files={"x": (None, "")}),
+    )
+    refused(400, "PNG, JPEG or WebP", http.post("/v1/images/edits", data=form, files={"image": b"hello"}))
+    refused(400, "damaged", http.post("/v1/images/edits", data=form, files={"image": photo((200, 200))[:150]}))
+    refused(400, "600x600", http.post("/v1/images/edits", data=form, files={"image": photo((600, 600))}))
+    refused(400, "regions", http.post("/v1/images/edits", data=form, files={"image": photo(), "mask": photo()}))
+    refused(403, "origins", http.get("/v1/models", headers={"Origin": "https://elsewhere.example"}))
+    refused(403, "names", http.get("/v1/models", headers={"Host": "rebound.example"}))
+
+
+def test_headers_page_and_openapi(http: httpx.Client) -> None:
+    for path in ("/", "/docs", "/health", "/v1/models", "/v1/nothing"):
+        headers = http.get(path).headers
+        assert (
+            headers["x-content-type-options"] == "nosniff"
+            and "default-src 'self'" in headers["content-security-policy"]
+        )
+        assert "access-control-allow-origin" not in headers
+    page = http.get("/").text
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {"/v1/images/generations", "/v1/images/edits", "/v1/images/regions", "/health", "/metrics"} <= set(paths)
+
+
+def test_health_metrics_and_usage(http: httpx.Client) -> None:
+    assert http.get("/health").json()["status"] == "ok" and http.get("/ready").json()["ready"] is True
+    before = http.get("/v1/usage").json()
+    reply = http.post("/v1/images/generations", json=PLAIN).json()
+    after = http.get("/v1/usage").json()
+    assert after["pictures"] == before["pictures"] + 1 and after["steps"] == before["steps"] + 2
+    assert after["requests"] == before["requests"] + 1
+    assert reply["usage"]["energy_wh"] == pytest.approx(reply["usage"]["seconds"] * 100 / 3600, abs=1e-5)
+    assert after["tokens"] - before["tokens"] == reply["usage"]["output_tokens"]
+    metrics = http.get("/metrics").text
+    assert 'glmimg_requests_total{route="/v1/images/generations",status="200"}' in metrics
+    assert "glmimg_ready 1.0" in metrics and "glmimg_pictures_total" in metrics
+
+
+# Many at once.
+
+
+def test_no_reply_is_mixed_up(server: Server, tiny_checkpoint: Path) -> None:
+    async def all_of_them() -> list[Any]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+            bodies = [PLAIN | {"seed": 100 + k, "prompt": f"a cat{' and a dog' * (k % 3)}"} for k in range(10)]
+            return await asyncio.gather(*(http.post("/v1/images/generations", json=body) for body in bodies))
+
+    replies = asyncio.run(all_of_them())
+    pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")
+    for k, reply in enumerate(replies):
+        item = reply.json()["data"][0]
+        prompt = f"a cat{' and a dog' * (k % 3)}"
+        alone = pipeline(prompt, height=64, width=64, num_inference_steps=2, seed=100 + k).images[0]
+        assert item["seed"] == 100 + k
+        assert np.abs(pixels(picture(item["b64_json"])) - pixels(alone)).max() <= 2
+
+
+def test_a_full_queue_and_clients_that_go_away(server: Server) -> None:
+    slow = PLAIN | {"steps": 1000, "n": 8}
+    dispatcher = server.service.dispatcher
+
+    async def scene() -> tuple[httpx.Response, int]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+            tasks = [asyncio.create_task(http.post("/v1/images/generations", json=slow)) for _ in range(3)]
+            while sum(t.job.n for t in dispatcher.queue.order()) < 8:
+                await asyncio.sleep(0.02)
+            full = await http.post("/v1/images/generations", json=slow)
+            for task in tasks:
+                task.cancel()
+            began = time.monotonic()
+            while dispatcher.running or len(dispatcher.queue):
+                assert time.monotonic() - began < 60
+                await asyncio.sleep(0.02)
+            after = await http.post("/v1/images/generations", json=PLAIN)
+            return full, after.status_code
+
+    full, after = asyncio.run(scene())
+    assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1 and after == 200
+    assert full.json()["error"]["code"] == "queue_full"
+
+
+def test_a_killed_worker_costs_nobody_the_picture(server: Server) -> None:
+    import os
+    import signal
+
+    dispatcher = server.service.dispatcher
+    before = httpx.post(f"{server.url}/v1/images/generations", json=PLAIN | {"steps": 60}, timeout=120).json()
+
+    async def scene() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+            task = asyncio.create_task(http.post("/v1/images/generations", json=PLAIN | {"steps": 60}))
+            while not dispatcher.running:
+                await asyncio.sleep(0.005)
+            os.kill(dispatcher.about["pid"], signal.SIGKILL)
+            return await task
+
+    reply = asyncio.run(scene())
+    assert reply.status_code == 200 and dispatcher.restarts == 1
+    assert reply.json()["data"][0]["b64_json"] == before["data"][0]["b64_json"]
+    assert "glmimg_worker_restarts_total 1.0" in httpx.get(f"{server.url}/metrics").text
