@@ -40,6 +40,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "serve": ("answer requests for pictures: an OpenAI-compatible server and a page", "glmimg.cli_serve:serve"),
     "serve key": ("make an API key for the server", "glmimg.cli_serve:key"),
+    "finetune": ("teach a checkpoint new pictures: to an adapter", "glmimg.cli_finetune:finetune"),
+    "dataset check": ("look a folder of pictures over before training", "glmimg.cli_dataset:check"),
     "evaluate": ("judge a checkpoint and write its report card", "glmimg.evaluation.command:evaluate"),
     "doctor": ("tell which devices work here, and why others do not", "glmimg.cli_doctor:doctor"),
 }

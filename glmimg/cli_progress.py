@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from glmimg.pipelines.result import Event
 
-__all__ = ["Bars", "ByteBar"]
+__all__ = ["Bars", "ByteBar", "Count"]
 
 WIDTH = 24
 INTERVAL = 0.1  # seconds between two drawings
@@ -69,3 +69,23 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
+
+
+class Count:
+    """A callback (done, total) for things that are counted; draws nothing for work under two seconds."""
+
+    def __init__(self, label: str, stream: TextIO | None = None) -> None:
+        self.label = label
+        self.stream = stream or sys.stderr
+        self._started = self._drawn = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == 1:
+            self._started = now
+        long, live = now - self._started > PATIENCE, self.stream.isatty()
+        if not long or not (done == total or (live and now - self._drawn > INTERVAL)):
+            return
+        self._drawn = now
+        text = f"{self.label:<8}{_bar(done, total)} {done}/{total}  {_duration(now - self._started)}"
+        print(("\r\x1b[K" if live else "") + text, end="\n" if done == total else "", file=self.stream, flush=True)

@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
+    "FineTunePipeline": "glmimg.pipelines.finetune",
     "ImageToImagePipeline": "glmimg.pipelines.image_to_image",
     "TextToImagePipeline": "glmimg.pipelines.text_to_image",
 }
 
-__all__ = ["ImageToImagePipeline", "TextToImagePipeline"]
+__all__ = ["FineTunePipeline", "ImageToImagePipeline", "TextToImagePipeline"]
 
 
 def __getattr__(name: str) -> Any:

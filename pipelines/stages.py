@@ -154,7 +154,10 @@ class Stages:
 
     def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
         """Exchanges all adapters; an empty list takes them out. What is loaded stays, but for the layers changed."""
-        stacked = open_adapters(adapters)
+        self.use_adapters(open_adapters(adapters))
+
+    def use_adapters(self, stacked: list[Stacked]) -> None:
+        """`set_adapters` with adapters that are open already."""
         new = by_stage(stacked, self.checkpoint, self.codebook)
         if self.offload == "block":
             for stage in STAGES:

@@ -249,5 +249,5 @@ def test_adapter_of_another_shape_is_refused(tiny_checkpoint: Path, tmp_path: Pa
     file = tmp_path / "decoder/adapter_model.safetensors"
     tensors = {name: torch.cat([t, t], 1) if "lora_A" in name else t for name, t in load_file(file).items()}
     save_file(tensors, file)
-    with pytest.raises(BadInput, match=r"is \[\d+, \d+\] there, this checkpoint has \["):
+    with pytest.raises(BadInput, match=r"is \[\d+, \d+\] there, and this checkpoint has \["):
         TextToImagePipeline.from_pretrained(tiny_checkpoint, adapters=[tmp_path])

@@ -115,7 +115,7 @@ ROWS = [
     {"atomic_write", "backends", "config", "presets"},
     {"attention", "image_io", "positions", "prompt", "token_grid", "weight_files"},
     {"autoencoder", "decoder", "diffusion", "generator", "glyph_encoder", "semantic_tokenizer", "token_sampling"},
-    {"checkpoint", "corpus", "lora"},
+    {"checkpoint", "corpus", "dataset", "lora"},
     {"training", "weights_tools"},
     {"pipelines"},
     {"evaluation", "serving"},

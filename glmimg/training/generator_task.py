@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from glmimg.corpus.captions import caption
 from glmimg.corpus.edits import instruction
@@ -38,8 +39,13 @@ class GeneratorBatch:
     previews: int
 
 
-def forward_states(language_model: Any, ids_BT: torch.Tensor, positions_3BT: torch.Tensor) -> torch.Tensor:
-    """States_BTD after the last norm, causal, through the model's own (possibly adapted) linear modules."""
+def forward_states(
+    language_model: Any, ids_BT: torch.Tensor, positions_3BT: torch.Tensor, checkpointing: bool = False
+) -> torch.Tensor:
+    """States_BTD after the last norm, causal, through the model's own (possibly adapted) linear modules.
+
+    The residual stream is fp32 under autocast. `checkpointing` recomputes each layer backwards instead of keeping it.
+    """
     config = language_model.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     head_dim = config.hidden_size // heads
@@ -52,8 +58,7 @@ def forward_states(language_model: Any, ids_BT: torch.Tensor, positions_3BT: tor
         half = torch.cat([-turned[..., R // 2 :], turned[..., : R // 2]], -1)
         return torch.cat([(turned * cos + half * sin).to(rest.dtype), rest], -1)
 
-    x_BTD = language_model.embed_tokens(ids_BT)
-    for layer in language_model.layers:
+    def run(layer: Any, x_BTD: torch.Tensor) -> torch.Tensor:
         attn = layer.self_attn
         h_BTD = rms_norm(x_BTD, layer.input_layernorm.weight, eps)
         q = rotate(attn.q_proj(h_BTD).unflatten(-1, (heads, head_dim)).transpose(1, 2))
@@ -64,7 +69,16 @@ def forward_states(language_model: Any, ids_BT: torch.Tensor, positions_3BT: tor
         x_BTD = x_BTD + rms_norm(mixed_BTD, layer.post_self_attn_layernorm.weight, eps)
         gate, up = layer.mlp.gate_up_proj(rms_norm(x_BTD, layer.post_attention_layernorm.weight, eps)).chunk(2, -1)
         widened_BTD = layer.mlp.down_proj(F.silu(gate) * up)
-        x_BTD = x_BTD + rms_norm(widened_BTD, layer.post_mlp_layernorm.weight, eps)
+        return x_BTD + rms_norm(widened_BTD, layer.post_mlp_layernorm.weight, eps)
+
+    x_BTD = language_model.embed_tokens(ids_BT)
+    if torch.is_autocast_enabled(x_BTD.device.type):
+        x_BTD = x_BTD.float()
+    for layer in language_model.layers:
+        if checkpointing and torch.is_grad_enabled():
+            x_BTD = checkpoint(run, layer, x_BTD, use_reentrant=False)
+        else:
+            x_BTD = run(layer, x_BTD)
     return rms_norm(x_BTD, language_model.norm.weight, eps)
 
 

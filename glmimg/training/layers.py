@@ -24,11 +24,11 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         unit = x * scale
         inner = (grad * unit).flatten(0, -2)
-        grad_weight = inner.sum(0, dtype=torch.float32)
+        grad_weight = inner.sum(0, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # frozen: fine-tuning
         along = (inner @ weight.to(x.dtype)).view(scale.shape) / x.shape[-1]
         return ((grad * weight.to(x.dtype)).sub_(unit.mul_(along))).mul_(scale), grad_weight, None
 

@@ -1,0 +1,96 @@
+"""glmimg dataset check: what is in a folder of pictures, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from glmimg.errors import BadInput
+
+if TYPE_CHECKING:
+    from glmimg.dataset.checking import Report
+
+__all__ = ["add_data_options", "check", "columns_of", "print_report"]
+
+LISTED = 20  # findings
+
+
+def check(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    add_data_options(parser)
+    parser.add_argument("--page", metavar="HTML", help="write a page with every picture, its captions and findings")
+    parser.add_argument("--json", action="store_true", help="print everything as one object")
+    return _check
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What reading a data set needs."""
+    parser.add_argument("data", metavar="DATA", help="a folder of pictures, or metadata.jsonl, .csv, .parquet")
+    parser.add_argument(
+        "--column", action="append", metavar="ROLE=NAME", help="picture, caption or reference is in column NAME"
+    )
+    parser.add_argument("--model", default="embedded", metavar="PATH|HUB_ID", help="default: the embedded model")
+    parser.add_argument("--resolution", type=int, help="side of a square with as many pixels (default: the model's)")
+    parser.add_argument("--max-aspect", type=float, help="longest shape: longer pictures are cut (default: 2)")
+    parser.add_argument("--trigger", metavar="WORD", help="a word for what is new; pictures may then lack captions")
+
+
+def columns_of(arguments: argparse.Namespace) -> dict[str, str]:
+    from glmimg.dataset.reading import COLUMNS
+    from glmimg.errors import UnknownName
+
+    columns = {}
+    for text in arguments.column or ():
+        role, equals, name = text.partition("=")
+        if not equals or not name:
+            raise BadInput(f"--column {text!r}: write ROLE=NAME, such as picture=photo")
+        if role not in COLUMNS:
+            raise UnknownName.of("column", role, COLUMNS)
+        columns[role] = name
+    return columns
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from glmimg.checkpoint import Checkpoint
+    from glmimg.cli_progress import Count
+    from glmimg.dataset.page import write_page
+    from glmimg.dataset.reading import read_dataset
+    from glmimg.training.finetune_config import FineTuneConfig
+    from glmimg.training.finetune_data import survey
+
+    settings: dict[str, Any] = {}
+    for name in ("resolution", "max_aspect"):
+        if getattr(arguments, name) is not None:
+            settings[name] = getattr(arguments, name)
+    if arguments.trigger:
+        settings["captions"] = {"trigger": arguments.trigger}
+    config = FineTuneConfig.from_dict(settings)
+    dataset = read_dataset(arguments.data, columns_of(arguments))
+    thumbnail = 256 if arguments.page else 0
+    report = survey(dataset, Checkpoint.open(arguments.model), config, thumbnail=thumbnail, progress=Count("check"))
+    if arguments.page:
+        write_page(report, arguments.page)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), ensure_ascii=False))
+    else:
+        print_report(report)
+        if arguments.page:
+            print(arguments.page)
+    return 1 if report.errors else 0
+
+
+def print_report(report: Report) -> None:
+    """The summary to stdout, findings to stderr."""
+    told = report.to_dict()
+    sizes = ", ".join(f"{count} of {size}" for size, count in told["buckets"].items())
+    print(f"{told['place']}: {told['kind']}")
+    print(f"{told['usable']} of {told['pictures']} pictures can be trained on, {told['edits']} of them edits")
+    print(f"{told['captions']} captions, {told['with_quoted_text']} pictures with text in quotation marks")
+    print(f"sides of {told['smallest_side']} to {told['largest_side']} pixels; sizes in training: {sizes or 'none'}")
+    print(f"{told['semantic_tokens']} semantic tokens; {told['cut_off_mean']:.1%} of the pixels are cut off")
+    for finding in report.findings[:LISTED]:
+        print(f"{'error' if finding.error else 'warning'}: {finding.message}: {finding.fix}", file=sys.stderr)
+    if len(report.findings) > LISTED:
+        print(f"... and {len(report.findings) - LISTED} more: --json or --page tells all", file=sys.stderr)

@@ -1,0 +1,63 @@
+"""Sizes by shape: every picture is scaled to the bucket that is nearest to its own shape, and what hangs over is cut.
+
+A bucket is (height, width) in pixels, both multiples of 32, with about as many pixels as a square of the resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from glmimg.config import SIDE
+from glmimg.errors import BadInput
+
+__all__ = ["Fit", "bucket_sizes", "fit_to_bucket"]
+
+Bucket = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a picture gets its bucket's size: scaled to `scaled` (width, height), then cut at `left`, `top`."""
+
+    bucket: Bucket
+    scaled: tuple[int, int]
+    left: int
+    top: int
+
+    @property
+    def lost(self) -> float:
+        """Share of the picture that is cut off."""
+        return 1 - self.bucket[0] * self.bucket[1] / (self.scaled[0] * self.scaled[1])
+
+    def apply(self, picture: Image.Image) -> Image.Image:
+        """The picture of the bucket's size."""
+        if picture.size != self.scaled:
+            picture = picture.resize(self.scaled, Image.Resampling.LANCZOS)
+        height, width = self.bucket
+        return picture.crop((self.left, self.top, self.left + width, self.top + height))
+
+
+def bucket_sizes(resolution: int, min_size: int, max_size: int, max_aspect: float = 2.0) -> list[Bucket]:
+    """All buckets for a resolution: the widest of each height, none with more pixels than the square has."""
+    if resolution % SIDE or not min_size <= resolution <= max_size:
+        low, high = -(-min_size // SIDE) * SIDE, max_size // SIDE * SIDE
+        raise BadInput(f"resolution {resolution}: give a multiple of {SIDE} from {low} to {high}")
+    found = set()
+    for short in range(SIDE, resolution + 1, SIDE):
+        long = resolution * resolution // short // SIDE * SIDE
+        if short >= min_size and long <= max_size and long / short <= max_aspect:
+            found |= {(short, long), (long, short)}
+    return sorted(found)
+
+
+def fit_to_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Fit:
+    """The bucket of nearest shape, of those the one with most pixels, and the middle of the picture in it."""
+    shape = math.log(height / width)
+    bucket = min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - shape), 6), -b[0] * b[1]))
+    scale = max(bucket[0] / height, bucket[1] / width)
+    scaled = max(bucket[1], round(width * scale)), max(bucket[0], round(height * scale))
+    return Fit(bucket, scaled, (scaled[0] - bucket[1]) // 2, (scaled[1] - bucket[0]) // 2)

@@ -1,0 +1,51 @@
+"""What a picture is called in training: one of its captions in a template, with a trigger word, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from glmimg.config import Config, require
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["CaptionRules"]
+
+
+@dataclass(frozen=True)
+class CaptionRules(Config):
+    """`trigger` stands for {trigger} in the templates, or goes in front where neither they nor the caption have it.
+
+    `dropout` is the share of pictures shown without any text, which guidance needs.
+    """
+
+    trigger: str = ""
+    templates: tuple[str, ...] = ("{caption}",)
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, f"caption dropout {self.dropout}: use 0 to less than 1")
+        require(bool(self.templates), "templates: give at least one, such as '{caption}'")
+        for template in self.templates:
+            fields = template.replace("{caption}", "").replace("{trigger}", "")
+            require(
+                "{" not in fields and "}" not in fields, f"template {template!r}: {{caption}} and {{trigger}} are known"
+            )
+
+    def texts(self, captions: Sequence[str]) -> list[str]:
+        """Every text that a picture with these captions can be shown with, the plainest first."""
+        told = [self._told(template, caption) for template in self.templates for caption in captions or ("",)]
+        return list(dict.fromkeys(told))
+
+    def choose(self, captions: Sequence[str], rng: np.random.Generator) -> str:
+        """One of them, or none."""
+        if rng.random() < self.dropout:
+            return ""
+        texts = self.texts(captions)
+        return texts[int(rng.integers(len(texts)))]
+
+    def _told(self, template: str, caption: str) -> str:
+        text = template.replace("{caption}", caption).replace("{trigger}", self.trigger).strip()
+        return text if self.trigger in text else f"{self.trigger} {text}".strip()

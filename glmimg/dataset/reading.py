@@ -1,0 +1,303 @@
+"""A folder or file of pictures with captions -> examples. What cannot be used is said, never left out in silence.
+
+What is understood, looked for in this order:
+
+- a file, or metadata.jsonl / metadata.csv in the folder: a row for each picture
+- a folder that Hugging Face `datasets` saved (extra `data`)
+- *.parquet with pictures inside, as on the hub (extra `data`)
+- folders source/ and target/ with files of equal names: edit pairs, the instruction in target/NAME.txt
+- pictures, in subfolders as well, with NAME.txt beside them, one caption a line; where no .txt is there at all, the
+  names are the captions
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from glmimg.errors import BadInput, MissingExtra
+from glmimg.image_io import open_picture
+
+__all__ = ["COLUMNS", "SUFFIXES", "Dataset", "Example", "Source", "name_caption", "read_dataset"]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# What a column may be called, first come first served.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "picture": ("file_name", "image", "picture", "path", "target", "target_image", "edited_image", "output_image"),
+    "caption": ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "edit"),
+    "reference": ("source", "source_image", "reference", "input_image", "original_image", "source_file_name"),
+}
+_CAMERA = re.compile(r"(img|dsc[nf]?|pxl|image|picture|photo|screenshot|p|whatsapp image)?[\s\d\-_.()]*", re.IGNORECASE)
+_DIGEST = re.compile(r"[0-9a-f\-]{16,}", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture's bytes: in a file, or in memory. `label` names it in messages."""
+
+    label: str
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    def read(self) -> bytes:
+        """The encoded picture; BadInput if the file cannot be read."""
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise BadInput(f"{self.label} cannot be read ({error.strerror}): take it out, or put it there") from error
+
+    def open(self) -> Image.Image:
+        """The picture, upright RGB; BadInput if it is none."""
+        data = self.read()
+        try:
+            return open_picture(data)
+        except BadInput as error:
+            raise BadInput(str(error).replace("the picture", self.label, 1)) from error
+
+    def digest(self) -> str:
+        """Of the encoded bytes."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture to learn from, what it is called (any number of ways), and for an edit what it was made from."""
+
+    picture: Source
+    captions: tuple[str, ...] = ()
+    reference: Source | None = None
+
+    @property
+    def label(self) -> str:
+        return self.picture.label
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All examples in a fixed order; `kind` says how they were found, `notes` what was seen beside them."""
+
+    place: str
+    kind: str
+    examples: tuple[Example, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def edits(self) -> bool:
+        return any(example.reference is not None for example in self.examples)
+
+
+def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) -> Dataset:
+    """The examples at `place`; BadInput if there are none. `columns`: names other than those of COLUMNS."""
+    root, columns = Path(place).expanduser(), dict(columns or {})
+    if not root.exists():
+        raise BadInput(f"{place}: no such folder; give a folder of pictures, or a metadata.jsonl, .csv or .parquet")
+    notes: list[str] = []
+    if root.is_file():
+        kind, examples = _table(root, root.parent, columns)
+    elif (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+        kind, examples = "Hugging Face datasets folder", list(_saved(root, columns))
+    else:
+        tables = [root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()]
+        parquet = sorted(root.rglob("*.parquet"))
+        if tables:
+            kind, examples = _table(tables[0], root, columns)
+        elif (root / "source").is_dir() and (root / "target").is_dir():
+            kind, examples = "source and target folders", _pairs(root, notes)
+        elif parquet:
+            kind = f"{len(parquet)} parquet files"
+            examples = [example for file in parquet for example in _parquet(file, root, columns)]
+        else:
+            kind, examples = _folder(root, notes)
+    if not examples:
+        raise BadInput(
+            f"{place} holds no pictures ({kind}): {', '.join(sorted(s[1:] for s in SUFFIXES))} are looked for"
+        )
+    return Dataset(str(place), kind, tuple(examples), tuple(notes))
+
+
+def name_caption(stem: str) -> str:
+    """The caption that a file name makes, "" for a camera's numbering: red_fox-02 gives "red fox"."""
+    if _CAMERA.fullmatch(stem) or _DIGEST.fullmatch(stem):
+        return ""
+    words = re.sub(r"[\s_\-.+]+", " ", re.sub(r"\s*\(\d+\)$", "", stem))
+    return re.sub(r"\s+\d+$", "", words).strip()
+
+
+def _pictures(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def _text_captions(picture: Path) -> tuple[str, ...] | None:
+    """The lines of the .txt beside a picture; None where there is none."""
+    file = picture.with_suffix(".txt")
+    if not file.is_file():
+        return None
+    return tuple(line.strip() for line in _text(file).splitlines() if line.strip())
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+
+
+def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:
+    pictures = _pictures(root)
+    told = {picture: _text_captions(picture) for picture in pictures}
+    with_text = any(captions is not None for captions in told.values())
+    examples = []
+    for picture, captions in told.items():
+        if captions is None:
+            named = name_caption(picture.stem)
+            captions = () if with_text or not named else (named,)
+        examples.append(Example(Source(str(picture.relative_to(root)), picture), captions))
+    stems = {picture.with_suffix("") for picture in pictures}
+    notes += [
+        f"{t.relative_to(root)} has no picture" for t in sorted(root.rglob("*.txt")) if t.with_suffix("") not in stems
+    ]
+    return ("folder with .txt captions" if with_text else "folder, captions from file names"), examples
+
+
+def _pairs(root: Path, notes: list[str]) -> list[Example]:
+    sources = {p.relative_to(root / "source").with_suffix(""): p for p in _pictures(root / "source")}
+    examples = []
+    for target in _pictures(root / "target"):
+        source = sources.pop(target.relative_to(root / "target").with_suffix(""), None)
+        if source is None:
+            notes.append(f"{target.relative_to(root)} has no source of that name")
+            continue
+        captions = _text_captions(target) or _text_captions(source) or ()
+        label = str(target.relative_to(root))
+        examples.append(Example(Source(label, target), captions, Source(str(source.relative_to(root)), source)))
+    notes += [f"{left.relative_to(root)} has no target of that name" for left in sources.values()]
+    return examples
+
+
+def _table(file: Path, root: Path, columns: Mapping[str, str]) -> tuple[str, list[Example]]:
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        return "parquet file", list(_parquet(file, root, columns))
+    if kind not in (".jsonl", ".csv", ".tsv"):
+        raise BadInput(f"{file} is a {kind or 'nameless'} file; .jsonl, .csv, .tsv and .parquet are known, and folders")
+    text = _text(file)
+    if not text.strip():
+        raise BadInput(f"{file} is empty: write a row for each picture, or delete it to read the folder's own pictures")
+    if kind == ".jsonl":
+        rows = list(_json_rows(file, text))
+    else:
+        rows = list(csv.DictReader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t"))
+    return file.name, list(_rows(rows, root, file, columns))
+
+
+def _json_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise BadInput(f"{file}, line {number}: no json ({error})") from error
+        if not isinstance(row, dict):
+            raise BadInput(f"{file}, line {number}: a {type(row).__name__}, and an object with names is needed")
+        yield row
+
+
+def _parquet(file: Path, root: Path, columns: Mapping[str, str]) -> Iterator[Example]:
+    if find_spec("pyarrow") is None:
+        raise MissingExtra.of("pyarrow", "data", "reading parquet files")
+    import pyarrow.parquet as parquet
+
+    try:
+        opened = parquet.ParquetFile(file)
+        rows = (row for batch in opened.iter_batches(64) for row in batch.to_pylist())
+        yield from _rows(rows, root, file, columns, opened.schema_arrow.names)
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{file} is no parquet file that can be read ({error}): download it again") from error
+
+
+def _saved(root: Path, columns: Mapping[str, str]) -> Iterator[Example]:
+    if find_spec("datasets") is None:
+        raise MissingExtra.of("datasets", "data", "reading a folder that Hugging Face datasets saved")
+    import datasets
+
+    loaded: Any = datasets.load_from_disk(str(root))
+    if isinstance(loaded, datasets.DatasetDict):
+        loaded = loaded["train" if "train" in loaded else next(iter(loaded))]
+    for name, feature in loaded.features.items():
+        if isinstance(feature, datasets.Image):  # as bytes: decoding and checking is ours
+            loaded = loaded.cast_column(name, datasets.Image(decode=False))
+    yield from _rows(loaded, root, root, columns, list(loaded.features))
+
+
+def _rows(
+    rows: Iterable[Mapping[str, Any]],
+    root: Path,
+    place: Path,
+    columns: Mapping[str, str],
+    names: Iterable[str] | None = None,
+) -> Iterator[Example]:
+    found: dict[str, str | None] | None = None
+    for number, row in enumerate(rows, 1):
+        if found is None:
+            found = _columns(list(names or row), place, columns)
+        label = f"{place.name}, row {number}"
+        picture = _source(row.get(found["picture"] or ""), root, label)
+        reference = _source(row.get(found["reference"]), root, label) if found["reference"] else None
+        if picture is None:
+            raise BadInput(f"{label}: its column {found['picture']} is empty: name a picture, or delete the row")
+        yield Example(picture, _captions(row.get(found["caption"] or "")), reference)
+
+
+def _columns(names: list[str], place: Path, columns: Mapping[str, str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for role, known in COLUMNS.items():
+        wanted = columns.get(role)
+        if wanted and wanted not in names:
+            raise BadInput(f"{place} has no column {wanted!r}: it has {', '.join(names)}")
+        found[role] = wanted or next((name for name in known if name in names), None)
+    if found["picture"] is None:
+        raise BadInput(
+            f"{place}: none of its columns ({', '.join(names)}) is known to hold pictures; call it file_name or image, "
+            "or say which it is with --column picture=NAME"
+        )
+    return found
+
+
+def _captions(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(str(text).strip() for text in texts if str(text).strip())
+
+
+def _source(value: Any, root: Path, label: str) -> Source | None:
+    """A path, or what Hugging Face keeps: {"bytes": ..., "path": ...}."""
+    if isinstance(value, Mapping):
+        name = value.get("path")
+        if value.get("bytes"):
+            return Source(f"{label} ({name})" if name else label, data=bytes(value["bytes"]))
+        value = name
+    if isinstance(value, (bytes, bytearray)):
+        return Source(label, data=bytes(value))
+    if not isinstance(value, str) or not value.strip():
+        return None
+    path = (root / value).resolve()
+    if root.resolve() not in path.parents:
+        raise BadInput(f"{label}: {value} lies outside {root}; keep a data set's pictures in its folder")
+    return Source(value, path)

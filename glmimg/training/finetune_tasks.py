@@ -1,0 +1,184 @@
+"""What fine-tuning minimises: cross-entropy of semantic tokens for the generator, flow matching for the decoder.
+
+Every number drawn at random comes from the seed and the batch's number alone, so a run can stop anywhere and go on.
+
+Legend: B batch, C latent channels, N emitted tokens (preview, target, end), T sequence, H x W tokens, h x w latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from glmimg.decoder import Decoder, ReferenceCache
+from glmimg.diffusion import interpolate, noise_like, training_sigmas, training_timesteps, velocity_target
+from glmimg.positions import span_positions
+from glmimg.prompt import PromptBuilder
+from glmimg.token_grid import patch_ids
+from glmimg.training.finetune_config import FineTuneConfig
+from glmimg.training.finetune_data import Pictures
+from glmimg.training.generator_task import GeneratorBatch, forward_states
+
+__all__ = ["DecoderLearner", "GeneratorLearner", "Learner"]
+
+LEVELS = (99, 299, 499, 699, 899)  # timesteps at which the held-out loss is taken
+
+
+class Learner(Protocol):
+    """One stage in training. `batch` runs ahead on another thread, on the CPU; `loss` runs on the device."""
+
+    model: Any
+
+    def batch(self, pictures: Pictures, rows: list[int], rng: np.random.Generator | None) -> Any: ...
+
+    def loss(self, batch: Any, seed: int | None) -> torch.Tensor: ...
+
+
+class GeneratorLearner:
+    """`rng` None: plainest captions and no noise, as for the held-out loss."""
+
+    def __init__(self, model: Any, builder: PromptBuilder, config: FineTuneConfig, device: torch.device) -> None:
+        self.model, self.builder, self.config, self.device = model, builder, config, device
+        self.codes, self.end = int(model.config.vq_config.num_embeddings), int(model.config.image_end_token_id)
+
+    def batch(self, pictures: Pictures, rows: list[int], rng: np.random.Generator | None) -> GeneratorBatch:
+        ids, positions, first, labels, previews = [], [], [], [], 0
+        for row in rows:
+            found, captions = pictures.tensors(row), pictures.examples[row].example.captions
+            rules = self.config.captions
+            text = rules.texts(captions)[0] if rng is None else rules.choose(captions, rng)
+            target, preview = found["tokens"].long(), found["preview"].long()
+            if "reference_tokens" in found:  # editing announces no preview
+                prompt = self.builder.build(text, _grid(target), None, [found["reference_tokens"].long()])
+                emitted = target.flatten()
+            else:
+                prompt = self.builder.build(text, _grid(target), _grid(preview))
+                emitted, previews = torch.cat([preview.flatten(), target.flatten()]), preview.numel()
+            shown = emitted
+            if rng is not None and self.config.token_noise:
+                wrong = torch.from_numpy(rng.random(len(emitted)) < self.config.token_noise)
+                shown = torch.where(wrong, torch.from_numpy(rng.integers(self.codes, size=len(emitted))), emitted)
+            ids.append(torch.cat([torch.tensor(prompt.ids), shown]))
+            positions.append(span_positions([*prompt.spans, *prompt.grids])[0])
+            first.append(len(prompt.ids) - 1)
+            labels.append(F.pad(emitted, (0, 1), value=self.end))
+        length = max(map(len, ids))
+        ids_BT = torch.stack([F.pad(row_T, (0, length - len(row_T)), value=self.builder.pad_id) for row_T in ids])
+        positions_3BT = torch.stack([F.pad(p_3T, (0, length - p_3T.shape[1])) for p_3T in positions], 1)
+        return GeneratorBatch(ids_BT, positions_3BT, torch.tensor(first), torch.stack(labels), previews)
+
+    def loss(self, batch: GeneratorBatch, seed: int | None) -> torch.Tensor:
+        """Mean over the tokens, preview tokens weighted."""
+        device, (B, N) = self.device, batch.labels_BN.shape
+        language_model = self.model.model.language_model
+        ids_BT, positions_3BT = batch.ids_BT.to(device), batch.positions_3BT.to(device)
+        states_BTD = forward_states(language_model, ids_BT, positions_3BT, self.config.checkpointing)
+        where_BN = (batch.first_B[:, None] + torch.arange(N)).to(device)
+        emitted_BND = states_BTD[torch.arange(B, device=device)[:, None], where_BN]
+        logits_BNV = self.model.lm_head(emitted_BND.to(self.model.lm_head.weight.dtype)).float()
+        losses = F.cross_entropy(logits_BNV.flatten(0, 1), batch.labels_BN.flatten().to(device), reduction="none")
+        weights_N = torch.ones(N, device=device)
+        weights_N[: batch.previews] = self.config.preview_weight
+        return (losses.view(B, N) * weights_N).sum() / (weights_N.sum() * B)
+
+
+@dataclass
+class PictureBatch:
+    """Whole pictures of one size on the CPU, with what tells the decoder about them."""
+
+    latents_BChw: torch.Tensor
+    ids_BHW: torch.Tensor
+    glyphs_BTG: torch.Tensor
+    glyph_mask_BT: torch.Tensor
+    crop_B2: torch.Tensor
+    dropped_B: torch.Tensor
+    reference_BChw: torch.Tensor | None = None
+    reference_ids_BHW: torch.Tensor | None = None
+
+
+class DecoderLearner:
+    """`rng` None: nothing dropped, no noise among the tokens. The whole-picture clock of the published sampler."""
+
+    def __init__(self, model: Any, scheduler: dict[str, Any], config: FineTuneConfig, device: torch.device) -> None:
+        self.model, self.scheduler, self.config, self.device = model, scheduler, config, device
+        self.decoder = Decoder(model)
+        self.codes = int(model.config.prior_vq_quantizer_codebook_size)
+
+    def batch(self, pictures: Pictures, rows: list[int], rng: np.random.Generator | None) -> PictureBatch:
+        found = [pictures.tensors(row) for row in rows]
+        ids, texts, dropped = [], [], []
+        for row, one in zip(rows, found, strict=True):
+            captions, rules = pictures.examples[row].example.captions, self.config.captions
+            # Guidance's other half knows neither tokens nor text, so a dropped picture shows neither.
+            drop = rng is not None and rng.random() < rules.dropout
+            text = rules.texts(captions)[0] if rng is None else "" if drop else rules.choose(captions, rng)
+            tokens_HW = one["tokens"].long()
+            if rng is not None and self.config.token_noise:
+                wrong = torch.from_numpy(rng.random(tokens_HW.shape) < self.config.token_noise)
+                other = torch.from_numpy(rng.integers(self.codes, size=tokens_HW.shape))
+                tokens_HW = torch.where(wrong, other, tokens_HW)
+            ids.append(tokens_HW)
+            texts.append(pictures.glyph_states(text))
+            dropped.append(drop)
+        crops = [(pictures.examples[row].fit.top, pictures.examples[row].fit.left) for row in rows]
+        lengths_B = torch.tensor([len(states) for states in texts])
+        glyphs_BTG = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        batch = PictureBatch(
+            torch.stack([one["latents"] for one in found]).float(),
+            torch.stack(ids),
+            glyphs_BTG,
+            torch.arange(glyphs_BTG.shape[1]) < lengths_B[:, None],
+            torch.tensor(crops, dtype=torch.float32),
+            torch.tensor(dropped),
+        )
+        if "reference_tokens" in found[0]:
+            batch.reference_BChw = torch.stack([one["reference_latents"] for one in found]).float()
+            batch.reference_ids_BHW = torch.stack([one["reference_tokens"] for one in found]).long()
+        return batch
+
+    def loss(self, batch: PictureBatch, seed: int | None) -> torch.Tensor:
+        """Mean squared error of the velocity; `seed` None takes fixed noise at each of LEVELS."""
+        if seed is None:
+            generators = [torch.Generator().manual_seed(k) for k in range(len(batch.ids_BHW))]
+            noise = noise_like(batch.latents_BChw.shape[1:], generators)
+            errors = [self._error(batch, noise, torch.full((len(noise),), float(t))) for t in LEVELS]
+            return torch.stack(errors).mean()
+        generator = torch.Generator().manual_seed(seed)
+        timesteps_B = training_timesteps(len(batch.ids_BHW), generator)
+        return self._error(batch, torch.randn(batch.latents_BChw.shape, generator=generator), timesteps_B)
+
+    def _error(self, batch: PictureBatch, noise_BChw: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
+        device, (_, H, W) = self.device, batch.ids_BHW.shape
+        x0, noise = batch.latents_BChw.to(device), noise_BChw.to(device)
+        size = (32 * H, 32 * W)
+        conditioning = self.decoder.condition(
+            patch_ids(batch.ids_BHW).to(device),
+            batch.glyphs_BTG.to(device),
+            batch.glyph_mask_BT.to(device),
+            size=size,
+            crop=batch.crop_B2.to(device),
+            grid=(2 * H, 2 * W),
+            drop_prior=batch.dropped_B.to(device),
+            references=self._references(batch, size),
+        )
+        sigmas_B = training_sigmas(timesteps_B, 4 * H * W, self.scheduler)
+        velocity = self.decoder.velocity(
+            interpolate(x0, noise, sigmas_B.to(device)), timesteps_B.to(device), conditioning
+        )
+        return (velocity - velocity_target(x0, noise)).square().mean()
+
+    def _references(self, batch: PictureBatch, size: tuple[int, int]) -> ReferenceCache | None:
+        if batch.reference_BChw is None or batch.reference_ids_BHW is None:
+            return None
+        device = self.device
+        ids_BP = patch_ids(batch.reference_ids_BHW).to(device)
+        cache = self.decoder.write_batch(batch.reference_BChw.to(device), ids_BP, size=size)
+        return replace(cache, mask_BR=cache.mask_BR & ~batch.dropped_B.to(device)[:, None])
+
+
+def _grid(ids_HW: torch.Tensor) -> tuple[int, int]:
+    return int(ids_HW.shape[0]), int(ids_HW.shape[1])

@@ -1,0 +1,63 @@
+"""Several processes on several devices, as `accelerate launch` starts them: who is first, and means over all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Processes"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among `count`. One alone does nothing here."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls) -> Processes:
+        """As the launcher's environment says; connects the processes when first asked."""
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState()
+        return cls(int(state.process_index), int(state.num_processes))
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def average(self, gradients: Iterable[Tensor]) -> None:
+        """Gives every process the mean."""
+        if self.count == 1:
+            return
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient.div_(self.count)
+
+    def mean(self, number: float) -> float:
+        if self.count == 1:
+            return number
+        total = [0.0] * self.count
+        torch.distributed.all_gather_object(total, number)
+        return sum(total) / self.count
+
+    def same(self, names: set[str]) -> set[str]:
+        """What the first process found: all must do the same."""
+        if self.count == 1:
+            return names
+        told = [names]
+        torch.distributed.broadcast_object_list(told)
+        return told[0]
+
+    def wait(self) -> None:
+        if self.count > 1:
+            torch.distributed.barrier()

@@ -1,0 +1,335 @@
+"""A folder of pictures to an adapter (or a checkpoint): checked, planned, encoded once, trained stage by stage.
+
+    pipeline = FineTunePipeline.from_pretrained(config={"steps": 200, "captions": {"trigger": "zibble"}})
+    pipeline("photos", "zibble-adapter")
+
+The output folder: finetune.json (all settings), data.json (what was found), generator/ and decoder/ (adapters),
+checkpoint/ (method full), samples/, README.md (the card), before-after.html, run/ (state and logs, to go on from).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from glmimg import __version__
+from glmimg.atomic_write import atomic_file
+from glmimg.backends import Backend, pick_backend
+from glmimg.checkpoint import EMBEDDED, Checkpoint
+from glmimg.dataset.checking import Report
+from glmimg.dataset.reading import Dataset, Example, Source, read_dataset
+from glmimg.dataset.store import Store, default_store
+from glmimg.errors import BadInput
+from glmimg.lora import Adapter
+from glmimg.pipelines.finetune_card import write_card
+from glmimg.pipelines.finetune_parts import StageParts
+from glmimg.pipelines.finetune_plan import Plan, make_plan, refuse_what_cannot_fit
+from glmimg.pipelines.finetune_samples import Samples
+from glmimg.pipelines.stages import Stages
+from glmimg.pipelines.text_to_image import TextToImagePipeline
+from glmimg.training.finetune_config import FineTuneConfig, changed_settings
+from glmimg.training.finetune_data import Encoder, Pictures, Progress, survey
+from glmimg.training.finetune_loop import FineTuneLoop, FineTuneStep
+from glmimg.training.processes import Processes
+
+__all__ = ["FineTunePipeline", "FineTuneResult"]
+
+MIN_TO_HOLD_OUT = 5  # pictures: of fewer every one is needed
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class FineTuneResult:
+    """Where the adapter is, and each stage's held-out loss before the first step and after the last."""
+
+    path: Path
+    held_out: dict[str, tuple[float | None, float | None]]
+    seconds: float
+
+
+class FineTunePipeline:
+    """Fine-tuning of either stage or both of any checkpoint. Opening one reads no weights."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: FineTuneConfig,
+        backend: Backend,
+        dtype: str | None = None,
+        cache: str | Path | None = None,
+    ) -> None:
+        self.checkpoint, self.config, self.backend = checkpoint, config, backend
+        self.dtype = backend.resolve_dtype(dtype)
+        self.store = Store(cache or default_store(), checkpoint.hash)
+        self.encoder = Encoder(checkpoint, self.store, backend, self.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | Checkpoint = EMBEDDED,
+        backend: str | Backend = "auto",
+        dtype: str | None = None,
+        config: FineTuneConfig | Mapping[str, Any] | None = None,
+        cache: str | Path | None = None,
+    ) -> FineTunePipeline:
+        """`config`: a FineTuneConfig, or a dict of some of its fields. `cache`: where encoded pictures are kept, by
+        default the user's cache folder."""
+        settings = config if isinstance(config, FineTuneConfig) else FineTuneConfig.from_dict(config or {})
+        return cls(Checkpoint.open(model), settings, pick_backend(backend), dtype, cache)
+
+    # Looking at the data.
+
+    def check(
+        self,
+        data: str | Path | Dataset,
+        columns: Mapping[str, str] | None = None,
+        *,
+        thumbnail: int = 0,
+        progress: Progress | None = None,
+    ) -> Report:
+        """What is in a data set and what is wrong with it."""
+        dataset = data if isinstance(data, Dataset) else read_dataset(data, columns)
+        return survey(dataset, self.checkpoint, self.config, thumbnail=thumbnail, progress=progress)
+
+    def usable(self, report: Report, skip_broken: bool = False) -> Report:
+        """The report, unless it has errors that nobody allowed: BadInput then."""
+        errors = report.errors
+        if errors and not skip_broken:
+            first = "; ".join(f"{error.message} ({error.fix})" for error in errors[:SHOWN])
+            raise BadInput(
+                f"{report.dataset.place}: {len(errors)} pictures cannot be trained on: {first}. All of them: "
+                f"glmimg dataset check {report.dataset.place}"
+            )
+        if not report.usable:
+            raise BadInput(f"{report.dataset.place} holds no picture that can be trained on")
+        return report
+
+    def split(self, report: Report) -> tuple[Pictures, Pictures]:
+        """(pictures to train on, pictures held out). Which is which depends on their content alone."""
+        examples = sorted(report.usable, key=lambda checked: Store.key(self.config.seed, checked.digest))
+        count = round(self.config.held_out * len(examples))
+        count = max(1, count) if self.config.held_out and len(examples) >= MIN_TO_HOLD_OUT else 0
+        train, held_out = tuple(examples[count:]), tuple(examples[:count])
+        return Pictures(train, self.encoder, self.config), Pictures(held_out, self.encoder, self.config)
+
+    def plan(self, report: Report, progress: Progress | None = None) -> Plan:
+        """What a run would take, from two measured steps of each stage; BadInput if it would not fit."""
+        train, held_out = self.split(report)
+        return make_plan(self, train, held_out, progress)
+
+    # The run.
+
+    def __call__(
+        self,
+        data: str | Path | Dataset,
+        output: str | Path,
+        *,
+        columns: Mapping[str, str] | None = None,
+        resume: bool = False,
+        skip_broken: bool = False,
+        callback: Callable[[FineTuneStep], None] | None = None,
+        progress: Progress | None = None,
+    ) -> FineTuneResult:
+        """Trains, and writes the folder `output`. `resume` goes on with a run that was stopped there.
+
+        `progress` is told of pictures checked and encoded, `callback` of every step; an exception out of it ends the
+        run where the last save left it.
+        """
+        output, config = Path(output), self.config
+        # 1. What there is to learn from, and whether this is the same run as before.
+        report = self.usable(self.check(data, columns, progress=progress), skip_broken)
+        train, held_out = self.split(report)
+        self._require_place(output, report, resume)
+        # 2. Whether it can fit at all.
+        for stage in config.stages:
+            refuse_what_cannot_fit(stage, self)
+        self._record(output, report)
+        # 3. What the frozen parts make of the pictures, once; the model's own pictures, if it is not to forget.
+        train.encode(progress=progress)
+        held_out.encode(progress=progress)
+        prior = self._prior(output)
+        self.encoder.release()
+        # 4. Each stage alone in memory.
+        samples = Samples(output, self.checkpoint, config, self.backend, self.dtype)
+        result: dict[str, tuple[float | None, float | None]] = {}
+        seconds = 0.0
+        for stage in config.stages:
+            loop = self._train(stage, output, (train, held_out, prior), samples, callback)
+            if config.method == "full":  # the next stage's pictures are of the new checkpoint
+                trained = Checkpoint.open(output / "checkpoint")
+                samples = Samples(output, trained, config, self.backend, self.dtype)
+            result[stage] = (_first_held_out(output, stage), loop.held_out)
+            seconds += loop.seconds
+            del loop
+            gc.collect()
+            self.backend.empty_cache()
+        # 5. What tells others about it.
+        if Processes.current().main:
+            write_card(output, self.checkpoint, config, report, result, seconds)
+        return FineTuneResult(output, result, seconds)
+
+    def loop(
+        self, parts: StageParts, folder: Path, train: Pictures, held_out: Pictures, **options: Any
+    ) -> FineTuneLoop:
+        """The loop over a stage's parts, for `folder`."""
+        return FineTuneLoop(
+            parts.stage,
+            parts.learner,
+            parts.parameters,
+            self.config,
+            folder,
+            self.backend,
+            self.dtype,
+            train=train,
+            held_out=held_out,
+            **options,
+        )
+
+    def parts(self, stage: str) -> StageParts:
+        return StageParts.load(stage, self.checkpoint, self.config, self.backend, self.dtype)
+
+    def _train(
+        self,
+        stage: str,
+        output: Path,
+        data: tuple[Pictures, Pictures, Pictures | None],
+        samples: Samples,
+        callback: Callable[[FineTuneStep], None] | None,
+    ) -> FineTuneLoop:
+        full, info = self.config.method == "full", self._info()
+        parts = self.parts(stage)
+
+        def save(values: Mapping[str, Any]) -> None:
+            if not full:
+                parts.save(output, values, info)
+
+        def draw(step: int, values: Mapping[str, Any]) -> None:
+            samples.draw(stage, step, None if full else parts.adapter(values, info), parts.learner.model)
+
+        train, held_out, prior = data
+        loop = self.loop(
+            parts,
+            output / "run" / stage,
+            train,
+            held_out,
+            prior=prior,
+            on_save=save,
+            on_sample=draw,
+            callback=callback,
+            requests=output,
+        )
+        loop.resume()
+        if loop.step < self.config.steps:
+            loop.run()
+        elif loop.processes.main:
+            save(loop.values)  # a run that was killed between its state and its adapter
+        if full and loop.processes.main:
+            parts.save_checkpoint(output / "checkpoint", loop.values, self.checkpoint)
+        elif not full:
+            samples.finished[stage] = Adapter.open(output / stage)
+        return loop
+
+    def _info(self) -> dict[str, Any]:
+        """What an adapter's file tells of its making."""
+        return {
+            "checkpoint": self.checkpoint.name,
+            "hash": self.checkpoint.hash,
+            "codebook": Stages(self.checkpoint, self.backend).codebook,
+            "trigger": self.config.captions.trigger,
+            "glmimg": __version__,
+        }
+
+    def _prior(self, output: Path) -> Pictures | None:
+        """The model's own pictures of the prior prompts, made once, encoded like any others."""
+        config = self.config
+        if not config.prior_weight:
+            return None
+        folder, pipeline = output / "prior", None
+        examples = []
+        for number in range(config.prior_count):
+            prompt = config.prior_prompts[number % len(config.prior_prompts)]
+            path = folder / f"{number:04d}.png"
+            if not path.is_file() and Processes.current().main:
+                pipeline = pipeline or TextToImagePipeline(Stages(self.checkpoint, self.backend, self.dtype, "stage"))
+                pipeline(prompt, seed=config.seed + number).save(path)
+            Processes.current().wait()
+            examples.append(Example(Source(path.name, path), (prompt,)))
+        plain = replace(config, captions=replace(config.captions, trigger="", templates=("{caption}",)))
+        dataset = Dataset(str(folder), "the model's own pictures", tuple(examples))
+        report = survey(dataset, self.checkpoint, plain, duplicates=False)
+        pictures = Pictures(report.usable, self.encoder, plain)
+        pictures.encode()
+        return pictures
+
+    # Records of the run.
+
+    def _record(self, output: Path, report: Report) -> None:
+        if not Processes.current().main:
+            return
+        for name, told in (("finetune.json", self._settings()), ("data.json", self._data(report))):
+            with atomic_file(output / name) as temporary:
+                temporary.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _settings(self) -> dict[str, Any]:
+        return self.config.to_dict() | {
+            "checkpoint": {"name": self.checkpoint.name, "hash": self.checkpoint.hash},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "processes": Processes.current().count,
+        }
+
+    def _data(self, report: Report) -> dict[str, Any]:
+        told = report.to_dict()
+        pictures = {
+            checked.example.label: {
+                "digest": Store.key(checked.digest, *checked.example.captions)[:16],
+                "size": list(checked.size),
+                "scaled": list(checked.fit.scaled),
+                "crop": [checked.fit.left, checked.fit.top, checked.fit.bucket[1], checked.fit.bucket[0]],
+            }
+            for checked in report.usable
+        }
+        return told | {"files": pictures}
+
+    def _require_place(self, output: Path, report: Report, resume: bool) -> None:
+        """BadInput if there is a run that this one would overwrite, or does not continue; it says what changed."""
+        states = list((output / "run").glob("*/state.safetensors"))
+        if output.exists() and not output.is_dir():
+            raise BadInput(f"{output} is a file: name a folder for the result")
+        if not states:
+            if output.is_dir() and any(output.iterdir()) and not (output / "finetune.json").is_file():
+                raise BadInput(f"{output} holds other things: name a new folder")
+            return
+        if not resume:
+            raise BadInput(f"{output} holds a run already: add --resume to go on with it, or name another folder")
+        try:
+            settings = json.loads((output / "finetune.json").read_text(encoding="utf-8"))
+            files = json.loads((output / "data.json").read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInput(f"{output} cannot be gone on with ({error}): name another folder") from error
+        changed = changed_settings(settings, self._settings())
+        now = self._data(report)["files"]
+        gone, new = sorted(files.keys() - now.keys()), sorted(now.keys() - files.keys())
+        other = sorted(name for name in files.keys() & now.keys() if files[name] != now[name])
+        for what, names in (("missing", gone), ("new", new), ("changed", other)):
+            if names:
+                changed.append(
+                    f"{len(names)} pictures {what} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
+                )
+        if changed:
+            raise BadInput(
+                f"{output} was begun otherwise and would not be the same run: {'; '.join(changed)}. Put that back, or "
+                "name another folder"
+            )
+        print(f"glmimg: going on with {output}", file=sys.stderr)
+
+
+def _first_held_out(output: Path, stage: str) -> float | None:
+    """The held-out loss before the first step, from the log."""
+    log = output / "run" / stage / "log.jsonl"
+    first = log.read_text().splitlines()[0] if log.is_file() else "{}"
+    return json.loads(first).get("held_out")

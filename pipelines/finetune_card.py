@@ -1,0 +1,106 @@
+"""What lies beside a finished adapter: its card, and pictures from before and after."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from glmimg.atomic_write import atomic_file
+from glmimg.checkpoint import Checkpoint
+from glmimg.dataset.checking import Report
+from glmimg.dataset.page import STYLE, embedded_picture
+from glmimg.pipelines.finetune_samples import read_samples
+from glmimg.training.finetune_config import FineTuneConfig
+
+__all__ = ["write_card"]
+
+
+def write_card(
+    output: Path,
+    checkpoint: Checkpoint,
+    config: FineTuneConfig,
+    report: Report,
+    held_out: Mapping[str, tuple[float | None, float | None]],
+    seconds: float,
+) -> None:
+    """Writes README.md, in the form that hubs show, and before-after.html."""
+    full = config.method == "full"
+    trigger = config.captions.trigger
+    model = "" if checkpoint.name == "embedded" or full else f" --model {checkpoint.name}"
+    prompt = json.dumps(f"{trigger} on a table" if trigger else "a fox", ensure_ascii=False)
+    use = f"glmimg generate {prompt}{model} " + ("--model checkpoint" if full else "--adapter .")
+    told = report.to_dict()
+    rows = [
+        (key.replace("_", " "), value) for key, value in told.items() if key not in ("findings", "place", "buckets")
+    ]
+    rows.append(("sizes", ", ".join(f"{size}: {count}" for size, count in told["buckets"].items())))
+    losses = [f"| {stage} | {_number(before)} | {_number(after)} |" for stage, (before, after) in held_out.items()]
+    settings = {key: value for key, value in config.to_dict().items() if value not in ((), [], None, "")}
+    text = [
+        "---",
+        "library_name: glmimg",
+        f"base_model: {checkpoint.name}",
+        f"tags: [text-to-image, glm-image, {config.method}]",
+        "---",
+        f"# {output.name}",
+        "",
+        f"A fine-tuned GLM-Image checkpoint ({config.stage})."
+        if full
+        else f"A {config.method} adapter for GLM-Image ({config.stage}), made with glmimg from `{checkpoint.name}` "
+        f"(hash {checkpoint.hash}).",
+        "",
+        *([f"Trigger: `{trigger}`", ""] if trigger else []),
+        "In this folder:",
+        "",
+        "```",
+        use,
+        "```",
+        "",
+        *(["![samples](samples/sheet.png)", ""] if (output / "samples/sheet.png").is_file() else []),
+        "## Data",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows),
+        "",
+        "## Training",
+        "",
+        f"{seconds / 60:.1f} minutes of steps. Held-out loss, on {told['usable']} pictures' held-out part:",
+        "",
+        "| stage | before | after |",
+        "|---|---|---|",
+        *losses,
+        "",
+        "```json",
+        json.dumps(settings, indent=1, ensure_ascii=False),
+        "```",
+        "",
+    ]
+    with atomic_file(output / "README.md") as temporary:
+        temporary.write_text("\n".join(text), encoding="utf-8")
+    samples = read_samples(output)
+    if samples:
+        _before_after(output, config, samples)
+
+
+def _before_after(output: Path, config: FineTuneConfig, samples: dict[Any, list[Path]]) -> None:
+    first, last = list(samples.values())[0], list(samples.values())[-1]
+    rows = []
+    for number, prompt in enumerate(config.sample_prompts[: min(len(first), len(last))]):
+        pair = (embedded_picture(Image.open(side[number]), 512) for side in (first, last))
+        rows.append(f"<tr><td>{html.escape(prompt)}</td>" + "".join(f"<td>{one}</td>" for one in pair) + "</tr>")
+    page = (
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(output.name)}</title><style>{STYLE}</style>"
+        f"<table><tr><th>prompt</th><th>before</th><th>after</th></tr>{''.join(rows)}</table>"
+    )
+    with atomic_file(output / "before-after.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _number(value: float | None) -> str:
+    return "none held out" if value is None else f"{value:.4f}"

@@ -1,0 +1,152 @@
+"""One stage of a fine-tuning: its model, what of it learns, and how that is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glmimg.atomic_write import atomic_folder
+from glmimg.backends import Backend
+from glmimg.checkpoint import Checkpoint, save_component
+from glmimg.lora import COMPONENT, Adapter, Low, save_adapter, target_names
+from glmimg.packed_linear import PackedLinear, quantize
+from glmimg.training.finetune_config import FineTuneConfig
+from glmimg.training.finetune_data import prompt_builder
+from glmimg.training.finetune_tasks import DecoderLearner, GeneratorLearner, Learner
+from glmimg.training.lora_layers import LoraLinear, attach
+
+__all__ = ["StageParts", "needed_bytes"]
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass
+class StageParts:
+    """A stage's learner and its learning parameters by name; `layers` are the adapter's, none for method full."""
+
+    stage: str
+    learner: Learner
+    parameters: dict[str, nn.Parameter]
+    layers: dict[str, LoraLinear]
+    config: FineTuneConfig
+
+    @classmethod
+    def load(
+        cls, stage: str, checkpoint: Checkpoint, config: FineTuneConfig, backend: Backend, dtype: torch.dtype
+    ) -> StageParts:
+        """Loads the stage's model alone. Weights that learn are fp32, frozen ones in `dtype`, or packed."""
+        full = config.method == "full"
+        load = checkpoint.generator if stage == "generator" else checkpoint.decoder
+        model: Any = load(backend.device, torch.float32 if full else dtype)
+        layers: dict[str, LoraLinear] = {}
+        if full:
+            learning = model if stage == "decoder" else nn.ModuleList([model.model.language_model, model.lm_head])
+            for parameter in learning.parameters():
+                parameter.data = parameter.data.clone()  # it may be mapped from the file
+            model.requires_grad_(False)
+            learning.requires_grad_(True)
+            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        else:
+            model.requires_grad_(False)
+            if config.base_bits:
+                _pack(model, stage, config.base_bits)
+            layers = attach(
+                model,
+                stage,
+                rank=config.rank,
+                alpha=config.scale,
+                groups=config.targets(stage),
+                dora=config.method == "dora",
+                dropout=config.dropout,
+                seed=config.seed,
+            )
+            parameters = {
+                f"{name}.{part}": parameter
+                for name, layer in layers.items()
+                for part, parameter in layer.named_parameters(recurse=False)
+            }
+        learner: Learner
+        if stage == "generator":
+            learner = GeneratorLearner(model, prompt_builder(checkpoint), config, backend.device)
+        else:
+            model.gradient_checkpointing = config.checkpointing
+            learner = DecoderLearner(model, checkpoint.settings.scheduler, config, backend.device)
+        return cls(stage, learner, parameters, layers, config)
+
+    def adapter(self, values: Mapping[str, Tensor], info: Mapping[str, Any]) -> Adapter:
+        """What was learnt, as an adapter."""
+        layers = {
+            name: Low(values[f"{name}.lora_A"], values[f"{name}.lora_B"], values.get(f"{name}.magnitude"), layer.scale)
+            for name, layer in self.layers.items()
+        }
+        return Adapter(self.stage, layers, dict(info))
+
+    def save(self, folder: Path, values: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Writes the adapter to its folder in `folder`."""
+        save_adapter(
+            folder / self.stage,
+            self.stage,
+            self.adapter(values, info).layers,
+            rank=self.config.rank,
+            alpha=self.config.scale,
+            groups=self.config.targets(self.stage),
+            dropout=self.config.dropout,
+            info=info,
+        )
+
+    def save_checkpoint(self, folder: Path, values: Mapping[str, Tensor], base: Checkpoint) -> None:
+        """Method full: writes this stage's part of the checkpoint in `folder`, and all the rest of `base` if new."""
+        if not (folder / "model_index.json").is_file():
+            with atomic_folder(folder) as temporary:
+                shutil.copytree(base.root, temporary, dirs_exist_ok=True)
+        component = COMPONENT[self.stage]
+        stored = base.weights[component].infos
+        model = self.learner.model
+        for name, parameter in model.named_parameters():
+            if name in values:
+                parameter.data = values[name].to(_DTYPES.get(stored[name].dtype, parameter.dtype))
+        save_component(folder, component, model, base=base)
+
+
+def _pack(model: Any, stage: str, bits: int) -> None:
+    """Packs every target of the stage, adapted or not."""
+    for name in target_names(model, stage):
+        linear = model.get_submodule(name)
+        if isinstance(linear, PackedLinear) or (bits == 4 and linear.in_features % 2):
+            continue
+        packed = PackedLinear(
+            linear.in_features, linear.out_features, bits, bias=None if linear.bias is None else linear.bias.detach()
+        )
+        packed.weight_packed, packed.weight_scale = quantize(linear.weight.detach(), bits)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed)
+
+
+def needed_bytes(
+    stage: str, checkpoint: Checkpoint, config: FineTuneConfig, dtype: torch.dtype
+) -> tuple[int, int, int]:
+    """(parameters that learn, parameters in all, bytes that weights, gradients and optimizer take) without loading.
+
+    Activations come on top; they are measured.
+    """
+    component = COMPONENT[stage]
+    model = checkpoint.skeleton(component)
+    if stage == "generator":
+        model.model.visual = model.model.vqmodel = None
+    total = sum(p.numel() for p in model.parameters())
+    if config.method == "full":
+        return total, total, total * (4 + 4 + 8 + (4 if config.ema else 0))
+    names = target_names(model, stage, config.targets(stage))
+    shapes = [(m.out_features, m.in_features) for m in map(model.get_submodule, names)]
+    learning = sum(config.rank * (n + k) + (n if config.method == "dora" else 0) for n, k in shapes)
+    every = [(m.out_features, m.in_features) for m in map(model.get_submodule, target_names(model, stage))]
+    matrices = sum(n * k for n, k in every)
+    per_weight = torch.finfo(dtype).bits / 8
+    base = (total - matrices) * per_weight + matrices * (config.base_bits / 8 if config.base_bits else per_weight)
+    return learning, total, int(base) + learning * (4 + 4 + 8 + (4 if config.ema else 0))

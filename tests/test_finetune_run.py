@@ -1,0 +1,320 @@
+"""Fine-tuning from end to end on tiny pictures and a tiny checkpoint: exactness, interruption, refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from glmimg import Checkpoint, TextToImagePipeline
+from glmimg.cli import main
+from glmimg.errors import BadInput, Cancelled, GlmimgError
+from glmimg.lora import open_adapters
+from glmimg.pipelines import FineTunePipeline
+from glmimg.training.finetune_loop import FineTuneStep
+
+SMALL: dict[str, Any] = {"resolution": 64, "batch_size": 2, "rank": 2, "warmup": 2, "steps": 4, "held_out": 0.2}
+PROGRAM = [sys.executable, "-c", "import sys; from glmimg.cli import main; sys.exit(main())"]
+
+
+def draw(folder: Path, count: int = 6) -> Path:
+    """Discs of different colours with captions, one of them wide."""
+    folder.mkdir()
+    for k in range(count):
+        size = (128, 64) if k == 1 else (80, 80)
+        picture = Image.new("RGB", size, (250, 250, 240))
+        ImageDraw.Draw(picture).ellipse((5 + k, 8, 55, 58 - k), fill=(40 * k, 90, 255 - 40 * k))
+        picture.save(folder / f"disc-{k}.png")
+        (folder / f"disc-{k}.txt").write_text(f'a disc of colour {k}\na round thing that says "{k}"\n')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("data") / "discs")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def opened(tiny_checkpoint: Path, cache: Path) -> Callable[..., FineTunePipeline]:
+    def make(**changes: Any) -> FineTunePipeline:
+        return FineTunePipeline.from_pretrained(tiny_checkpoint, "cpu", "fp32", SMALL | changes, cache)
+
+    return make
+
+
+def losses(folder: Path, stage: str) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "run" / stage / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def state(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "run" / stage / "state.safetensors")
+
+
+def after(step: int, act: Callable[[], None]) -> Callable[[FineTuneStep], None]:
+    def callback(done: FineTuneStep) -> None:
+        if done.step == step:
+            act()
+
+    return callback
+
+
+def test_both_stages_make_an_adapter_that_generate_uses(
+    opened: Callable[..., FineTunePipeline], pictures: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    pipeline = opened(steps=12, learning_rate=5e-3, sample_prompts=["a disc"], sample_steps=1, sample_every=8, ema=0.9)
+    seen: list[FineTuneStep] = []
+    result = pipeline(pictures, out, callback=seen.append)
+    assert [step.step for step in seen if step.stage == "decoder"] == list(range(1, 13))
+    for stage, (before, held_out) in result.held_out.items():
+        assert before is not None and held_out is not None and held_out < before, stage
+    (stacked,) = open_adapters([out])
+    assert set(stacked.stages) == {"generator", "decoder"}
+    assert stacked.stages["decoder"].info["checkpoint"] == str(tiny_checkpoint)
+    names = {path.name for path in (out / "samples").iterdir()}
+    expected = {f"{stage}-{step:06d}-0.png" for stage in ("generator", "decoder") for step in (0, 8, 12)}
+    assert names == expected | {"sheet.png"}
+    adapted = TextToImagePipeline.from_pretrained(tiny_checkpoint, "cpu", "fp32", adapters=[out])
+    picture = adapted("a disc", seed=0, height=64, width=64, num_inference_steps=1).images[0]
+    assert picture.tobytes() == Image.open(out / "samples/decoder-000012-0.png").tobytes()
+
+    card = (out / "README.md").read_text()
+    assert "| generator |" in card and "a folder" not in card and f"base_model: {tiny_checkpoint}" in card
+    assert "<img" in (out / "before-after.html").read_text()
+    told = json.loads((out / "data.json").read_text())
+    assert told["usable"] == 6 and told["buckets"] and len(told["files"]["disc-1.png"]["crop"]) == 4
+    again = json.loads((out / "finetune.json").read_text())
+    assert again["rank"] == 2 and again["captions"]["dropout"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [("generator", {"dropout": 0.2, "ema": 0.9, "accumulate": 2}), ("decoder", {"method": "dora"})],
+)
+def test_resumed_equals_straight_bit_for_bit(
+    stage: str, changes: dict[str, Any], opened: Callable[..., FineTunePipeline], pictures: Path, tmp_path: Path
+) -> None:
+    """20 steps straight are 10, an exception in the middle of the way to the next save, and 10 more."""
+    settings = {"stage": stage, "steps": 20, "save_every": 10, "evaluate_every": 0} | changes
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    opened(**settings)(pictures, straight)
+
+    def killed() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        opened(**settings)(pictures, halves, callback=after(13, killed))
+    assert len(losses(halves, stage)) == 13
+    with pytest.raises(BadInput, match="--resume"):
+        opened(**settings)(pictures, halves)
+    opened(**settings)(pictures, halves, resume=True)
+    assert losses(halves, stage) == losses(straight, stage)
+    ours, theirs = state(halves, stage), state(straight, stage)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_resume_says_what_changed(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
+    data, out = draw(tmp_path / "data"), tmp_path / "out"
+    settings = {"stage": "generator", "evaluate_every": 0}
+    opened(**settings)(data, out)
+    (data / "disc-0.txt").write_text("something else\n")
+    (data / "disc-3.png").unlink()
+    (data / "disc-3.txt").unlink()
+    with pytest.raises(BadInput, match=r"rank: was 2, is 3; .*1 pictures missing \(disc-3.png\); 1 pictures changed"):
+        opened(**settings, rank=3)(data, out, resume=True)
+
+
+def test_requests_and_stopping(opened: Callable[..., FineTunePipeline], pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipeline = opened(stage="generator", steps=9, save_every=0, evaluate_every=0)
+
+    def touch(name: str) -> Callable[[], None]:
+        return lambda: (out / name).touch()
+
+    saved: list[float] = []
+
+    def callback(done: FineTuneStep) -> None:
+        {2: touch("save-now"), 5: touch("stop-now")}.get(done.step, lambda: None)()
+        if done.step == 4:
+            assert float(state(out, "generator")["optimizer.step." + next(iter(pipeline_names))]) == 3
+            saved.append(done.step)
+
+    pipeline_names = [n.removeprefix("optimizer.step.") for n in ["optimizer.step.x"]]
+    pipeline_names[0] = "model.language_model.layers.0.self_attn.q_proj.lora_A"
+    with pytest.raises(Cancelled, match="after step 6 of 9"):
+        pipeline(pictures, out, callback=callback)
+    assert saved == [4] and not (out / "save-now").exists() and not (out / "stop-now").exists()
+    assert open_adapters([out])[0].stages.keys() == {"generator"}
+    result = pipeline(pictures, out, resume=True)
+    assert len(losses(out, "generator")) == 9 and result.path == out
+
+
+def test_divergence_keeps_the_last_good_state(
+    opened: Callable[..., FineTunePipeline], pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    pipeline = opened(stage="decoder", steps=200, learning_rate=1.0, schedule="constant", clip=1e9, save_every=5)
+    with pytest.raises(GlmimgError, match="diverged at step .*lower learning rate than 1"):
+        pipeline(pictures, out)
+    (stacked,) = open_adapters([out])
+    assert all(bool(low.b_Nr.isfinite().all()) for low in stacked.stages["decoder"].layers.values())
+
+
+def test_full_method_writes_a_checkpoint(
+    opened: Callable[..., FineTunePipeline], pictures: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    opened(method="full", stage="decoder", learning_rate=1e-3)(pictures, out)
+    trained, base = Checkpoint.open(out / "checkpoint"), Checkpoint.open(tiny_checkpoint)
+    name = "transformer_blocks.0.ff.net.2"
+    assert not torch.equal(trained.decoder().get_submodule(name).weight, base.decoder().get_submodule(name).weight)
+    assert (
+        trained.weights["vision_language_encoder"].fingerprint()
+        == base.weights["vision_language_encoder"].fingerprint()
+    )
+
+
+def test_prior_packed_base_and_edits(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
+    data = tmp_path / "edits"
+    (data / "source").mkdir(parents=True)
+    (data / "target").mkdir()
+    for k in range(3):
+        for side, colour in (("source", "red"), ("target", "blue")):
+            Image.new("RGB", (64 + 8 * k, 64), colour).save(data / side / f"{k}.png")
+        (data / "target" / f"{k}.txt").write_text("make it blue")
+    changes = {"prior_weight": 0.5, "prior_prompts": ["a fox"], "prior_count": 2, "base_bits": 8, "checkpointing": True}
+    result = opened(**changes, held_out=0.0)(data, tmp_path / "out")
+    assert result.held_out == {"generator": (None, None), "decoder": (None, None)}
+    assert len(list((tmp_path / "out/prior").glob("*.png"))) == 2
+
+
+def test_plan_and_dry_run(
+    opened: Callable[..., FineTunePipeline],
+    pictures: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--model", str(tiny_checkpoint), "--backend", "cpu", "--dtype", "fp32", "--cache", str(tmp_path / "cache")]
+    small = ["--resolution", "64", "--batch-size", "2", "--rank", "2", "--steps", "6"]
+    assert main(["finetune", str(pictures), *flags, *small, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["pictures"] == 5 and plan["held_out"] == 1 and plan["batches_per_epoch"] == 3 and plan["epochs"] == 2
+    assert plan["stages"]["decoder"]["learning"] < plan["stages"]["decoder"]["parameters"]
+    assert all(stage["seconds_per_step"] > 0 for stage in plan["stages"].values())
+    assert main(["finetune", str(pictures), *flags, *small, "--dry-run"]) == 0
+    assert "parameters learn" in capsys.readouterr().out
+
+    pipeline = opened()
+    memory = pipeline.backend.memory()
+    monkeypatch.setattr(type(pipeline.backend), "memory", lambda self: type(memory)(1, 1, 1000, 1000))
+    with pytest.raises(BadInput, match=r"the generator needs .* GB.*--checkpointing.*--rank|smaller --resolution"):
+        pipeline(pictures, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line(
+    pictures: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, config = tmp_path / "out", tmp_path / "config.json"
+    config.write_text(json.dumps(SMALL | {"steps": 2, "stage": "decoder"}))
+    flags = ["--config", str(config), "--cache", str(tmp_path / "cache"), "--backend", "cpu", "--dtype", "fp32"]
+    base = ["finetune", str(pictures), "--model", str(tiny_checkpoint), *flags]
+    assert main([*base, "-o", str(out), "--trigger", "zibble", "--set", "warmup=1", "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"] == str(out)
+    settings = json.loads((out / "finetune.json").read_text())
+    assert settings["captions"]["trigger"] == "zibble" and settings["warmup"] == 1 and settings["rank"] == 2
+    small = ["--model", str(tiny_checkpoint), "--size", "64x64", "--steps", "1", "--backend", "cpu", "--dtype", "fp32"]
+    picture = str(tmp_path / "p.png")
+    assert main(["generate", "zibble", *small, "--adapter", f"{out}:0.5", "-o", picture, "-q", "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["adapters"] == [{"name": str(out), "strength": 0.5}]
+    assert main(["generate", "--from", picture, "-o", str(tmp_path / "q.png"), "-q"]) == 0
+    assert Image.open(picture).tobytes() == Image.open(tmp_path / "q.png").tobytes()
+    capsys.readouterr()
+    for wrong, message in (
+        (["--set", "lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["--stage", "decodr"], "did you mean 'decoder'"),
+        (["--rank", "999"], "rank 999"),
+        (["--learning-rate", "2"], "learning_rate 2.0"),
+        (["--base-bits", "4"], "checkpointing"),
+        (["--prior-weight", "1"], "prior_prompts"),
+        (["--set", 'decoder_targets=["atention"]'], "did you mean 'attention'"),
+        (["--backend", "cpuu"], "did you mean 'cpu'"),
+    ):
+        assert main([*base, "-o", str(tmp_path / "never"), *wrong]) == 2, wrong
+        assert message in capsys.readouterr().err
+    assert main([*base]) == 2 and "-o my-adapter" in capsys.readouterr().err
+
+
+def test_find_rate(pictures: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", str(tiny_checkpoint), "--backend", "cpu", "--dtype", "fp32", "--cache", str(tmp_path / "c")]
+    small = ["--resolution", "64", "--batch-size", "2", "--rank", "2", "--stage", "decoder"]
+    assert main(["finetune", str(pictures), *flags, *small, "--find-rate", "-o", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 1e-7 <= found["suggestion"] <= 1e-1 and len(found["rates"]) == len(found["losses"]) > 5
+    assert Image.open(found["plot"]).size == (640, 400)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_killed_from_outside_and_gone_on_with(
+    sign: signal.Signals, pictures: Path, tiny_checkpoint: Path, tmp_path: Path, cache: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--model", str(tiny_checkpoint), "--backend", "cpu", "--dtype", "fp32", "--cache", str(cache)]
+    flags += ["--resolution", "64", "--rank", "2", "--batch-size", "2", "--stage", "generator", "--save-every", "3"]
+    command = ["finetune", str(pictures), "-o", str(out), *flags, "--steps", "100000", "-q"]
+    log = out / "run/generator/log.jsonl"
+    with subprocess.Popen([*PROGRAM, *command], stderr=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and log.read_text().count('"loss"') > 8):
+            assert run.poll() is None and time.monotonic() < deadline, run.stderr and run.stderr.read()
+            time.sleep(0.1)
+        os.kill(run.pid, sign)
+        assert run.wait(60) == (130 if sign == signal.SIGINT else -signal.SIGKILL)
+    assert open_adapters([out])[0].stages.keys() == {"generator"}
+    assert state(out, "generator")
+    rows = log.read_text().splitlines()
+    assert len(rows) > 8
+
+
+def test_full_disk_leaves_the_last_state(
+    opened: Callable[..., FineTunePipeline], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    out, written = tmp_path / "out", safetensors.torch.save_file
+    settings = {"stage": "generator", "steps": 6, "save_every": 2, "evaluate_every": 0}
+
+    def full(tensors: Any, path: Any, metadata: Any = None) -> None:
+        if float(tensors.get("optimizer.step.model.language_model.layers.0.self_attn.q_proj.lora_A", 0)) >= 4:
+            raise OSError(28, "No space left on device")
+        written(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(GlmimgError, match="disk is full"):
+        opened(**settings)(pictures, out)
+    monkeypatch.undo()
+    assert [path.name for path in (out / "run/generator").glob("*state*")] == ["state.safetensors"]
+    opened(**settings)(pictures, out, resume=True)
+    assert len(losses(out, "generator")) == 6
