@@ -42,6 +42,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve key": ("make an API key for the server", "glmimg.cli_serve:key"),
     "finetune": ("teach a checkpoint new pictures: to an adapter", "glmimg.cli_finetune:finetune"),
     "dataset check": ("look a folder of pictures over before training", "glmimg.cli_dataset:check"),
+    "weights quantize": ("pack a checkpoint's weights in 8 or 4 bits", "glmimg.cli_weights_change:quantize"),
+    "weights merge": ("add adapters to a checkpoint, or mix checkpoints", "glmimg.cli_weights_change:merge"),
+    "weights diff": ("tell what two checkpoints differ in", "glmimg.cli_weights_change:diff"),
+    "weights plan": ("tell how a checkpoint fits on a machine, and what it costs", "glmimg.cli_weights_change:plan"),
+    "weights card": ("write a checkpoint's model card", "glmimg.cli_weights_change:card"),
     "evaluate": ("judge a checkpoint and write its report card", "glmimg.evaluation.command:evaluate"),
     "doctor": ("tell which devices work here, and why others do not", "glmimg.cli_doctor:doctor"),
 }

@@ -105,7 +105,7 @@ class PackedLinear(nn.Module):
             scale = torch.empty(out_features, in_features // group_size(in_features, group))
         self.register_buffer("weight_packed", packed)
         self.register_buffer("weight_scale", scale)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias: Any = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.weight_packed: Tensor
         self.weight_scale: Tensor
 
@@ -117,7 +117,7 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, bias={self.bias is not None}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * x.shape[-1]:
+        if self.bits == 8 and not torch.is_grad_enabled():
             y = packed_product(x.reshape(-1, x.shape[-1]), self.weight_packed, self.weight_scale)
             y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y.add_(self.bias)
@@ -134,8 +134,11 @@ def packed_product(x_RK: Tensor, matrix: Tensor, *rest: Any) -> Tensor:
         return torch.mm(x_RK, matrix)
     if len(rest) == 2:
         return torch._weight_int4pack_mm_for_cpu(x_RK, matrix, *rest)
-    if matrix.dtype == torch.int8 and x_RK.is_cpu and x_RK.shape[0] <= _FEW_ROWS and x_RK.dtype == rest[0].dtype:
-        return torch._weight_int8pack_mm(x_RK.contiguous(), matrix, rest[0])
+    if matrix.dtype == torch.int8:
+        if x_RK.is_cpu and x_RK.shape[0] <= _FEW_ROWS and x_RK.dtype == rest[0].dtype:
+            return torch._weight_int8pack_mm(x_RK.contiguous(), matrix, rest[0])
+        if x_RK.dtype != torch.float16:  # whose range the unscaled sums may leave
+            return torch.mm(x_RK, matrix.T.to(x_RK.dtype)).mul_(rest[0])  # scaling the result touches less memory
     return torch.mm(x_RK, dequantize(matrix, rest[0], x_RK.dtype).T)
 
 

@@ -1,0 +1,183 @@
+"""Plans: figures are the real modules' own, the published model's are the published ones, and what is chosen fits."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glmimg import TextToImagePipeline, generator
+from glmimg.backends import pick_backend
+from glmimg.checkpoint import COMPONENTS, Checkpoint
+from glmimg.cli import main
+from glmimg.errors import BadInput, CheckpointError
+from glmimg.pipelines import stages, steps
+from glmimg.weight_files import WeightFiles
+from glmimg.weights_tools import costs as costs_module
+from glmimg.weights_tools import plan as plan_module
+from glmimg.weights_tools.costs import Costs, Workload, costs_of
+from glmimg.weights_tools.plan import Machine, choose_option, measure_machine, options
+from glmimg.weights_tools.plan_check import rows
+from glmimg.weights_tools.quantize import quantize_checkpoint
+
+GB = 10**9
+PICTURE = Workload(1024, 1024, 1, 50, True)
+
+
+@pytest.fixture(scope="module")
+def published() -> Costs:
+    return costs_of("glm-image")
+
+
+def test_counts_are_the_published_ones(published: Costs) -> None:
+    """Parameters as counted for the released model: 10.114, 6.927, 0.2177 and 0.4061 billion."""
+    counts = {part: sum(map(math.prod, shapes.values())) for part, shapes in published.shapes.items()}
+    assert [round(counts[part] / 1e6, 1) for part in COMPONENTS] == [10114.2, 217.7, 6926.9, 406.1]
+    assert published.weights("vision_language_encoder") == pytest.approx(2 * (8.847e9 + 0.068e9), rel=1e-3)
+    assert published.tokens(PICTURE) == 16 * 16 + 32 * 32
+    per_token = published.cache(PICTURE) / (published.tokens(PICTURE) + PICTURE.prompt_tokens)
+    assert per_token == 40960  # bytes of keys and values
+
+
+def test_published_times_and_memory(published: Costs) -> None:
+    """The model card's table: within a sixth everywhere, within 2 % of the time from 1024x1024 up."""
+    found = rows(published)
+    assert len(found) == 5
+    assert max(abs(row.seconds_error) for row in found) < 0.17
+    assert max(abs(row.seconds_error) for row in found if row.side >= 1024) < 0.02
+    assert max(abs(row.memory_error) for row in found) < 0.16
+    assert max(abs(row.memory_error) for row in found if row.side <= 1024) < 0.02
+
+
+def test_figures_repeated_here_are_the_originals() -> None:
+    assert plan_module.TILE == stages.TILE and plan_module.BATCH_PATCHES == steps.BATCH_PATCHES
+    assert costs_module.PACK_BELOW == generator.PACK_BELOW
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_bytes_are_those_of_the_files(tiny_checkpoint: Path, tmp_path: Path, bits: int) -> None:
+    """The tiny checkpoint in bf16 takes on disk what the plan says of it."""
+    from glmimg.weights_tools.init import init_checkpoint
+
+    folder = init_checkpoint(tmp_path / "bf16", "tiny", dtype="bfloat16")
+    costs = costs_of(folder)
+    if bits < 16:
+        quantize_checkpoint(folder, tmp_path / "packed", bits)
+        folder = tmp_path / "packed"
+    for component in COMPONENTS:
+        assert costs.weights(component, bits, whole=True) == WeightFiles(folder / component).nbytes(), component
+
+
+def test_decoder_work_is_what_the_modules_do(tiny_checkpoint: Path) -> None:
+    costs, work = costs_of(tiny_checkpoint), Workload(128, 128, 1, 2, True)
+    decoder = Checkpoint.open(tiny_checkpoint).decoder()
+    numbers = sum(
+        layer.weight.numel()
+        for name, layer in decoder.named_modules()
+        if isinstance(layer, torch.nn.Linear) and (".attn1." in name or ".ff." in name)
+    )
+    tokens = work.patches + costs_module.GLYPH_TOKENS
+    assert costs.forward_flops(work) == 2 * numbers * tokens + 4 * tokens**2 * 64 * 2
+    vae = Checkpoint.open(tiny_checkpoint).vae(encoder=False)
+    seen = [0.0]
+
+    def count(layer: Any, _: Any, output: torch.Tensor) -> None:
+        seen[0] += 2 * layer.weight.numel() * output.shape[-1] * output.shape[-2]
+
+    for layer in vae.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        vae.decode(torch.zeros(1, 16, 16, 16))
+    assert costs.vae_flops(work) == pytest.approx(seen[0], rel=1e-6)
+
+
+def test_choice_grows_with_the_memory(published: Costs) -> None:
+    found = {}
+    for size in (80, 32, 24, 12):
+        best = choose_option(options(published, Machine((size * GB,), 64 * GB), PICTURE))
+        assert best.fits and best.device_peaks[0] <= size * GB and best.ram <= 64 * GB
+        found[size] = (best.bits, best.offload)
+    assert found[80] == (16, "none") and found[32] == (16, "stage") and found[24][0] == 8
+    two = choose_option(options(published, Machine((32 * GB, 24 * GB), 64 * GB), PICTURE))
+    assert {two.generator, two.decoder} == {0, 1} and two.bits == 16 and two.moved == 0
+
+
+def test_options_cost_what_they_do(published: Costs) -> None:
+    found = options(published, Machine((80 * GB,), 64 * GB, watts=360.0), PICTURE)
+    by = {(o.bits, o.offload): o for o in found if o.generator == o.decoder == 0}
+    none, stage, block = (by[16, offload] for offload in ("none", "stage", "block"))
+    assert none.device_peaks > stage.device_peaks > block.device_peaks
+    assert none.moved == 0 < stage.moved < block.moved
+    weights = published.weights("vision_language_encoder") + published.weights("transformer")
+    assert stage.moved == weights + published.weights("text_encoder") + published.vae_bytes()
+    blocks = (published.blocks("vision_language_encoder", 16), published.blocks("transformer", 16))
+    assert block.moved == blocks[0] * 1280 + blocks[1] * 100 and block.ram == sum(blocks) + plan_module.PROCESS
+    assert by[4, "none"].weights < by[8, "none"].weights < none.weights
+    assert none.watt_hours == pytest.approx(0.1 * none.total)
+    guided, plain = (
+        next(o for o in options(published, Machine((80 * GB,), 64 * GB), work) if (o.bits, o.offload) == (16, "none"))
+        for work in (PICTURE, Workload(1024, 1024, 1, 50, False))
+    )
+    assert plain.seconds["decoder"] == pytest.approx(guided.seconds["decoder"] / 2, rel=0.02)
+
+
+def test_calls_open_a_pipeline(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = options(costs_of(tiny_checkpoint), Machine((), 4 * GB), Workload(64, 64, 1, 2, True))
+    for option in found:
+        *commands, call = option.calls(str(tiny_checkpoint))
+        for command in commands:
+            if not (tmp_path / command.split()[4]).exists():
+                assert main(command.split()[1:]) == 0
+        pipe = eval(call, {"TextToImagePipeline": TextToImagePipeline})
+        assert pipe.stages.offload == option.offload and str(pipe.stages.backends["decoder"].device) == "cpu"
+    assert {option.bits for option in found} == {16, 8, 4}
+
+
+def test_nothing_fits(published: Costs) -> None:
+    found = options(published, Machine((4 * GB,), 4 * GB), PICTURE)
+    assert not any(option.fits for option in found)
+    with pytest.raises(BadInput, match="nothing fits.*device 0 needs|nothing fits.*the host needs"):
+        choose_option(found)
+    with pytest.raises(BadInput, match="no memory to plan for"):
+        options(published, Machine((), 0), PICTURE)
+    with pytest.raises(BadInput, match="link 0"):
+        options(published, Machine((GB,), GB, link=0), PICTURE)
+
+
+def test_what_can_be_planned(tiny_checkpoint: Path, tiny_copy: Path, tmp_path: Path) -> None:
+    for component in COMPONENTS:  # configs alone
+        next((tiny_copy / component).glob("*.safetensors")).unlink()
+    assert costs_of(tiny_copy).shapes == costs_of(tiny_checkpoint).shapes == costs_of("tiny").shapes
+    with pytest.raises(BadInput, match="is no folder"):
+        costs_of(tmp_path / "none")
+    (tiny_copy / "vae/config.json").unlink()
+    with pytest.raises(CheckpointError, match="vae/config.json is missing"):
+        costs_of(tiny_copy)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "q", 8)
+    with pytest.raises(BadInput, match="quantised already"):
+        costs_of(tmp_path / "q")
+
+
+def test_speeds_are_measured() -> None:
+    found = measure_machine(pick_backend("cpu"), seconds=0.01)
+    assert found.keys() == {"bandwidth", "flops"} and min(found.values()) > 1e6
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    start = ["weights", "plan", "glm-image", "--ram", "64GB", "--watts", "300"]
+    assert main([*start, "--device", "24GB", "--device", "16GB", "--size", "512x1024", "-n", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["best"]["fits"] and len(told["best"]["device_peak_bytes"]) == 2 and "bandwidth" in told["assumed"]
+    assert told["picture"] == {"width": 512, "height": 1024, "pictures": 4, "steps": 50}
+    speeds = ["--bandwidth", "1TB", "--flops", "2e14", "--link", "25GB", "--host-bandwidth", "50GB"]
+    assert main([*start, "--device", "80GB", *speeds, "--host-flops", "1e12"]) == 0
+    out = capsys.readouterr().out
+    assert out.strip().endswith("TextToImagePipeline.from_pretrained('zai-org/GLM-Image')") and "assumed" not in out
+    assert main([*start, "--device", "1GB", "--ram", "2GB"]) == 2
+    assert "nothing fits" in capsys.readouterr().err

@@ -1,0 +1,262 @@
+"""What a checkpoint's architecture costs: bytes of weights by precision, bytes read, arithmetic, memory at work.
+
+Everything follows from the config files; tensors exist on the meta device alone. Weights count two bytes a number
+(bfloat16) unless they are packed. What is taken from measurements is a constant with its source.
+
+Letters: S tokens of the decoder, P its patches, D width, L layers, N emitted tokens, T prompt tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glmimg.checkpoint import COMPONENTS, EMBEDDED, PICTURE_PARTS, Checkpoint
+from glmimg.errors import BadInput, CheckpointError
+from glmimg.packed_format import CONFIG_KEY, GROUP
+from glmimg.presets import PRESETS
+from glmimg.token_grid import preview_grid, target_grid
+from glmimg.weights_tools.fit import expected_shapes
+from glmimg.weights_tools.packing_plan import packed_nbytes, units
+from glmimg.weights_tools.published import NAMES, PUBLISHED
+
+__all__ = ["Costs", "Workload", "costs_of"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+PROMPT_TOKENS = 64
+GLYPH_TOKENS = 16
+# glmimg.generator.PACK_BELOW: up to here the generator keeps a second, transposed copy while it is built.
+PACK_BELOW = 256 << 20
+# What unpacking a weight for one product reads and writes beside the packed bytes, in bytes for each weight. 8 bits: a
+# copy in 16 bits is written and read, the result is scaled. 4 bits: split, joined, shifted and scaled before that.
+UNPACK_TRAFFIC = {16: 0, 8: 4, 4: 17}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`pictures` of height x width at once, in `steps` of the decoder with or without guidance."""
+
+    height: int
+    width: int
+    pictures: int
+    steps: int
+    guidance: bool
+    prompt_tokens: int = PROMPT_TOKENS
+
+    @property
+    def patches(self) -> int:
+        return self.height * self.width // 256
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A checkpoint's configuration with the shapes of all its tensors."""
+
+    name: str
+    configs: dict[str, dict[str, Any]]
+    shapes: dict[str, Shapes]
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width), as glmimg.checkpoint reads it."""
+        height, width = self.configs["generation"].get("default_size", (1024, 1024))
+        return int(height), int(width)
+
+    @property
+    def default_steps(self) -> int:
+        """Of the decoder."""
+        return int(self.configs["generation"].get("num_inference_steps", 50))
+
+    # Bytes of weights.
+
+    def weights(self, component: str, bits: int = 16, *, whole: bool = False, only: str = "") -> int:
+        """Of a component, its packable matrices in `bits`; `whole`: with what text-to-image leaves out. `only`: of
+        tensors whose name matches this expression."""
+        left_out = () if whole else PICTURE_PARTS.get(component, ())
+        tensors = {
+            name: ("BF16", shape)
+            for name, shape in self.shapes[component].items()
+            if not name.startswith(left_out or ("\0",)) and (not only or re.match(only, name))
+        }
+        total = 2 * sum(math.prod(shape) for _, shape in tensors.values())
+        if bits < 16:
+            for unit in units(component, tensors, low=bits):
+                total -= unit.kept - packed_nbytes(unit, min(unit.allowed), GROUP)
+        return total
+
+    def vae_bytes(self) -> int:
+        """The VAE's decoder, in the dtype that it runs in."""
+        return self.weights("vae") * self.vae_itemsize // 2
+
+    @property
+    def vae_itemsize(self) -> int:
+        """4 where the config asks for float32, 2 otherwise."""
+        return 4 if self.configs["vae"].get("force_upcast", True) else 2
+
+    def building(self, bits: int) -> int:
+        """What the generator needs beside its weights while it is built: copies that join its projections."""
+        layers = self.weights("vision_language_encoder", bits, only=r"model\.language_model\.layers\.")
+        if bits == 16 and layers <= PACK_BELOW:
+            return layers
+        return self.weights("vision_language_encoder", bits, only=r".*self_attn\.[qkv]_proj")
+
+    def block(self, component: str, bits: int) -> int:
+        """One transformer block."""
+        pattern = {
+            "vision_language_encoder": r"model\.language_model\.layers\.0\.",
+            "transformer": r"transformer_blocks\.0\.",
+        }
+        return self.weights(component, bits, only=pattern[component])
+
+    def blocks(self, component: str, bits: int) -> int:
+        """All transformer blocks."""
+        key = ("text_config", "num_hidden_layers") if component == "vision_language_encoder" else ("num_layers",)
+        count: Any = self.configs[component]
+        for part in key:
+            count = count[part]
+        return self.block(component, bits) * int(count)
+
+    # The token generator.
+
+    @property
+    def _text(self) -> dict[str, Any]:
+        return self.configs["vision_language_encoder"]["text_config"]
+
+    def tokens(self, work: Workload) -> int:
+        """Tokens that a picture takes: preview and target grid."""
+        generation = self.configs.get("generation", {})
+        preview = preview_grid(work.height, work.width, generation.get("preview_side", 16))
+        return math.prod(preview) + math.prod(target_grid(work.height, work.width))
+
+    def cache(self, work: Workload) -> int:
+        """Keys and values of all pictures."""
+        text = self._text
+        width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        per_token = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * width * 2
+        return per_token * (work.prompt_tokens + self.tokens(work)) * work.pictures
+
+    def step_traffic(self, work: Workload, bits: int, kernels: bool) -> int:
+        """Bytes read and written to emit a token of every picture; `kernels` take packed weights as they are."""
+        layers = self.blocks("vision_language_encoder", bits)
+        head = self.weights("vision_language_encoder", only="lm_head")
+        unpacking = 0 if kernels else UNPACK_TRAFFIC[bits] * self._packed_numbers("vision_language_encoder")
+        return layers + head + unpacking + self.cache(work) // 2
+
+    def _packed_numbers(self, component: str) -> int:
+        """Numbers in the matrices that quantising packs."""
+        tensors = {
+            name: ("BF16", shape)
+            for name, shape in self.shapes[component].items()
+            if not name.startswith(PICTURE_PARTS.get(component, ("\0",)))
+        }
+        return sum(unit.kept // 2 for unit in units(component, tensors))
+
+    def step_ops(self) -> int:
+        """Calls of the device that a step of the generator makes."""
+        return 6 + 20 * int(self._text["num_hidden_layers"])
+
+    def token_flops(self, work: Workload) -> float:
+        """Of all tokens of all pictures, prompts included."""
+        numbers = self._packed_numbers("vision_language_encoder")
+        return 2.0 * numbers * (self.tokens(work) + work.prompt_tokens) * work.pictures
+
+    # The decoder.
+
+    @property
+    def _width(self) -> int:
+        config = self.configs["transformer"]
+        return int(config["num_attention_heads"] * config["attention_head_dim"])
+
+    def forward_flops(self, work: Workload) -> float:
+        """One forward of one picture: products with every token, and attention."""
+        tokens = work.patches + GLYPH_TOKENS
+        layers = int(self.configs["transformer"]["num_layers"])
+        return 2.0 * self._packed_numbers("transformer") * tokens + 4.0 * tokens**2 * self._width * layers
+
+    def forwards(self, work: Workload) -> int:
+        """Forwards of one picture."""
+        return work.steps * (2 if work.guidance else 1)
+
+    def unpacked_per_forward(self, bits: int) -> int:
+        """Bytes read and written to make the decoder's weights whole, and to read them, once."""
+        return self.weights("transformer", bits) + UNPACK_TRAFFIC[bits] * self._packed_numbers("transformer")
+
+    def decoder_activations(self, work: Workload, batch: int) -> int:
+        """At the widest place of a block: the stream, the feed-forward's 4D before and after its activation, and
+        queries and keys in float32 while they are turned; 14 numbers of two bytes for each of a token's channels."""
+        return 14 * 2 * (work.patches + GLYPH_TOKENS) * self._width * batch
+
+    def whole_matrix(self, bits: int) -> int:
+        """The largest packed weight of the decoder or the generator, made whole for a product."""
+        if bits == 16:
+            return 0
+        sizes = [
+            2 * rows * columns
+            for component in ("transformer", "vision_language_encoder")
+            for unit in units(component, {n: ("BF16", s) for n, s in self.shapes[component].items()})
+            for rows, columns in unit.layers.values()
+        ]
+        return 2 * max(sizes, default=0)  # before and after scaling
+
+    # The VAE.
+
+    def vae_activations(self, height: int, width: int) -> int:
+        """Three tensors (input, normed, activated) as wide as the widest input of a residual block."""
+        channels = [int(c) for c in self.configs["vae"]["block_out_channels"]][::-1]
+        inputs = [channels[0], *channels[:-1]]
+        widest = max(c / 4 ** (len(channels) - 1 - k) for k, c in enumerate(inputs))
+        return int(3 * widest * height * width * self.vae_itemsize)
+
+    def vae_flops(self, work: Workload) -> float:
+        """Of one picture's decoding: each convolution at its resolution."""
+        count = len(self.configs["vae"]["block_out_channels"])
+        total = 0.0
+        for name, shape in self.shapes["vae"].items():
+            if not name.startswith("decoder.") or len(shape) != 4:
+                continue
+            number = re.match(r"decoder\.up_blocks\.(\d+)\.(upsamplers)?", name)
+            level = (int(number[1]) + bool(number[2])) if number else count - 1 if "conv_out" in name else 0
+            total += 2.0 * math.prod(shape) * work.height * work.width / 4 ** (count - 1 - level)
+        return total
+
+
+def costs_of(source: str | Path) -> Costs:
+    """Of a preset, the published model ("glm-image" or its hub id), the embedded one, or a folder with config.json
+    files; weights need not be there."""
+    text = str(source)
+    if text in NAMES:
+        return _costs("zai-org/GLM-Image", PUBLISHED)
+    if text in PRESETS:
+        return _costs(text, PRESETS[text])
+    root = Path(text).expanduser() if text != EMBEDDED else Checkpoint.open(EMBEDDED).root
+    if not root.is_dir():
+        known = ", ".join([*PRESETS, *NAMES, EMBEDDED])
+        raise BadInput(f"{text!r} is no folder; give a folder with config.json files, or one of {known}")
+    configs: dict[str, dict[str, Any]] = {}
+    for part, file in (
+        *((component, f"{component}/config.json") for component in COMPONENTS),
+        ("generation", "vision_language_encoder/generation_config.json"),
+    ):
+        path = root / file
+        try:
+            configs[part] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            if part == "generation":
+                configs[part] = {}
+                continue
+            raise CheckpointError(f"{path} is missing: a plan needs the config.json of every component") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): download or write it again") from error
+        if CONFIG_KEY in configs[part]:
+            raise BadInput(f"{text} is quantised already: plan with the original, which the plan quantises by itself")
+    return _costs(text, configs)
+
+
+def _costs(name: str, configs: Mapping[str, dict[str, Any]]) -> Costs:
+    return Costs(name, dict(configs), {part: expected_shapes(part, configs[part]) for part in COMPONENTS})

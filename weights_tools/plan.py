@@ -1,0 +1,316 @@
+"""Where a checkpoint's parts can go on a machine, and what that costs: memory, bytes moved, time, energy.
+
+Reckoned from configs alone, before anything is downloaded. Memory follows what glmimg.pipelines.stages does; time is
+the larger of what memory traffic, arithmetic, calls of the device and the link to the host allow.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from glmimg.errors import BadInput
+from glmimg.weights_tools.costs import Costs, Workload
+
+if TYPE_CHECKING:
+    from glmimg.backends import Backend
+
+__all__ = ["Machine", "Option", "choose_option", "measure_machine", "options"]
+
+TILE = 1024  # glmimg.pipelines.stages.TILE: larger pictures are decoded in tiles where memory is being saved
+BATCH_PATCHES = 1024  # glmimg.pipelines.steps.BATCH_PATCHES: smaller pictures go through the decoder together
+HOST = "cpu"
+
+CONTEXT = 500_000_000  # bytes that an accelerator's libraries take for themselves
+PROCESS = 1_000_000_000  # bytes of host memory that Python, torch, transformers and diffusers take
+# What an allocator holds for the VAE beside its tensors (workspaces, fragments): the published table grows by 1.187 GiB
+# for each 512x512 pixels, 1.58 times what the tensors take.
+RESERVED = 1.58
+CALL_SECONDS = 8e-6  # of one call of an accelerator from Python, while it waits for nothing else
+# How many times longer a version in fewer bits may not be worth: it is taken only if it is that much faster.
+RELUCTANCE = {16: 1.0, 8: 1.15, 4: 1.5}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes of each device and of the host, and their speeds: bytes a second of memory and of the link to the devices,
+    arithmetic operations a second. `assumed` names what is neither stated nor measured."""
+
+    devices: tuple[int, ...]
+    ram: int
+    bandwidth: float = 1e12
+    flops: float = 1e14
+    link: float = 16e9
+    host_bandwidth: float = 30e9
+    host_flops: float = 3e11
+    watts: float | None = None
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run. `generator` and `decoder`: the number of their device, or "cpu". Memory in bytes; `moved`: bytes
+    from host to devices in one call; seconds of one call, all pictures, weights loaded; `short`: what does not fit."""
+
+    bits: int
+    offload: str
+    generator: int | str
+    decoder: int | str
+    device_peaks: tuple[int, ...]
+    ram: int
+    moved: int
+    seconds: dict[str, float] = field(hash=False)
+    watt_hours: float | None  # of one picture
+    weights: int
+    short: tuple[str, ...]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def fits(self) -> bool:
+        return not self.short
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "bits": self.bits,
+            "offload": self.offload,
+            "generator": self.generator,
+            "decoder": self.decoder,
+            "device_peak_bytes": list(self.device_peaks),
+            "ram_bytes": self.ram,
+            "moved_bytes": self.moved,
+            "seconds": {name: round(value, 4) for name, value in self.seconds.items()}
+            | {"total": round(self.total, 4)},
+            "watt_hours_per_picture": self.watt_hours,
+            "weight_bytes": self.weights,
+            "fits": self.fits,
+            "short": list(self.short),
+        }
+
+    def calls(self, model: str, kind: str | None = None) -> list[str]:
+        """The commands and the from_pretrained call that run it; `kind` is the devices' name, such as doctor prints."""
+        lines, name = [], model
+        if self.bits < 16:
+            name = f"{model.rsplit('/', 1)[-1].lower()}-int{self.bits}"
+            lines.append(f"glmimg weights quantize {model} {name} --bits {self.bits}")
+        arguments = [repr(name)]
+        places = {"generator": self.generator, "decoder": self.decoder}
+        if set(places.values()) != {0} or len(self.device_peaks) > 1:
+            named = {s: HOST if p == HOST else f"{kind or 'KIND'}:{p}" for s, p in places.items()}
+            one = len(set(named.values())) == 1
+            arguments.append(f"backend={named['decoder']!r}" if one else f"backend={named!r}")
+        elif kind:
+            arguments.append(f"backend={kind!r}")
+        if self.offload != "none":
+            arguments.append(f"offload={self.offload!r}")
+        return [*lines, f"TextToImagePipeline.from_pretrained({', '.join(arguments)})"]
+
+
+def options(costs: Costs, machine: Machine, work: Workload) -> list[Option]:
+    """Every sensible combination, the best first; those that do not fit last."""
+    if not machine.devices and machine.ram <= 0:
+        raise BadInput("no memory to plan for: give --device SIZE for each device, or --ram SIZE for a processor alone")
+    for name in ("bandwidth", "flops", "link", "host_bandwidth", "host_flops"):
+        if not getattr(machine, name) > 0:
+            raise BadInput(f"{name} {getattr(machine, name)}: give a number above 0")
+    found = []
+    for bits in (16, 8, 4):
+        version = _Version.of(costs, work, bits)
+        for generator, decoder, offload in _placements(len(machine.devices)):
+            found.append(_option(version, machine, work, generator, decoder, offload))
+    return sorted(found, key=lambda option: (not option.fits, option.total * RELUCTANCE[option.bits], -option.bits))
+
+
+def choose_option(found: Sequence[Option]) -> Option:
+    """The best that fits; BadInput, telling the nearest miss, if none does."""
+    if found and found[0].fits:
+        return found[0]
+    nearest = min(found, key=lambda option: max([*option.device_peaks, 0]) + option.ram)
+    raise BadInput(
+        f"nothing fits. The smallest way ({nearest.bits} bits, offload {nearest.offload!r}) is short of memory: "
+        f"{'; '.join(nearest.short)}. Ask for a smaller --size or fewer pictures, or add memory"
+    )
+
+
+def _placements(devices: int) -> Iterator[tuple[int | str, int | str, str]]:
+    """(generator, decoder, offload). Stages on two devices need not make room for each other."""
+    places: list[int | str] = [*range(devices), HOST]
+    for generator in places:
+        for decoder in places:
+            if generator == decoder:
+                yield from ((generator, decoder, offload) for offload in ("none", "stage", "block"))
+            else:
+                yield generator, decoder, "none"
+                if HOST not in (generator, decoder):
+                    yield generator, decoder, "block"
+
+
+@dataclass(frozen=True)
+class _Version:
+    """The figures of a checkpoint in so many bits that every option needs; reckoned once."""
+
+    costs: Costs
+    bits: int
+    generator: int
+    building: int
+    generator_blocks: int
+    generator_block: int
+    traffic: dict[bool, int]
+    decoder: int
+    decoder_blocks: int
+    decoder_block: int
+    others: int  # glyph encoder and VAE
+    unpacked: int
+    whole_matrix: int
+
+    @classmethod
+    def of(cls, costs: Costs, work: Workload, bits: int) -> _Version:
+        language, decoder = "vision_language_encoder", "transformer"
+        return cls(
+            costs,
+            bits,
+            costs.weights(language, bits),
+            costs.building(bits),
+            costs.blocks(language, bits),
+            costs.block(language, bits),
+            {kernels: costs.step_traffic(work, bits, kernels) for kernels in (False, True)},
+            costs.weights(decoder, bits),
+            costs.blocks(decoder, bits),
+            costs.block(decoder, bits),
+            costs.weights("text_encoder", bits) + costs.vae_bytes(),
+            costs.unpacked_per_forward(bits),
+            costs.whole_matrix(bits),
+        )
+
+    @property
+    def total(self) -> int:
+        return self.generator + self.decoder + self.others
+
+
+def _option(
+    version: _Version, machine: Machine, work: Workload, generator: int | str, decoder: int | str, offload: str
+) -> Option:
+    costs = version.costs
+    batch, together = _batch(work, decoder, offload)
+    # Memory of each stage: weights that stay, and what is needed on top of them.
+    held_g, held_d = version.generator, version.decoder + version.others
+    if offload == "block":
+        held_g += 2 * version.generator_block - version.generator_blocks
+        held_d += 2 * version.decoder_block - version.decoder_blocks
+    top_g = costs.cache(work) + (0 if generator == HOST else version.whole_matrix)
+    building = 0 if offload == "block" else version.building
+    side = [min(edge, TILE) if offload != "none" else edge for edge in (work.height, work.width)]
+    decoding = int(RESERVED * costs.vae_activations(*side)) * together
+    top_d = max(costs.decoder_activations(work, batch) + version.whole_matrix, decoding)
+    peaks: dict[int | str, int] = {}
+    if generator != decoder:
+        peaks[generator], peaks[decoder] = held_g + max(top_g, building), held_d + top_d
+    elif offload == "none":
+        peaks[decoder] = max(held_g + building, held_g + held_d + max(top_g, top_d))
+    else:
+        peaks[decoder] = max(held_g + max(top_g, building), held_d + top_d)
+    pinned = 0
+    moved = 0
+    for place, blocks, runs in (
+        (generator, version.generator_blocks, costs.tokens(work)),
+        (decoder, version.decoder_blocks, costs.forwards(work) * work.pictures),
+    ):
+        if place != HOST and offload == "block":
+            pinned, moved = pinned + blocks, moved + blocks * runs
+    if offload == "stage" and decoder != HOST:
+        moved = held_g + held_d
+    device_peaks = tuple(peaks[k] + CONTEXT if k in peaks else 0 for k in range(len(machine.devices)))
+    ram = PROCESS + pinned + peaks.get(HOST, 0)
+    seconds = _seconds(version, machine, work, generator, decoder, offload, batch)
+    if offload == "stage":
+        seconds["loading"] = moved / machine.link
+    short = [
+        f"device {k} needs {peak / 1e9:.1f} of {size / 1e9:.1f} GB"
+        for k, (peak, size) in enumerate(zip(device_peaks, machine.devices, strict=True))
+        if peak > size
+    ]
+    if ram > machine.ram:
+        short.append(f"the host needs {ram / 1e9:.1f} of {machine.ram / 1e9:.1f} GB")
+    hours = None if machine.watts is None else machine.watts * sum(seconds.values()) / 3600 / work.pictures
+    return Option(
+        version.bits, offload, generator, decoder, device_peaks, ram, moved, seconds, hours, version.total, tuple(short)
+    )
+
+
+def _batch(work: Workload, decoder: int | str, offload: str) -> tuple[int, int]:
+    """Rows of one forward of the decoder, and pictures decoded together."""
+    if decoder == HOST or offload == "block":
+        return 1, 1
+    together = min(work.pictures, max(1, BATCH_PATCHES // work.patches))
+    return together * (2 if work.guidance else 1), together
+
+
+def _seconds(
+    version: _Version,
+    machine: Machine,
+    work: Workload,
+    generator: int | str,
+    decoder: int | str,
+    offload: str,
+    batch: int,
+) -> dict[str, float]:
+    costs = version.costs
+    bandwidth, flops = _speeds(machine, generator)
+    tokens = costs.tokens(work)
+    step = version.traffic[generator == HOST] / bandwidth + costs.token_flops(work) / tokens / flops
+    if generator != HOST:
+        step = max(step, costs.step_ops() * CALL_SECONDS)
+        if offload == "block":
+            step = max(step, version.generator_blocks / machine.link)
+    bandwidth, flops = _speeds(machine, decoder)
+    forwards = costs.forwards(work) * work.pictures
+    forward = costs.forward_flops(work) / flops + version.unpacked / bandwidth / batch
+    if decoder != HOST and offload == "block":
+        forward = max(forward, version.decoder_blocks / machine.link)
+    return {
+        "tokens": step * tokens,
+        "decoder": forward * forwards,
+        "vae": costs.vae_flops(work) * work.pictures / flops,
+    }
+
+
+def _speeds(machine: Machine, place: int | str) -> tuple[float, float]:
+    if place == HOST:
+        return machine.host_bandwidth, machine.host_flops
+    return machine.bandwidth, machine.flops
+
+
+def measure_machine(backend: Backend, seconds: float = 0.4) -> dict[str, float]:
+    """bandwidth, flops and link of one device, each measured for that long: a copy, a product in the device's own
+    dtype, and a copy from the host. A processor has no link."""
+    import torch
+
+    def rate(amount: float, work: Any) -> float:
+        work()
+        backend.synchronize()
+        began, count = time.perf_counter(), 0
+        while (passed := time.perf_counter() - began) < seconds or not count:
+            work()
+            backend.synchronize()
+            count += 1
+        return amount * count / passed if passed else math.inf
+
+    size = 64 << 20
+    source = torch.ones(size, dtype=torch.uint8, device=backend.device)
+    target = torch.empty_like(source)
+    side = 1024 if backend.device.type == HOST else 4096
+    matrix = torch.ones(side, side, dtype=backend.dtype, device=backend.device)
+    found = {
+        "bandwidth": rate(2 * size, lambda: target.copy_(source)),  # read and written
+        "flops": rate(2 * side**3, lambda: torch.mm(matrix, matrix)),
+    }
+    if backend.device.type != HOST:
+        host = backend.pin(torch.ones(size, dtype=torch.uint8))
+        found["link"] = rate(size, lambda: target.copy_(host))
+    return found
