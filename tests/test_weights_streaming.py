@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from glmimg.errors import BadInput, CheckpointError, GlmimgError
 from glmimg.weights_tools.streaming import (
+    PIECE,
     TORCH_NAMES,
     TensorReader,
     TensorSpec,
@@ -231,6 +232,28 @@ def test_progress_is_silent_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
             bar(done, 2 * 10**9)
         assert ("1.00/2.00 GB  3.0 s left" in stream.getvalue()) == live
         assert stream.getvalue().endswith("[########################] 2.00/2.00 GB  5.0 s\n")
+
+
+def test_memory_is_a_piece_not_a_file(tmp_path: Path) -> None:
+    import tracemalloc
+
+    plan = {name: TensorSpec("F32", (12, 1 << 20)) for name in "ab"}  # 50 MB each
+    blank = bytes(1 << 20)
+    with tensor_writer(tmp_path / "x.safetensors", plan) as writer:
+        for name in plan:
+            writer.write(name, (blank for _ in range(48)))
+    reader = TensorReader(tmp_path / "x.safetensors")
+    tracemalloc.start()
+    try:
+        specs = {name: TensorSpec("BF16", spec.shape) for name, spec in plan.items()}
+        with tensor_writer(tmp_path / "y.safetensors", specs) as writer:
+            for name in plan:
+                writer.write(name, cast_pieces(reader.pieces(name), "F32", "BF16"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "y.safetensors").stat().st_size > 48 << 20
+    assert peak < PIECE + (1 << 20), "one piece, used again"
 
 
 def test_the_librarys_loader_reads_ours(tmp_path: Path) -> None:
