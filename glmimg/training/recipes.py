@@ -60,16 +60,14 @@ def generator(minutes: float, threads: int = 0) -> TrainConfig:
 
 
 def decoder(minutes: float, threads: int = 0) -> TrainConfig:
-    """Decoder and glyph encoder on crops; AdamW, because Muon's cost per step is a third of so small a step."""
+    """Decoder and glyph encoder on crops."""
     return TrainConfig(
-        learning_rate=8e-4,
+        learning_rate=1e-3,
         batch_size=32,
         minutes=minutes,
-        warmup=200,
+        warmup=100,
         decay=0.3,
         weight_decay=0.01,
-        betas=(0.9, 0.98),
-        ema=0.999,
-        muon=False,
+        ema=0.998,
         threads=threads,
     )

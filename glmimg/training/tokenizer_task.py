@@ -153,7 +153,7 @@ class TokenizerTask:
         *,
         preview: int = 4,
         crop: int = 4,
-        crops_first: int = 300_000,
+        crops_first: int = 180_000,
         seed: int = 0,
     ) -> None:
         self.tokenizer, self.train, self.held_out, self.cells = tokenizer, train, held_out, held_out_cells
@@ -259,7 +259,8 @@ class TokenizerTask:
         name = F.cross_entropy(classes, right_names)
         caption = F.cross_entropy(self._name_logits(said), right_names)
         commit = (1 - (unit_BhwE.float() * self.codebook[ids]).sum(-1)).mean()
-        loss = pixels + 0.3 * kind + 0.3 * name + 0.1 * caption + 0.1 * colour + 0.5 * commit
+        # Names first, then looks: the decoder needs both.
+        loss = (1 + 2 * progress) * pixels + 0.3 * kind + 0.3 * name + 0.1 * caption + 0.1 * colour + 0.5 * commit
         metrics = {
             "pixels": float(pixels.detach()),
             "kind": float(kind.detach()),
