@@ -10,13 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from glmimg.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # The pages whose code is run; those about training and judging need hours or other packages.
-RUN = ["README.md", "docs/quickstart.md", "docs/checkpoint-format.md", "docs/backends.md"]
+RUN = ["README.md", "docs/quickstart.md", "docs/checkpoint-format.md", "docs/backends.md", "docs/fine-tuning.md"]
+# Flags that commands of the pages get here, so that trying them takes no time.
+AT_SMOKE_SIZE = {
+    "generate": ["-q"],
+    "edit": ["-q"],
+    "finetune": ["-q", "--steps", "2", "--resolution", "64", "--batch-size", "2", "--sample-steps", "1"],
+}
 SET_UP = [
     'pip install torch==2.13.0 . && glmimg generate "a 3D render of a fox on a light blue background" -o fox.png',
     'pip install ".[test]" && python -P -m pytest -q',
@@ -46,6 +53,10 @@ def workplace(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(glmimg.checkpoint, "_locate", located)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLMIMG_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    for k in range(3):
+        Image.new("RGB", (64, 64 + 8 * k), (80 * k, 90, 100)).save(tmp_path / "photos" / f"photo of a thing {k}.png")
     (tmp_path / "samples").mkdir()
     shutil.copyfile(ROOT / "samples/prompts.txt", tmp_path / "samples/prompts.txt")
 
@@ -72,7 +83,7 @@ def test_code_runs(page: str, workplace: None) -> None:
 def run(line: str) -> None:
     program, *arguments = shlex.split(line)
     assert program == "glmimg", f"{line!r} is not run: use a text block"
-    assert main([*arguments, *(["-q"] if arguments[0] in ("generate", "edit") else [])]) == 0, line
+    assert main([*arguments, *AT_SMOKE_SIZE.get(arguments[0], [])]) == 0, line
 
 
 def test_readme_has_two_set_up_commands_and_they_are_right() -> None:

@@ -225,7 +225,8 @@ def _print(picture: Image.Image) -> np.ndarray:
 
 
 def _duplicates(usable: Sequence[Checked], prints: Sequence[np.ndarray]) -> list[Finding]:
-    found, first = [], {}
+    found: list[Finding] = []
+    first: dict[str, str] = {}
     for checked in usable:
         label = checked.example.label
         if checked.digest in first:

@@ -91,15 +91,8 @@ class FineTuneConfig(Config):
             not self.base_bits or (self.checkpointing and self.method == "lora"),
             "base_bits packs frozen weights: it needs method lora, and checkpointing to unpack one block at a time",
         )
-        positive = {
-            "rank": self.rank,
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "accumulate": self.accumulate,
-        }
-        positive |= {"prior_count": self.prior_count}
-        for name, value in positive.items():
-            require(value >= 1, f"{name} {value}: use 1 or more")
+        for name in ("rank", "steps", "batch_size", "accumulate", "prior_count"):
+            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: use 1 or more")
         for name in ("warmup", "sample_every", "evaluate_every", "save_every", "sample_seed", "seed", "threads"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: use 0 or more")
         rate = self.learning_rate

@@ -1,0 +1,163 @@
+"""What a data set's check counts, finds and advises; sizes by shape; captions as they are shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from glmimg.cli import main
+from glmimg.dataset.buckets import bucket_sizes, fit_to_bucket
+from glmimg.dataset.captions import CaptionRules
+from glmimg.dataset.store import Store
+from glmimg.errors import BadInput
+
+
+def disc(path: Path, place: int, size: tuple[int, int] = (96, 96), quality: int = 95) -> Path:
+    image = Image.new("RGB", size, (250, 250, 245))
+    ImageDraw.Draw(image).ellipse((place, 10, place + 40, 70), fill=(200 - place, 40, place))
+    image.save(path, quality=quality)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """One of everything that can be wrong, among good pictures."""
+    root = tmp_path / "data"
+    root.mkdir()
+    captions = {
+        "good": 'a red disc that says "hello"',
+        "again": "the same",
+        "softer": "nearly the same",
+        "wide": "a strip",
+        "small": "tiny",
+        "broken": "cut short",
+        "silent": None,
+        "token": "a <sop> b",
+        "apostrophe": "it's the dog's",
+        "long": "word " * 9000,
+    }
+    for k, name in enumerate(captions):
+        disc(root / f"{name}.jpg", 5 * k)
+    disc(root / "again.jpg", 0)
+    disc(root / "softer.jpg", 0, quality=60)
+    disc(root / "wide.jpg", 50, (900, 90))
+    disc(root / "small.jpg", 7, (40, 40))
+    (root / "broken.jpg").write_bytes((root / "broken.jpg").read_bytes()[:300])
+    for name, caption in captions.items():
+        if caption is not None:
+            (root / f"{name}.txt").write_text(caption)
+    return root
+
+
+def test_findings(folder: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
+    page = tmp_path / "page.html"
+    arguments = ["dataset", "check", str(folder), "--model", str(tiny_checkpoint), "--resolution", "64"]
+    assert main([*arguments, "--json", "--page", str(page)]) == 1
+    report = json.loads(capsys.readouterr().out)
+    found = {(finding["picture"].removesuffix(".jpg"), finding["kind"]) for finding in report["findings"]}
+    assert {
+        ("again", "same picture"),
+        ("softer", "nearly the same"),
+        ("wide", "cut"),
+        ("small", "too small"),
+        ("broken", "broken"),
+        ("silent", "no caption"),
+        ("token", "control token"),
+        ("apostrophe", "apostrophes"),
+        ("long", "caption too long"),
+    } == found
+    assert report["pictures"] == 10 and report["usable"] == 6 and report["with_quoted_text"] == 2
+    assert all(finding["fix"] for finding in report["findings"])
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == before
+    text = page.read_text()
+    assert text.count("<figure>") == 6 and "hello" in text and "64x64" in text
+    assert main([*arguments, "--trigger", "zibble"]) == 1
+    out, err = capsys.readouterr()
+    assert "7 of 10 pictures" in out and "no caption" not in err and "error: " in err
+
+
+def test_a_good_folder_passes(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for k in range(5):
+        disc(tmp_path / f"disc {chr(97 + k)}.png", 11 * k)
+    assert main(["dataset", "check", str(tmp_path), "--model", str(tiny_checkpoint), "--resolution", "64"]) == 0
+    out, err = capsys.readouterr()
+    assert "5 of 5 pictures" in out and "captions from file names" in out and err == ""
+
+
+def test_one_picture_and_huge_ones(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disc(tmp_path / "one disc.png", 3)
+    arguments = ["dataset", "check", str(tmp_path), "--model", str(tiny_checkpoint)]
+    assert main(arguments) == 0
+    assert "1 pictures can be trained on" in capsys.readouterr().err
+    monkeypatch.setattr("glmimg.image_io.MAX_PIXELS", 9000)
+    assert main(arguments) == 1
+    assert "96x96 pixels" in capsys.readouterr().err
+
+
+def test_bad_flags(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disc(tmp_path / "a.png", 0)
+    base = ["dataset", "check", str(tmp_path), "--model", str(tiny_checkpoint)]
+    for wrong, message in (
+        (["--column", "picture"], "ROLE=NAME"),
+        (["--column", "pictur=x"], "did you mean 'picture'"),
+        (["--resolution", "100"], "multiple of 32"),
+        (["--max-aspect", "9"], "max_aspect"),
+    ):
+        assert main([*base, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_buckets_fill_the_area_and_keep_the_limits() -> None:
+    sizes = bucket_sizes(256, 64, 512)
+    assert (256, 256) in sizes and all(h % 32 == w % 32 == 0 and h * w <= 256 * 256 for h, w in sizes)
+    assert all(max(h, w) / min(h, w) <= 2 for h, w in sizes) and {(w, h) for h, w in sizes} == set(sizes)
+    assert bucket_sizes(256, 256, 512) == [(256, 256)]
+    assert max(w for _, w in bucket_sizes(256, 64, 512, 4.0)) > max(w for _, w in sizes)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (3000, 100), (17, 17), (256, 256), (333, 251)])
+def test_every_picture_fits_its_bucket(size: tuple[int, int]) -> None:
+    fit = fit_to_bucket(*size, bucket_sizes(256, 64, 512))
+    picture = fit.apply(Image.new("RGB", size))
+    assert picture.size == fit.bucket[::-1]
+    assert fit.scaled[0] >= picture.width and fit.scaled[1] >= picture.height
+    assert min(fit.scaled[0] - picture.width, fit.scaled[1] - picture.height) == 0
+    if max(size) / min(size) < 2:
+        assert fit.lost < 0.15
+
+
+def test_captions_with_trigger_templates_and_dropout() -> None:
+    rules = CaptionRules("zib", ("a photo of {trigger}, {caption}", "{caption}"), 0.25)
+    assert rules.texts(["red", "my zib"]) == [
+        "a photo of zib, red",
+        "a photo of zib, my zib",
+        "zib red",
+        "my zib",
+    ]
+    assert CaptionRules("zib").texts([]) == ["zib"] and CaptionRules().texts(["x"]) == ["x"]
+    rng = np.random.default_rng(0)
+    chosen = [rules.choose(["red"], rng) for _ in range(400)]
+    assert 0.18 < chosen.count("") / 400 < 0.32 and set(chosen) == {"", *rules.texts(["red"])}
+    with pytest.raises(BadInput, match="caption. and"):
+        CaptionRules(templates=("{captoin}",))
+    with pytest.raises(BadInput, match="dropout"):
+        CaptionRules(dropout=1.0)
+
+
+def test_store_survives_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path, "owner")
+    key = Store.key("a", 1)
+    assert key != Store.key("a", 2) and key not in store and store.get(key) is None
+    store.put(key, {"x": torch.arange(4)})
+    kept = store.get(key)
+    assert key in store and kept is not None and kept["x"].tolist() == [0, 1, 2, 3]
+    store.path(key).write_bytes(b"half")
+    assert store.get(key) is None and "made anew" in caplog.text

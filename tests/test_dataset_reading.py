@@ -1,0 +1,163 @@
+"""Every way in which pictures and captions may lie in a folder, and every way in which that may be wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from glmimg.dataset.reading import Dataset, name_caption, read_dataset
+from glmimg.errors import BadInput
+
+
+def picture(path: Path, colour: str = "red", size: tuple[int, int] = (64, 64)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def encoded(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def told(dataset: Dataset) -> list[tuple[str, tuple[str, ...]]]:
+    return [(example.label, example.captions) for example in dataset.examples]
+
+
+@pytest.mark.parametrize(
+    ("stem", "caption"),
+    [
+        ("red_fox-02", "red fox"),
+        ("a small dog (3)", "a small dog"),
+        ("IMG_20240501_1234", ""),
+        ("DSC00012", ""),
+        ("0001", ""),
+        ("3f2504e0-4f89-11d3-9a0c-0305e82c3301", ""),
+        ("狐狸_1", "狐狸"),
+        ("3d printer", "3d printer"),
+    ],
+)
+def test_names_as_captions(stem: str, caption: str) -> None:
+    assert name_caption(stem) == caption
+
+
+def test_folder_with_text_files(tmp_path: Path) -> None:
+    picture(tmp_path / "b/two.JPG")
+    picture(tmp_path / "one.png")
+    (tmp_path / "one.txt").write_text("﻿first way\n\n second way \n", encoding="utf-8")
+    (tmp_path / "left.txt").write_text("nobody")
+    found = read_dataset(tmp_path)
+    assert told(found) == [("b/two.JPG", ()), ("one.png", ("first way", "second way"))]
+    assert found.notes == ("left.txt has no picture",) and "txt" in found.kind
+
+
+def test_folder_of_names(tmp_path: Path) -> None:
+    picture(tmp_path / "green_tree.webp")
+    picture(tmp_path / "IMG_1.png")
+    found = read_dataset(tmp_path)
+    assert told(found) == [("IMG_1.png", ()), ("green_tree.webp", ("green tree",))] and "file names" in found.kind
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "list.tsv"])
+def test_tables(name: str, tmp_path: Path) -> None:
+    for one in ("a", "b"):
+        picture(tmp_path / f"{one}.png")
+    rows = [{"file_name": "a.png", "text": "an a, quoted"}, {"file_name": "b.png", "text": ""}]
+    if name.endswith("jsonl"):
+        text = "\n".join(json.dumps(row) for row in rows)
+    else:
+        mark = "," if name.endswith("csv") else "\t"
+        text = f"file_name{mark}text\n" + f'a.png{mark}"an a, quoted"\n' + f"b.png{mark}\n"
+    (tmp_path / name).write_text(text)
+    found = read_dataset(tmp_path / name if name == "list.tsv" else tmp_path)
+    assert told(found) == [("a.png", ("an a, quoted",)), ("b.png", ())] and found.kind == name
+
+
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"foto": "a.png", "words": ["x", "y"], "text": "no"}) + "\n")
+    with pytest.raises(BadInput, match="none of its columns .foto, words, text. is known"):
+        read_dataset(tmp_path)
+    found = read_dataset(tmp_path, {"picture": "foto", "caption": "words"})
+    assert told(found) == [("a.png", ("x", "y"))]
+    with pytest.raises(BadInput, match="no column 'fota': it has foto"):
+        read_dataset(tmp_path, {"picture": "fota"})
+
+
+def test_edit_pairs_in_folders_and_tables(tmp_path: Path) -> None:
+    for side in ("source", "target"):
+        picture(tmp_path / "pairs" / side / "x.png")
+    picture(tmp_path / "pairs/source/alone.png")
+    (tmp_path / "pairs/target/x.txt").write_text("make it blue")
+    found = read_dataset(tmp_path / "pairs")
+    assert found.edits and told(found) == [("target/x.png", ("make it blue",))]
+    assert found.examples[0].reference is not None and found.examples[0].reference.label == "source/x.png"
+    assert found.notes == ("source/alone.png has no target of that name",)
+
+    rows = {"source": "source/x.png", "target": "target/x.png", "instruction": "make it blue"}
+    (tmp_path / "pairs/metadata.jsonl").write_text(json.dumps(rows))
+    again = read_dataset(tmp_path / "pairs")
+    assert told(again) == told(found) and again.examples[0].reference is not None
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    rows: list[dict[str, Any]] = [
+        {"image": {"bytes": encoded(), "path": "x.png"}, "caption": "a"},
+        {"image": {"bytes": encoded("blue"), "path": None}, "caption": None},
+    ]
+    (tmp_path / "data").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data/train-00000.parquet")
+    found = read_dataset(tmp_path)
+    assert [example.captions for example in found.examples] == [("a",), ()]
+    assert found.examples[0].picture.open().getpixel((0, 0)) == (255, 0, 0)
+    assert "x.png" in found.examples[0].label and "row 2" in found.examples[1].label
+    (tmp_path / "data/train-00000.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(BadInput, match="no parquet file"):
+        read_dataset(tmp_path)
+
+
+def test_saved_by_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [{"bytes": encoded(), "path": None}], "text": ["a thing"]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "one"))
+    found = read_dataset(tmp_path / "one")
+    assert [example.captions for example in found.examples] == [("a thing",)]
+    assert found.examples[0].picture.open().size == (32, 32)
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such folder"):
+        read_dataset(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="holds no pictures .*png"):
+        read_dataset(tmp_path / "empty")
+    for content, message in (
+        ("", "is empty"),
+        ("not json\n", "line 1: no json"),
+        ("[1]\n", "line 1: a list"),
+        ('{"file_name": ""}\n', "row 1: its column file_name is empty"),
+        ('{"file_name": "../../etc/passwd.png"}\n', "outside"),
+    ):
+        folder = tmp_path / "table"
+        folder.mkdir(exist_ok=True)
+        (folder / "metadata.jsonl").write_text(content)
+        with pytest.raises(BadInput, match=message):
+            read_dataset(folder)
+    (tmp_path / "latin").mkdir()
+    picture(tmp_path / "latin/a.png")
+    (tmp_path / "latin/a.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(BadInput, match="no UTF-8"):
+        read_dataset(tmp_path / "latin")
+    with pytest.raises(BadInput, match="a .zip file"):
+        (tmp_path / "a.zip").write_bytes(b"PK")
+        read_dataset(tmp_path / "a.zip")
