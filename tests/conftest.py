@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,3 +26,35 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that the test may damage."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+class Server:
+    """The real app of glmimg.serving under the real Uvicorn on a free port, in a thread."""
+
+    def __init__(self, settings: Any) -> None:
+        import uvicorn
+
+        from glmimg.serving.app import create_app
+
+        self.app = create_app(settings)
+        self.service = self.app.state.service
+        config = uvicorn.Config(self.app, port=0, log_level="warning", timeout_graceful_shutdown=2)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive(), "the server did not come up"
+            time.sleep(0.05)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def serve() -> Any:
+    """Starts a server of given ServerSettings; whoever starts one stops it."""
+    pytest.importorskip("uvicorn")
+    return Server

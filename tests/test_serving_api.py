@@ -6,9 +6,10 @@ import asyncio
 import base64
 import io
 import json
-import threading
+import re
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +17,23 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from glmimg.image_io import read_metadata
 from glmimg.pipelines.text_to_image import TextToImagePipeline
+from glmimg.serving.auth import add_key
 from glmimg.serving.settings import ServerSettings
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
+schemathesis = pytest.importorskip("schemathesis")
 
 SIZE = "64x64"
 PLAIN = {"prompt": "a cat", "size": SIZE, "steps": 2, "seed": 5}
 
 
-class Server:
-    """The real app under the real Uvicorn on a free port, in a thread."""
-
-    def __init__(self, settings: ServerSettings) -> None:
-        from glmimg.serving.app import create_app
-
-        self.app = create_app(settings)
-        config = uvicorn.Config(self.app, port=0, log_level="warning", timeout_graceful_shutdown=2)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            assert self.thread.is_alive(), "the server did not come up"
-            time.sleep(0.05)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
-
-    @property
-    def service(self) -> Any:
-        return self.app.state.service
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-
-
 @pytest.fixture(scope="module")
-def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, serve: Any) -> Iterator[Any]:
     settings = ServerSettings(
         model=str(tiny_checkpoint),
         model_name="tiny",
@@ -68,19 +46,19 @@ def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         price=0.5,
         usage_file=str(tmp_path_factory.mktemp("usage") / "usage.json"),
     )
-    server = Server(settings)
+    server = serve(settings)
     yield server
     server.stop()
 
 
 @pytest.fixture
-def http(server: Server) -> Iterator[httpx.Client]:
+def http(server: Any) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=120) as client:
         yield client
 
 
 @pytest.fixture
-def client(server: Server) -> openai.OpenAI:
+def client(server: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0, timeout=120)
 
 
@@ -172,6 +150,14 @@ def test_errors_are_openais(client: openai.OpenAI) -> None:
         client.images.generate(prompt="a cat", background="transparent")
 
 
+def test_the_documents_program_runs(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs/serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(compile(code.replace("http://127.0.0.1:8000", server.url), "docs/serving.md", "exec"), {})
+    assert (tmp_path / "boat-8.png").is_file()
+
+
 # Ours.
 
 
@@ -209,7 +195,7 @@ def test_progress_events(http: httpx.Client) -> None:
         assert partials == [0, 1, 2]
 
 
-def test_urls_expire_nothing_else_is_served(http: httpx.Client, server: Server) -> None:
+def test_urls_expire_nothing_else_is_served(http: httpx.Client, server: Any) -> None:
     reply = http.post("/v1/images/generations", json=PLAIN | {"response_format": "url", "output_format": "webp"})
     url = reply.json()["data"][0]["url"]
     got = httpx.get(url)
@@ -285,10 +271,31 @@ def test_health_metrics_and_usage(http: httpx.Client) -> None:
     assert "glmimg_ready 1.0" in metrics and "glmimg_pictures_total" in metrics
 
 
+# Whatever the specification allows, and much that it does not.
+
+
+@pytest.fixture(scope="module")
+def api(server: Any) -> Any:
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+@schemathesis.pytest.from_fixture("api").parametrize()
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_no_request_breaks_the_server(case: Any) -> None:
+    if isinstance(case.body, dict):  # as little work as a request can be
+        for name, value in (("steps", 1), ("n", 1), ("size", SIZE)):
+            if isinstance(case.body.get(name), type(value)):
+                case.body[name] = value
+    response = case.call(timeout=120)
+    assert response.status_code < 500, response.text
+    if response.status_code >= 400 and not case.path.startswith(("/health", "/ready")):
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
 # Many at once.
 
 
-def test_no_reply_is_mixed_up(server: Server, tiny_checkpoint: Path) -> None:
+def test_no_reply_is_mixed_up(server: Any, tiny_checkpoint: Path) -> None:
     async def all_of_them() -> list[Any]:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
             bodies = [PLAIN | {"seed": 100 + k, "prompt": f"a cat{' and a dog' * (k % 3)}"} for k in range(10)]
@@ -304,7 +311,7 @@ def test_no_reply_is_mixed_up(server: Server, tiny_checkpoint: Path) -> None:
         assert np.abs(pixels(picture(item["b64_json"])) - pixels(alone)).max() <= 2
 
 
-def test_a_full_queue_and_clients_that_go_away(server: Server) -> None:
+def test_a_full_queue_and_clients_that_go_away(server: Any) -> None:
     slow = PLAIN | {"steps": 1000, "n": 8}
     dispatcher = server.service.dispatcher
 
@@ -328,7 +335,7 @@ def test_a_full_queue_and_clients_that_go_away(server: Server) -> None:
     assert full.json()["error"]["code"] == "queue_full"
 
 
-def test_a_killed_worker_costs_nobody_the_picture(server: Server) -> None:
+def test_a_killed_worker_costs_nobody_the_picture(server: Any) -> None:
     import os
     import signal
 
@@ -347,3 +354,59 @@ def test_a_killed_worker_costs_nobody_the_picture(server: Server) -> None:
     assert reply.status_code == 200 and dispatcher.restarts == 1
     assert reply.json()["data"][0]["b64_json"] == before["data"][0]["b64_json"]
     assert "glmimg_worker_restarts_total 1.0" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_stopping_takes_nothing_new_and_tells_the_rest(server: Any) -> None:
+    """The last test here: afterwards this server takes no more requests."""
+    dispatcher = server.service.dispatcher
+
+    async def scene() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+            post = partial(http.post, "/v1/images/generations")
+            quick = asyncio.create_task(post(json=PLAIN))
+            slow = asyncio.create_task(post(json=PLAIN | {"steps": 1000, "n": 8}))
+            while len(dispatcher.running) < 2:
+                await asyncio.sleep(0.005)
+            draining = asyncio.run_coroutine_threadsafe(dispatcher.drain(8.0), dispatcher._loop)
+            while dispatcher.state != "draining":
+                await asyncio.sleep(0.01)
+            replies = [await http.get("/ready"), await post(json=PLAIN), await quick, await slow]
+            await asyncio.wrap_future(draining)
+            return replies
+
+    ready, late, quick, slow = asyncio.run(scene())
+    assert ready.status_code == 503 and ready.json()["state"] == "draining"
+    assert (late.status_code, quick.status_code, slow.status_code) == (503, 200, 503)
+    assert late.headers["retry-after"] and "stopped before the picture was done" in slow.json()["error"]["message"]
+
+
+# Without a worker.
+
+
+def test_keys_are_needed_where_there_are_keys(tmp_path: Path) -> None:
+    from glmimg.serving.app import create_app
+
+    key = add_key(tmp_path / "keys.json", "ada")
+    app = create_app(ServerSettings(keys=str(tmp_path / "keys.json"), prompt_rules=f"{__name__}:rules"))
+
+    async def scene() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pictures.example") as http:
+            for path in ("/v1/models", "/metrics", "/v1/usage", "/v1/nothing"):
+                refused = await http.get(path)
+                assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+            wrong = await http.post("/v1/images/generations", json=PLAIN, headers={"Authorization": f"Bearer {key}x"})
+            assert wrong.status_code == 401
+            assert (await http.get("/")).status_code == 200 and (await http.get("/health")).status_code == 200
+            http.headers["Authorization"] = f"Bearer {key}"
+            assert (await http.get("/v1/usage")).json()["client"] == "ada"
+            early = await http.post("/v1/images/generations", json=PLAIN)
+            assert early.status_code == 503 and early.json()["error"]["code"] == "model_loading"
+            bad = await http.post("/v1/images/generations", json=PLAIN | {"prompt": "something forbidden"})
+            assert bad.status_code == 400 and bad.json()["error"]["code"] == "moderation_blocked"
+
+    asyncio.run(scene())
+
+
+def rules(prompt: str) -> str | None:
+    return "not here" if "forbidden" in prompt else None

@@ -88,6 +88,7 @@ class Dispatcher:
         self.queue = FairQueue()
         self.running: dict[str, Ticket] = {}
         self.restarts = 0
+        self.failure: GlmimgError | None = None  # why the first worker did not start
         self._checks: dict[str, asyncio.Future[Message]] = {}
         self._reserved = 0
         self._pace = 1.0  # seconds from one finished picture to the next, while busy
@@ -108,7 +109,11 @@ class Dispatcher:
         self._ready = self._loop.create_future()
         self._launch()
         self._keep(self._guard())
-        await asyncio.shield(self._ready)
+        try:
+            await asyncio.shield(self._ready)
+        except GlmimgError as error:
+            self.failure = error
+            raise
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing new and gives what is there that long; the rest is told that the server stops."""
@@ -193,7 +198,8 @@ class Dispatcher:
         if self.state != "ready":
             raise Problem(503, "the model is being loaded", "model_loading", None, 5)
         waiting = self._reserved + sum(ticket.job.n for ticket in self.queue.order())  # type: ignore[attr-defined]
-        if waiting + job.n > self.settings.max_queue:
+        at_work = sum(ticket.job.n for ticket in self.running.values())
+        if waiting + job.n > self.settings.max_queue + max(0, 2 * self.settings.max_batch - at_work):
             raise Problem(
                 429,
                 f"{waiting} pictures wait already, and the queue takes {self.settings.max_queue}: try again later",

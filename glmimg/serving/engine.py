@@ -10,6 +10,7 @@ Whatever fails is that request's own failure, answered; the others go on.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -113,7 +114,12 @@ class Engine:
     def _loop(self, body: Callable[[], None]) -> None:
         with torch.no_grad():
             while not self._stopping:
-                body()
+                try:
+                    body()
+                except Exception:
+                    # Not one request's failure, which is answered where it happens: this process is of no more use.
+                    logger.exception("the worker is broken and ends; what it was making is made anew by the next one")
+                    os._exit(70)
 
     def _draw_some(self) -> None:
         """Waits for work, then draws until the batch is empty."""
@@ -247,7 +253,10 @@ class Engine:
         several = len({id(drawing.owner) for drawing in drawings}) > 1
         for drawing in reversed(drawings):
             work: Work = drawing.owner
-            if work.again and not several:
+            if work.over:
+                with self._changed:
+                    self._leave(work)
+            elif work.again and not several:
                 self._refuse(work, error)
             else:
                 self._back(work, [drawing.number])

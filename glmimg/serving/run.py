@@ -68,6 +68,10 @@ def run(settings: ServerSettings) -> bool:
         timeout_graceful_shutdown=10,
         h11_max_incomplete_event_size=64 << 10,
     )
+    # A start that fails is told in one line by whoever called; the traceback behind it says nothing more.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not record.getMessage().startswith("Traceback"))
     server = _Server(config, app.state.service)
     server.run()
+    if app.state.service.dispatcher.failure is not None:
+        raise app.state.service.dispatcher.failure
     return server.started

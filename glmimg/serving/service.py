@@ -63,7 +63,7 @@ class Files:
         while self._files and next(iter(self._files.values()))[0] < now:
             self._files.popitem(last=False)
         found = self._files.get(name)
-        return None if found is None else found[1:]
+        return None if found is None or found[0] < now else found[1:]
 
 
 class Service:

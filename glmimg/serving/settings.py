@@ -81,6 +81,8 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
         return {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
 
     def body(self) -> dict[str, Any]:

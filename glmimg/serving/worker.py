@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -50,10 +51,13 @@ def main(connection: Connection, settings: ServerSettings) -> None:
     send({"type": "ready", **about})
     from glmimg.serving.messages import refusal
 
+    told = 0.0
     while True:
+        if time.monotonic() - told >= STATS_EVERY:
+            told = time.monotonic()
+            send({"type": "stats", "rss": _resident(), "batch": engine.drawn_together})
         try:
             if not connection.poll(STATS_EVERY):
-                send({"type": "stats", "rss": _resident(), "batch": engine.drawn_together})
                 continue
             kind, *rest = connection.recv()
         except (EOFError, OSError):

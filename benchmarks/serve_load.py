@@ -1,0 +1,128 @@
+"""Load on a server that is running: are all replies right, how long do they take, does the memory stay level?
+
+    glmimg serve &
+    python benchmarks/serve_load.py --clients 16 --seconds 180
+
+Every client asks again and again with its own seeds; every picture is compared with the one that the same seed gave
+before, one at a time. Also measured: tokens a second with 8 requests in flight against one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import statistics
+import time
+from typing import Any
+
+import httpx
+
+SEEDS = 6  # different requests; each is made alone first
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--key", help="an API key, if the server has keys")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--size", default="auto")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--json", action="store_true", help="print one object for programs")
+    arguments = parser.parse_args()
+    headers = {"Authorization": f"Bearer {arguments.key}"} if arguments.key else {}
+    async with httpx.AsyncClient(base_url=arguments.url, headers=headers, timeout=900) as http:
+        report = await measure(http, arguments)
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        print("\n".join(f"{name:<32}{value}" for name, value in report.items()))
+
+
+def body(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    prompt = f"a small {('red', 'green', 'blue')[seed % 3]} boat{' on a lake' * (seed % 2)}"
+    fields = {"prompt": prompt, "seed": seed, "size": arguments.size, "steps": arguments.steps}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+async def measure(http: httpx.AsyncClient, arguments: argparse.Namespace) -> dict[str, Any]:
+    alone: dict[int, str] = {}
+    single: list[float] = []
+    for seed in range(SEEDS):
+        began = time.perf_counter()
+        reply = await http.post("/v1/images/generations", json=body(seed, arguments))
+        reply.raise_for_status()
+        single.append(time.perf_counter() - began)
+        alone[seed] = reply.json()["data"][0]["b64_json"]
+
+    seconds: list[float] = []
+    counts = {"right": 0, "wrong": 0, "refused": 0, "lost": 0}
+    memory: list[float] = []
+    end = time.monotonic() + arguments.seconds
+
+    async def client(number: int) -> None:
+        numbers = random.Random(number)
+        while time.monotonic() < end:
+            seed, began = numbers.randrange(SEEDS), time.perf_counter()
+            try:
+                reply = await http.post("/v1/images/generations", json=body(seed, arguments))
+            except httpx.HTTPError:
+                counts["lost"] += 1
+                continue
+            if reply.status_code in (429, 503):
+                counts["refused"] += 1
+                await asyncio.sleep(min(5.0, float(reply.headers.get("Retry-After", 1))))
+                continue
+            seconds.append(time.perf_counter() - began)
+            same = reply.status_code == 200 and reply.json()["data"][0]["b64_json"] == alone[seed]
+            counts["right" if same else "wrong"] += 1
+
+    async def watch() -> None:
+        while time.monotonic() < end:
+            found = re.search(r"^glmimg_worker_memory_bytes (\S+)", (await http.get("/metrics")).text, re.MULTILINE)
+            memory.append(float(found[1]) if found else 0.0)
+            await asyncio.sleep(2)
+
+    began = time.perf_counter()
+    await asyncio.gather(watch(), *(client(k) for k in range(arguments.clients)))
+    elapsed = time.perf_counter() - began
+    one, eight = await layouts(http, arguments, 1), await layouts(http, arguments, 8)
+    warm = memory[len(memory) // 4 :] or [0.0]
+    return {
+        **counts,
+        "pictures a second": round((counts["right"] + counts["wrong"]) / elapsed, 3),
+        "one at a time, median s": round(statistics.median(single), 3),
+        f"{arguments.clients} clients, median s": round(statistics.median(seconds), 3) if seconds else None,
+        f"{arguments.clients} clients, p95 s": round(_p95(seconds), 3) if seconds else None,
+        "worker memory, after warm-up MB": f"{min(warm) / 1e6:.0f} to {max(warm) / 1e6:.0f}",
+        "tokens/s, one in flight": round(one, 1),
+        "tokens/s, 8 in flight": round(eight, 1),
+        "gain of the token batch": round(eight / one, 2),
+    }
+
+
+async def layouts(http: httpx.AsyncClient, arguments: argparse.Namespace, in_flight: int) -> float:
+    """Tokens a second of requests for layouts alone."""
+    fields = {name: value for name, value in body(1, arguments).items() if name != "steps"}
+    tokens, began = 0, time.perf_counter()
+
+    async def ask(seed: int) -> int:
+        reply = await http.post("/v1/images/layouts", json=fields | {"seed": seed})
+        reply.raise_for_status()
+        return int(reply.json()["usage"]["output_tokens"])
+
+    rounds = 3 if in_flight > 1 else 6
+    for k in range(rounds):
+        tokens += sum(await asyncio.gather(*(ask(100 * k + seed) for seed in range(in_flight))))
+    return tokens / (time.perf_counter() - began)
+
+
+def _p95(values: list[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(0.95 * len(values)))]
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,159 @@
+"""The server's parts that need no model: keys, fairness, limits, accounts, settings, the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmimg.cli import main
+from glmimg.errors import BadInput, GlmimgError
+from glmimg.serving.auth import Client, KeyFile, Limits, add_key
+from glmimg.serving.dispatcher import Dispatcher, Ticket
+from glmimg.serving.fair_queue import FairQueue
+from glmimg.serving.jobs import Job
+from glmimg.serving.settings import Problem, ServerSettings
+
+
+def test_the_front_imports_no_torch() -> None:
+    program = (
+        "import sys, glmimg.serving.run\nprint([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@dataclass(eq=False)
+class Asked:
+    client: str
+    cost: float = 1.0
+    priority: int = 0
+
+
+def test_a_burst_delays_only_its_own_requests() -> None:
+    queue = FairQueue()
+    burst = [Asked("a") for _ in range(5)]
+    late = [Asked("b"), Asked("b", 3.0), Asked("b")]
+    urgent = Asked("c", priority=1)
+    for one in [*burst, *late, urgent]:
+        queue.add(one)
+    order = queue.order()
+    assert [one.client for one in order] == ["c", "a", "b", "a", "b", "a", "a", "a", "b"]
+    assert [queue.pop() for _ in range(2)] == order[:2]
+    assert queue.remove(late[2]) and not queue.remove(late[2])
+    assert len(queue) == 6 and late[2] not in queue.order()
+    queue.add(burst[0], first=True)
+    assert [one for one in queue.order() if one.client == "a"][0] is burst[0]
+    while len(queue):
+        queue.pop()
+    assert not queue._had, "names are kept for ever"
+
+
+def test_who_was_away_has_saved_nothing_up() -> None:
+    queue = FairQueue()
+    for _ in range(20):
+        queue.add(Asked("a"))
+    for _ in range(10):
+        queue.pop()
+    for _ in range(10):
+        queue.add(Asked("b"))
+    assert [one.client for one in queue.order()][:6] in (["b", "a"] * 3, ["a", "b"] * 3)
+
+
+def test_keys_are_hashed_found_and_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "keys.json"
+    first = add_key(path, "ada", priority=2, pictures_per_minute=None, max_requests=3)
+    assert first not in path.read_text() and stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    keys = KeyFile(path)
+    found = keys.find(first)
+    assert found is not None and (found.name, found.priority, found.max_requests) == ("ada", 2, 3)
+    assert keys.find(first + "x") is None and keys.find("") is None and keys.find("ü\udc80") is None
+    second = add_key(path, "ada")
+    assert keys.find(first) is None and keys.find(second) is not None, "a new key takes the old one's place at once"
+    path.write_text("{")
+    assert keys.find(second) is not None and "stay as they were" in caplog.text
+    path.unlink()
+    assert keys.find(second) is None, "no file, no key"
+    with pytest.raises(BadInput, match="serve key NAME"):
+        KeyFile(path)
+    path.write_text(json.dumps({"keys": [{"name": "a", "sha256": "", "prioriti": 1}]}))
+    with pytest.raises(BadInput, match="did you mean 'priority'"):
+        KeyFile(path)
+
+
+def test_limits_of_a_key() -> None:
+    limits, client = Limits(), Client("ada", pictures_per_minute=4, max_requests=2)
+    limits.enter(client, 2)
+    limits.enter(client, 1)
+    with pytest.raises(Problem) as caught:
+        limits.enter(client, 1)
+    assert caught.value.status == 429 and "2 requests" in caught.value.message
+    limits.leave(client)
+    with pytest.raises(Problem) as caught:
+        limits.enter(client, 3)
+    assert caught.value.status == 429 and 20 <= float(caught.value.headers["Retry-After"]) <= 30
+    limits.enter(client, 1)
+    with pytest.raises(Problem) as caught:
+        limits.leave(client)
+        limits.enter(client, 5)
+    assert caught.value.status == 400
+    limits.enter(Client("bob", max_requests=1), 9)
+
+
+def test_other_hosts_need_keys() -> None:
+    with pytest.raises(BadInput, match="API keys"):
+        ServerSettings(host="0.0.0.0")
+    assert ServerSettings(host="0.0.0.0", keys="keys.json").host == "0.0.0.0"
+    assert ServerSettings(model="/home/ada/secret/model/").name == "model"
+    with pytest.raises(BadInput, match="max_batch"):
+        ServerSettings(max_batch=0)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from argparse import ArgumentParser
+
+    from glmimg.cli_serve import serve
+
+    parser = ArgumentParser()
+    serve(parser)
+    flags = vars(parser.parse_args([])) | {"allow_hosts": ()}
+    assert ServerSettings.from_dict(flags) == ServerSettings(), "a flag's default is another than the setting's"
+    assert main(["serve", "--host", "0.0.0.0"]) == 2 and "API keys" in capsys.readouterr().err
+    assert main(["serve", "key", "ada", "--keys", str(tmp_path / "keys.json"), "--max-requests", "2"]) == 0
+    key = capsys.readouterr().out.strip()
+    found = KeyFile(tmp_path / "keys.json").find(key)
+    assert found is not None and found.max_requests == 2
+
+
+def test_progress_that_nobody_reads_is_replaced() -> None:
+    async def scene() -> list[Any]:
+        ticket = Ticket(Job("a cat"), "ada", 0, 0.0)
+        for step in range(1000):
+            ticket.put({"type": "progress", "picture": step % 2, "step": step})
+        ticket.put({"type": "picture", "picture": 0})
+        ticket.put({"type": "ended"})
+        ticket.put({"type": "picture", "picture": 1})
+        return [message async for message in ticket]
+
+    seen = asyncio.run(scene())
+    assert [message.get("step") for message in seen] == [998, 999, None]
+
+
+def test_a_model_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    async def scene() -> None:
+        dispatcher = Dispatcher(ServerSettings(model=str(tmp_path / "absent")))
+        try:
+            await dispatcher.start()
+        finally:
+            await dispatcher.stop()
+
+    with pytest.raises(GlmimgError, match="absent"):
+        asyncio.run(scene())
