@@ -368,7 +368,7 @@ class Engine:
         if work.over:
             return
         logger.error("a request failed", exc_info=error)
-        self.send(messages.refusal(work.job.id, error))
+        self.send(messages.refusal(work.job, error))
         with self._changed:
             self._leave(work)
 
@@ -389,8 +389,7 @@ class Engine:
                 return
             work.ended = True
             self.active.pop(work.job.id, None)
-            if not self.active:
-                self.limit = self.max_batch
+            self.limit = min(self.max_batch, self.limit + 1)  # back up by and by after memory was short
             self._changed.notify_all()
         self.send({"type": "ended", "id": work.job.id})
 

@@ -10,6 +10,7 @@ from PIL import Image
 from glmimg.errors import BadInput
 from glmimg.pipelines.result import picture_metadata
 from glmimg.pipelines.stages import Stages
+from glmimg.serving.jobs import Job
 from glmimg.serving.token_batch import Drawing
 from glmimg.serving.work import Work, picture_file
 
@@ -79,18 +80,21 @@ def picture(work: Work, stages: Stages, name: str, number: int, image: Image.Ima
     }
 
 
-def refusal(job_id: str, error: Exception) -> Message:
-    """What the client is told of an error: of those that are not its own, no more than the kind."""
+def refusal(job: Job, error: Exception) -> Message:
+    """What the client is told of an error: of those that are not its own, no more than the kind; and never a path."""
     answer: Message
     if isinstance(error, BadInput):
-        answer = {"status": 400, "message": str(error), "code": "invalid_value"}
+        message = str(error)
+        for name, folder, _ in job.adapters:
+            message = message.replace(folder, name)
+        answer = {"status": 400, "message": message, "code": "invalid_value"}
     elif out_of_memory(error):
         message = "the picture does not fit into the memory that is free: ask for a smaller one, or for fewer"
         answer = {"status": 503, "message": message, "code": "insufficient_memory"}
     else:
         message = f"the picture could not be made ({type(error).__name__}): the server's log tells more"
         answer = {"status": 500, "message": message, "code": "generation_failed"}
-    return {"type": "refused", "id": job_id, **answer}
+    return {"type": "refused", "id": job.id, **answer}
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse, Response
 
 from glmimg.serving import schemas
@@ -85,8 +84,8 @@ async def edits(request: Request) -> Response:
     fields: dict[str, Any] = {}
     try:
         form = await request.form(max_files=MAX_REFERENCES, max_fields=64, max_part_size=service.settings.max_body)
-    except MultiPartException as error:
-        raise Problem(400, f"the form cannot be read: {error.message}", "invalid_body") from error
+    except (LookupError, ValueError) as error:  # of names and texts in odd encodings
+        raise Problem(400, f"the form cannot be read: {error}", "invalid_body") from error
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):

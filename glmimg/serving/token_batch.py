@@ -102,8 +102,10 @@ class TokenBatch:
             drawing.at = lead
         self._save()
         both = [(self._state, self._slots), (state, slots)]
-        self._state = _aligned([(one, k, slot) for one, several in both if one for k, slot in enumerate(several)])
-        self._logits_SV = logits_SV if self._logits_SV is None else torch.cat((self._logits_SV, logits_SV))
+        state = _aligned([(one, k, slot) for one, several in both if one for k, slot in enumerate(several)])
+        if self._logits_SV is not None:
+            logits_SV = torch.cat((self._logits_SV, logits_SV))
+        self._state, self._logits_SV = state, logits_SV  # only now, when nothing can fail any more
         self._slots += slots
         self.drawings += joining
         self._load()

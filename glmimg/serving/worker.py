@@ -81,7 +81,7 @@ def main(connection: Connection, settings: ServerSettings) -> None:
         except Exception as error:
             if not isinstance(error, GlmimgError):
                 logger.exception("a request could not be checked")
-            send(refusal(job.id, error))
+            send(refusal(job, error))
             if kind == "run":
                 send({"type": "ended", "id": job.id})
     engine.stop()

@@ -102,7 +102,9 @@ async function run(path, fields, files = []) {
   say("Sent.");
   const all = { ...fields, stream: true, progress: true, partial_images: 2, return_tokens: true };
   try {
-    await stream(path, all, files, (event) => told(event, path, fields, files), mine.signal);
+    const shown = [];
+    await stream(path, all, files, (event) => shown.push(told(event, path, fields, files)), mine.signal);
+    await Promise.all(shown);
     say(variants.length === 1 ? `Done: seed ${current.seed}.` : `Done: ${variants.length} pictures.`);
   } catch (error) {
     const stopped = error.name === "AbortError";
@@ -261,7 +263,7 @@ $("frame").onpointerup = () => { corner = null; };
 const random = () => Math.floor(Math.random() * 2 ** 32);
 function again(entry) {
   // Size and layout are the tokens' own; what only shapes the layout is of no use to the decoder.
-  const { size, ...fields } = entry.fields;
+  const { size, region, ...fields } = entry.fields;
   return { ...fields, tokens: entry.tokens, seed: random(), n: 1 };
 }
 $("form").onsubmit = (event) => {

@@ -19,7 +19,7 @@ function kind(schema) {
 function fields(schema) {
   const table = document.createElement("table");
   const head = table.createTHead().insertRow();
-  for (const title of ["field", "kind", "default", ""]) head.append(node("th", title));
+  for (const title of ["field", "kind", "default", "meaning"]) head.append(node("th", title));
   for (const [name, one] of Object.entries(resolved(schema).properties || {})) {
     const row = table.insertRow();
     const needed = (resolved(schema).required || []).includes(name);

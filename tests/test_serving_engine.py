@@ -1,0 +1,134 @@
+"""The worker's engine in this process: what fails, and for whom."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmimg.checkpoint import Checkpoint
+from glmimg.pipelines.stages import Stages
+from glmimg.serving import engine as engines
+from glmimg.serving.engine import Engine
+from glmimg.serving.jobs import Job
+from glmimg.serving.token_batch import TokenBatch
+
+SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2}
+
+Run = Callable[..., dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def started(tiny_checkpoint: Path) -> Iterator[Callable[..., tuple[Engine, Run]]]:
+    engines: list[Engine] = []
+
+    def start(offload: str = "none", max_batch: int = 8) -> tuple[Engine, Run]:
+        sent: queue.Queue[dict[str, Any]] = queue.Queue()
+        stages = Stages(Checkpoint.open(tiny_checkpoint), "cpu", "fp32", offload)
+        engine = Engine(stages, "tiny", max_batch, sent.put)
+        engines.append(engine)
+
+        def run(*jobs: Job) -> dict[str, list[dict[str, Any]]]:
+            """Runs them at once; what was sent of each."""
+            for job in jobs:
+                engine.run(job)
+            messages: dict[str, list[dict[str, Any]]] = {job.id: [] for job in jobs}
+            ended = 0
+            while ended < len(jobs):
+                message = sent.get(timeout=120)
+                ended += message["type"] == "ended"
+                messages[message["id"]].append(message)
+            return messages
+
+        return engine, run
+
+    yield start
+    for engine in engines:
+        engine.stop()
+
+
+def jobs(count: int, **fields: Any) -> list[Job]:
+    return [Job(f"a cat and {k} dogs", seed=10 * k, options=SMALL, **fields) for k in range(count)]
+
+
+def pictures(messages: list[dict[str, Any]]) -> list[Any]:
+    return [(m["picture"], m["data"], m["tokens"]) for m in messages if m["type"] == "picture"]
+
+
+def test_batches_turns_and_memory_change_nothing(started: Any) -> None:
+    _, run = started()
+    several = jobs(3, n=2)
+    together = run(*several)
+    assert all(len(pictures(messages)) == 2 for messages in together.values())
+    engine, alone = started(offload="stage", max_batch=1)
+    engine.measured(10**12, 16)  # no memory at all: one picture at a time
+    for job in several:
+        assert pictures(alone(job)[job.id]) == pictures(together[job.id])
+
+
+def test_a_request_that_fails_is_answered_and_harms_no_other(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run = started()
+    good, bad, worse = jobs(3)
+    expected = pictures(run(good)[good.id])
+    decode = engines.decode
+
+    def failing(stages: Any, work: Any, *rest: Any) -> Any:
+        if work.job is bad:
+            raise RuntimeError("a secret of this machine")
+        if work.job is worse:
+            raise MemoryError
+        return decode(stages, work, *rest)
+
+    monkeypatch.setattr(engines, "decode", failing)
+    seen = run(bad, good, worse)
+    assert pictures(seen[good.id]) == expected
+    assert [(m["type"], m.get("status")) for m in seen[bad.id]] == [("refused", 500), ("ended", None)]
+    assert "secret" not in seen[bad.id][0]["message"]
+    assert seen[worse.id][0]["code"] == "insufficient_memory"
+
+
+def test_a_batch_that_breaks_down_begins_anew(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, run = started()
+    several = jobs(4)
+    expected = {job.id: pictures(messages) for job, messages in zip(several, run(*several).values(), strict=True)}
+    advance, calls = TokenBatch.advance, []
+
+    def once(batch: TokenBatch) -> Any:
+        calls.append(len(batch.drawings))
+        if len(calls) == 3:
+            raise RuntimeError("out of something")
+        return advance(batch)
+
+    monkeypatch.setattr(TokenBatch, "advance", once)
+    seen = run(*several)
+    assert {name: pictures(messages) for name, messages in seen.items()} == expected
+    assert max(calls[3:]) <= max(1, calls[2] // 2), "the second try is in smaller company"
+
+    def always(batch: TokenBatch) -> Any:
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(TokenBatch, "advance", always)
+    assert all(messages[0]["status"] == 500 for messages in run(*several).values()), "nobody waits for ever"
+    monkeypatch.setattr(TokenBatch, "advance", advance)
+    assert pictures(run(several[0])[several[0].id]) == expected[several[0].id]
+
+
+def test_cancelled_ones_end_and_the_rest_goes_on(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, run = started()
+    stay, go = jobs(2)
+    expected = pictures(run(stay)[stay.id])
+    advance, calls = TokenBatch.advance, []
+
+    def cancelling(batch: TokenBatch) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            engine.cancel(go.id)
+        return advance(batch)
+
+    monkeypatch.setattr(TokenBatch, "advance", cancelling)
+    seen = run(go, stay)
+    assert [m["type"] for m in seen[go.id]] == ["ended"] and pictures(seen[stay.id]) == expected
+    assert not engine.active and not engine.waiting and not engine.ready
