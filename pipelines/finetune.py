@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -80,7 +81,7 @@ class FineTunePipeline:
         """`config`: a FineTuneConfig, or a dict of some of its fields. `cache`: where encoded pictures are kept, by
         default the user's cache folder."""
         settings = config if isinstance(config, FineTuneConfig) else FineTuneConfig.from_dict(config or {})
-        return cls(Checkpoint.open(model), settings, pick_backend(backend), dtype, cache)
+        return cls(Checkpoint.open(model), settings, _own_device(pick_backend(backend)), dtype, cache)
 
     # Looking at the data.
 
@@ -326,6 +327,13 @@ class FineTunePipeline:
                 "name another folder"
             )
         print(f"glmimg: going on with {output}", file=sys.stderr)
+
+
+def _own_device(place: Backend) -> Backend:
+    """Where several processes were launched, each one's device of the kind that was picked."""
+    if Processes.current().count == 1 or not place.has_pinned_memory:
+        return place
+    return pick_backend(f"{place.name}:{os.environ.get('LOCAL_RANK', '0')}")
 
 
 def _first_held_out(output: Path, stage: str) -> float | None:
