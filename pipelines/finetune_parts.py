@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from glmimg.atomic_write import atomic_folder
 from glmimg.backends import Backend
 from glmimg.checkpoint import Checkpoint, save_component
+from glmimg.errors import BadInput
 from glmimg.lora import COMPONENT, Adapter, Low, save_adapter, target_names
 from glmimg.packed_linear import PackedLinear, quantize
 from glmimg.training.finetune_config import FineTuneConfig
@@ -133,7 +134,7 @@ def needed_bytes(
 ) -> tuple[int, int, int]:
     """(parameters that learn, parameters in all, bytes that weights, gradients and optimizer take) without loading.
 
-    Activations come on top; they are measured.
+    BadInput for a rank that is too large. Activations come on top; they are measured.
     """
     component = COMPONENT[stage]
     model = checkpoint.skeleton(component)
@@ -144,6 +145,11 @@ def needed_bytes(
         return total, total, total * (4 + 4 + 8 + (4 if config.ema else 0))
     names = target_names(model, stage, config.targets(stage))
     shapes = [(m.out_features, m.in_features) for m in map(model.get_submodule, names)]
+    for name, shape in zip(names, shapes, strict=True):
+        if config.rank > min(shape):
+            raise BadInput(
+                f"rank {config.rank} is more than {name} has ({shape[0]} x {shape[1]}): use {min(shape)} or less"
+            )
     learning = sum(config.rank * (n + k) + (n if config.method == "dora" else 0) for n, k in shapes)
     every = [(m.out_features, m.in_features) for m in map(model.get_submodule, target_names(model, stage))]
     matrices = sum(n * k for n, k in every)
