@@ -228,11 +228,12 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def contained(folder: Path, file: Path) -> Path:
-    """`file`, unless it is a link that leads out of its folder to somewhere other than the hub cache's own store."""
+    """`file`, unless it is a link that leads out of its folder to somewhere else than the hub's cache."""
     target, home = file.resolve(), folder.resolve()
-    # models--owner--name/snapshots/REVISION/component/file -> models--owner--name/blobs/HASH
-    stores = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
-    if target.parent != home and target.parent not in stores:
+    # where huggingface_hub keeps files: models--OWNER--NAME/blobs/HASH
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    own = Path(__file__).parent in folder.absolute().parents  # the package's, which some installers link
+    if target.parent != home and not in_cache and not own:
         raise CheckpointError(
             f"{file} is a link to {target}, outside its folder.\n"
             "A checkpoint could make any file of this machine part of itself that way.\n"

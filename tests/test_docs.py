@@ -17,7 +17,14 @@ from glmimg.cli import COMMANDS, main
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # The pages whose code is run; those about training and judging need hours or other packages.
-RUN = ["README.md", "docs/quickstart.md", "docs/checkpoint-format.md", "docs/backends.md", "docs/fine-tuning.md"]
+RUN = [
+    "README.md",
+    "docs/quickstart.md",
+    "docs/checkpoint-format.md",
+    "docs/backends.md",
+    "docs/fine-tuning.md",
+    "docs/weights.md",
+]
 # Flags that commands of the pages get here, so that trying them takes no time.
 AT_SMOKE_SIZE = {
     "generate": ["-q"],

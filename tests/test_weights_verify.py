@@ -179,6 +179,7 @@ def test_oversized_settings_are_refused(tiny_copy: Path, monkeypatch: pytest.Mon
 
 
 def test_checksums(tiny_copy: Path, tmp_path: Path) -> None:
+    (tiny_copy / "my notes.txt").write_text("not part of it")
     report = verify(tiny_copy, write_checksums=True)
     names = [line.split("  ")[1] for line in (tiny_copy / CHECKSUMS).read_text().splitlines()]
     assert report.checksums == f"{len(names)} written" and "vae/diffusion_pytorch_model.safetensors" in names

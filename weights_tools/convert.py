@@ -91,6 +91,8 @@ def convert(
         raise BadInput(f"{target} exists already: name one that does not, or delete it first")
     if shard_bytes is not None and to != "folder":
         raise BadInput("--shard-size is for folders: the other layouts are one file")
+    if Path(source).resolve() in target.absolute().resolve().parents:
+        raise BadInput(f"{target} lies inside the checkpoint that is read: name a place outside it")
     contents = open_source(source)
     before = contents.nbytes
     if base is not None:

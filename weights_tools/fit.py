@@ -28,6 +28,9 @@ def expected_shapes(
             value = part.get(key, 0)
             if not isinstance(value, int | None) or (value or 0) > _DEEPEST:
                 raise CheckpointError(f"{component}/config.json: {key} {str(value):.30} is no number of layers")
+        long = [key for key, value in part.items() if isinstance(value, list | dict) and len(value) > _DEEPEST]
+        if long:
+            raise CheckpointError(f"{component}/config.json: {long[0]:.30} has more than {_DEEPEST} entries")
     try:
         module = empty_component(component, dict(config), stored, component)
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -224,23 +224,34 @@ def _describe(writer: Any, contents: Contents, component: str, quantized: str | 
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quantized.upper()}" if quantized else word])
     if quantized:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    told: list[tuple[Callable[[Any], None], Any]]
     if component == "transformer":
-        writer.add_block_count(config["num_layers"])
-        writer.add_head_count(config["num_attention_heads"])
-        writer.add_embedding_length(config["num_attention_heads"] * config["attention_head_dim"])
+        heads, side = config.get("num_attention_heads"), config.get("attention_head_dim")
+        told = [
+            (writer.add_block_count, config.get("num_layers")),
+            (writer.add_head_count, heads),
+            (writer.add_embedding_length, heads * side if heads and side else None),
+        ]
     else:
         text = config["text_config"]
-        writer.add_block_count(text["num_hidden_layers"])
-        writer.add_head_count(text["num_attention_heads"])
-        writer.add_head_count_kv(text["num_key_value_heads"])
-        writer.add_embedding_length(text["hidden_size"])
-        writer.add_feed_forward_length(text["intermediate_size"])
-        writer.add_context_length(text["max_position_embeddings"])
-        writer.add_layer_norm_rms_eps(text.get("rms_norm_eps", 1e-5))
-        writer.add_rope_freq_base(text.get("rope_parameters", {}).get("rope_theta", 10000.0))
-        writer.add_vocab_size(text["vocab_size"])
+        told = [
+            (writer.add_block_count, text.get("num_hidden_layers")),
+            (writer.add_head_count, text.get("num_attention_heads")),
+            (writer.add_head_count_kv, text.get("num_key_value_heads")),
+            (writer.add_embedding_length, text.get("hidden_size")),
+            (writer.add_feed_forward_length, text.get("intermediate_size")),
+            (writer.add_context_length, text.get("max_position_embeddings")),
+            (writer.add_layer_norm_rms_eps, text.get("rms_norm_eps")),
+            (writer.add_rope_freq_base, (text.get("rope_parameters") or {}).get("rope_theta")),
+            (writer.add_vocab_size, text.get("vocab_size")),
+        ]
         if "processor/tokenizer.json" in contents.files:
             _add_tokenizer(writer, contents.json("processor/tokenizer.json"), text)
+            told += [(writer.add_eos_token_id, text.get("eos_token_id"))]
+            told += [(writer.add_pad_token_id, text.get("pad_token_id"))]
+    for add, value in told:  # a config may leave to its class what is usual
+        if isinstance(value, int | float):
+            add(value)
     writer.add_string(_OWN + "component", component)
     for name in _FILES:
         if f"{component}/{name}" in contents.files:
@@ -268,8 +279,6 @@ def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], text: dict[str, Any])
     writer.add_token_types([kind for _, kind in listed])
     if merges:
         writer.add_token_merges(merges)
-    writer.add_eos_token_id(text["eos_token_id"])
-    writer.add_pad_token_id(text["pad_token_id"])
 
 
 def _strict_reader(library: Any) -> Any:

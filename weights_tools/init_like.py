@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ from glmimg.weights_tools.fit import PARTS, expected_shapes
 from glmimg.weights_tools.inspect import open_headers
 from glmimg.weights_tools.layouts import STEMS
 from glmimg.weights_tools.rewrite import SHARD_BYTES, Bytes
-from glmimg.weights_tools.streaming import Progress, TensorSpec, require_space, sync_folder, tensor_writer
+from glmimg.weights_tools.streaming import (
+    PIECE,
+    Progress,
+    TensorSpec,
+    TensorWriter,
+    cast_pieces,
+    require_space,
+    sync_folder,
+    tensor_writer,
+)
 
 __all__ = ["init_like", "scaled_configs"]
 
@@ -69,45 +78,51 @@ def init_like(
             write_synced(folder / name / "config.json", as_json(configs[name]))
             file = folder / name / f"{STEMS[name]}.safetensors"
             with tensor_writer(file, plan, shard_bytes=SHARD_BYTES, progress=shared) as writer:
-                for tensor, values in _random(name, configs[name], seed * len(COMPONENTS) + number):
-                    if tensor in plan:
-                        writer.write(tensor, values.to(_torch(dtype)))
+                _random(name, configs[name], seed * len(COMPONENTS) + number, plan, writer)
         sync_folder(folder)
     sync_folder(target.absolute().parent)
     return target
 
 
-def _torch(dtype: str) -> Any:
-    import torch
+def _random(
+    component: str, config: dict[str, Any], seed: int, plan: Mapping[str, TensorSpec], writer: TensorWriter
+) -> None:
+    """Writes every tensor, each layer started as its library starts it, in one piece of memory that all share.
 
-    return getattr(torch, dtype)
-
-
-def _random(component: str, config: dict[str, Any], seed: int) -> Iterator[tuple[str, Any]]:
-    """Name and fp32 values of every tensor, each layer started as its library starts it."""
+    Memory of their own for each would be scattered so badly by what stays between that hundreds of megabytes are lost.
+    """
     import torch
 
     model = empty_component(component, config)
+    room = torch.empty(max(_count(module) for module in model.modules()))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for path, module in model.named_modules():
-            own = [name for name, _ in module.named_parameters(recurse=False)]
-            if not own:
-                continue
-            module.to_empty(device="cpu", recurse=False)
-            for name in own:
-                values = getattr(module, name)
+            empty = dict(module.named_parameters(recurse=False))
+            begin = 0
+            for name, parameter in empty.items():
+                values = room[begin : begin + parameter.numel()].view(parameter.shape)
+                begin += parameter.numel()
                 if values.dim() > 1:
                     values.normal_(std=0.02)
                 else:
                     values.fill_(1.0 if name == "weight" else 0.0)
-            if hasattr(model, "_init_weights"):  # transformers
+                setattr(module, name, torch.nn.Parameter(values))
+            if empty and hasattr(model, "_init_weights"):  # transformers
                 model._init_weights(module)
-            elif hasattr(module, "reset_parameters"):  # torch's layers in diffusers' models
+            elif empty and hasattr(module, "reset_parameters"):  # torch's layers in diffusers' models
                 module.reset_parameters()
-            for name in own:
-                yield f"{path}.{name}" if path else name, getattr(module, name).detach()
-            module.to_empty(device="meta", recurse=False)
+            for name, parameter in empty.items():
+                tensor = f"{path}.{name}" if path else name
+                if tensor in plan:  # the second name of shared weights is not
+                    data: Any = getattr(module, name).detach().reshape(-1).view(torch.uint8).numpy()
+                    pieces = (memoryview(data)[at : at + PIECE] for at in range(0, len(data), PIECE))
+                    writer.write(tensor, cast_pieces(pieces, "F32", plan[tensor].dtype))
+                setattr(module, name, parameter)
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 def scaled_configs(configs: Mapping[str, Mapping[str, Any]], scale: float) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from glmimg.checkpoint import Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import CONFIG_KEY, PACKED, SCALE
-from glmimg.weights_tools.layouts import Contents, StoredTensor, read_contents
+from glmimg.weights_tools.layouts import Contents, StoredTensor, class_of, read_contents
 from glmimg.weights_tools.streaming import Progress, TensorSpec, natural_order, torch_dtype
 
 __all__ = ["as_text", "inspect", "open_headers", "parameters", "tree", "value_stats"]
@@ -38,7 +38,7 @@ def inspect(
             specs = _from_config(name, config)
         own = values.get(name, {})
         components[name] = {
-            "class": config.get("_class_name") or next(iter(config.get("architectures") or []), None),
+            "class": class_of(config),
             "weights": name in contents.tensors,
             "tensors": len(specs),
             "parameters": sum(parameters(tensor, spec) for tensor, spec in specs.items()),
@@ -215,11 +215,12 @@ def _vocabulary(contents: Contents) -> dict[str, Any] | None:
     if "vision_language_encoder" not in contents.components:
         return None
     language = contents.config("vision_language_encoder")
-    text = language.get("text_config") or {}
-    start = language.get("image_start_token_id")
+    text, codebook = (
+        part if isinstance(part, dict) else {} for part in (language.get("text_config"), language.get("vq_config"))
+    )
     return {
-        "codes": (language.get("vq_config") or {}).get("num_embeddings"),
-        "image_start": start,
+        "codes": codebook.get("num_embeddings"),
+        "image_start": language.get("image_start_token_id"),
         "image_end": language.get("image_end_token_id"),
         "image_place": language.get("image_token_id"),
         "for_pictures": text.get("vision_vocab_size"),

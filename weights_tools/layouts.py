@@ -28,6 +28,7 @@ __all__ = [
     "STEMS",
     "Contents",
     "StoredTensor",
+    "class_of",
     "component_of",
     "read_contents",
     "read_folder",
@@ -178,8 +179,14 @@ def read_folder(root: Path, *, weights: bool = True, problems: list[str] | None 
 
 def component_of(config: Mapping[str, Any]) -> str | None:
     """The component that a config.json describes, None if it is none of ours."""
-    named = [config.get("_class_name"), *(config.get("architectures") or [])]
-    return next((CLASSES[name] for name in named if isinstance(name, str) and name in CLASSES), None)
+    return CLASSES.get(class_of(config) or "")
+
+
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The class that a config.json names."""
+    listed = config.get("architectures")
+    named = [config.get("_class_name"), *(listed if isinstance(listed, list) else [])]
+    return next((name for name in named if isinstance(name, str)), None)
 
 
 def safe_path(path: str) -> bool:

@@ -264,8 +264,11 @@ def tensor_writer(
             "metadata": {"total_size": sum(spec.nbytes for spec in plan.values())},
             "weight_map": dict(sorted(shards.items())),
         }
-        with atomic_file(target.with_name(target.name + ".index.json")) as temporary:
-            temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        with atomic_file(target.with_name(target.name + ".index.json")) as temporary, temporary.open("wb") as stream:
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
     sync_folder(target.parent)
 
 

@@ -164,7 +164,7 @@ def _not_finite(contents: Contents, progress: Progress | None) -> list[str]:
 def _listed_files(root: Path) -> list[str]:
     paths = [path for path in root.rglob("*") if path.is_file() and path.name != CHECKSUMS]
     names = [path.relative_to(root).as_posix() for path in paths]
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    return sorted(filter(safe_path, names))
 
 
 def _sha256(path: Path) -> str:
