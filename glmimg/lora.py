@@ -192,7 +192,7 @@ def save_adapter(
     info: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes one stage's folder, whole or not at all. `groups`: of TARGETS[stage], none for all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     info = dict(info or {})
     config = {
@@ -217,7 +217,7 @@ def save_adapter(
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(theirs), "glmimg": json.dumps(info)}
     with atomic_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, temporary / WEIGHTS, metadata)
+        (temporary / WEIGHTS).write_bytes(save(tensors, metadata))  # save_file's can be read by their owner alone
 
 
 def _config(folder: Path) -> dict[str, Any]:
