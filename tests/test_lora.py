@@ -150,9 +150,6 @@ def test_packed_layers_carry_adapters(tiny_checkpoint: Path) -> None:
     layers = trained(model, "generator")
     with torch.no_grad():
         learnt = run(model, "generator")
-        low = {
-            "model.language_model.layers.0.self_attn.q_proj": layers["model.language_model.layers.0.self_attn.q_proj"]
-        }
         rest = {n: m.low for n, m in layers.items()}
         detach(model)
         merge(model, [(Adapter("generator", rest), 1.0)])
