@@ -54,7 +54,8 @@ class ByteBar:
             return
         self._drawn = now
         seconds = now - self._started
-        line = f"{self.label:<8}{_bar(done, max(1, total))} {done / 1e9:.2f}/{total / 1e9:.2f} GB  "
+        scale, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+        line = f"{self.label:<8}{_bar(done, max(1, total))} {done / scale:.2f}/{total / scale:.2f} {unit}  "
         line += _duration(seconds) if finished else f"{_duration(seconds * (total - done) / max(1, done))} left"
         print(("\r\x1b[K" if self.live else "") + line, end="\n" if finished else "", file=self.stream, flush=True)
 

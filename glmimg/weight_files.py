@@ -73,8 +73,8 @@ class WeightFiles:
     what the headers carry beside the tensors, the first file's where two disagree.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = folder = Path(folder)
         self.files = [folder] if folder.suffix == ".safetensors" and folder.is_file() else _find(folder)
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}

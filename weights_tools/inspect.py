@@ -68,7 +68,10 @@ def as_text(report: Mapping[str, Any]) -> str:
         dtypes = ", ".join(f"{dtype} {_size(row['bytes'])}" for dtype, row in part["dtypes"].items())
         lines += ["", f"{name}  {part['class']}  {part['parameters']:,} parameters  {dtypes}"]
         lines += [] if part["weights"] else ["  no weights here: counted from config.json"]
+        lone = {group["name"] for group in part["tree"] if group["tensors"] == 1}
         for group in part["tree"]:
+            if group["name"].rpartition(".")[0] in lone:
+                continue  # told already
             label = "  " * group["level"] + group["name"].rpartition(".")[2]
             label = label[:-1] + f"x{group['repeats']}" if label.endswith("*") else label
             line = f"{label:<44}{group['parameters']:>15,}  {_size(group['bytes']):>9}"
