@@ -86,7 +86,7 @@ class Request:
             "task": task,
             "negative_prompt": self.negative_prompt,
             "checkpoint": {"name": checkpoint.name, "hash": checkpoint.hash},
-            "dtype": {stage: str(dtype).removeprefix("torch.") for stage, dtype in stages.dtypes.items()},
+            "dtype": stages.precisions,
             "backend": {stage: str(backend.device) for stage, backend in stages.backends.items()},
             "region": None if self.region is None else list(self.region),
         }

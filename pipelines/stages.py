@@ -46,7 +46,8 @@ AdapterName = str | Path | tuple[str | Path, float]
 class Stages:
     """A checkpoint's parts on one backend, or on one for each stage. Arguments are checked at once, weights come later.
 
-    `backend`: "auto", a name, a Backend, or {"generator": ..., "decoder": ...}. `dtype` None: the backend's own.
+    `backend`: "auto", a name, a Backend, or {"generator": ..., "decoder": ...}. `dtype` None: the backend's own,
+    and the token generator's matrices in eight bits where the backend is faster so.
     `adapters`: folders of adapters, each as "path", "path:strength" or (path, strength), added to the weights on
     loading. `load_seconds` counts the time spent loading.
     """
@@ -67,6 +68,14 @@ class Stages:
         self.compile = compile
         self.backends = _placed(backend)
         self.dtypes = {stage: place.resolve_dtype(dtype) for stage, place in self.backends.items()}
+        # As close to fp32 as bf16 itself, at half the bytes of every step: benchmarks/token_precision.py. A dtype that
+        # is asked for is kept.
+        self.eight_bit_tokens = (
+            dtype is None
+            and offload != "block"
+            and self.backends["generator"].eight_bit_tokens
+            and self.dtypes["generator"] == torch.bfloat16
+        )
         if compile and not self.backends["decoder"].can_compile:
             raise BackendError(
                 f"compile=True needs a compiler for {self.backends['decoder'].device}, and none was found (g++ or "
@@ -82,6 +91,12 @@ class Stages:
             self.set_adapters(adapters)
 
     # What needs no weights.
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """What each stage's matrices are held in, for people and pictures' settings."""
+        names = {stage: str(dtype).removeprefix("torch.") for stage, dtype in self.dtypes.items()}
+        return names | ({"generator": "int8"} if self.eight_bit_tokens else {})
 
     @cached_property
     def prompts(self) -> PromptBuilder:
@@ -222,7 +237,7 @@ class Stages:
             return streamed_generator(self.checkpoint, *place, self._changes["generator"])
         model = self.checkpoint.generator(*self._place("generator"))
         merge(model, self._changes["generator"])
-        return TokenGenerator(model)
+        return TokenGenerator(model, weights="int8" if self.eight_bit_tokens else None)
 
     def _load_decoder(self) -> Decoder:
         if self.offload == "block":

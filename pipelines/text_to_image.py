@@ -48,8 +48,9 @@ class TextToImagePipeline:
         """Opens a folder, a hub id or the embedded model.
 
         `backend`: "auto", a kind or a device, or one for each stage: {"generator": "auto", "decoder": "cpu"}.
-        `dtype` None takes the backend's own. `offload`: "none" keeps what is loaded; "stage" frees the generator before
-        the decoder is loaded, and the other way round; "block" holds one transformer block at a time.
+        `dtype` None takes the backend's own, and eight bits for the token generator's matrices on processors with bf16.
+        `offload`: "none" keeps what is loaded; "stage" frees the generator before the decoder is loaded, and the other
+        way round; "block" holds one transformer block at a time.
         `adapters`: "path", "path:strength" or (path, strength) each, added up.
         """
         return cls(Stages(Checkpoint.open(model), backend, dtype, offload, compile, adapters))

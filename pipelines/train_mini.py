@@ -122,8 +122,6 @@ class MiniTraining:
         models = build_models(self.preset, seed=self.seed)
         if self.start_from:
             self._load_checkpoint(models, self.start_from)
-            if (self.work / "tokenizer" / "state.pt").exists():
-                _forget_codes(models)
             return models
         start_residual_blocks_at_identity(models["vae"])
         start_generator(models["vision_language_encoder"])
@@ -282,12 +280,22 @@ class MiniTraining:
     def encoded(self, name: str) -> EncodedScenes:
         return EncodedScenes(self.work / name / "encoded", self.scenes(name))
 
+    def _spell(self, stage: str, *tables_VD: torch.Tensor) -> None:
+        """Before a stage's first step on another tokenizer than the checkpoint's: its codes mean nothing there yet."""
+        if (self.work / stage / "state.pt").exists() or not (self.work / "tokenizer" / "state.pt").exists():
+            return
+        self.load("tokenizer")
+        codebook_VE = self.models["vision_language_encoder"].model.vqmodel.quantize.embedding.weight
+        for k, table_VD in enumerate(tables_VD):
+            _spell_codes(table_VD[: len(codebook_VE)], codebook_VE, self.seed + k)
+
     def generator(self) -> None:
         from glmimg.prompt import PromptBuilder
         from glmimg.training.generator_task import GeneratorTask
 
         builder = PromptBuilder(self.bpe(), self.preset["vision_language_encoder"])
         model = self.models["vision_language_encoder"]
+        self._spell("generator", model.model.language_model.embed_tokens.weight, model.lm_head.weight)
         task = GeneratorTask(
             model, builder, self.encoded("scenes"), self.encoded("scenes_held_out"), edits=self.edits()
         )
@@ -298,6 +306,7 @@ class MiniTraining:
         from glmimg.training.decoder_task import DecoderTask
 
         self.load("autoencoder")
+        self._spell("decoder", self.models["transformer"].prior_token_embedding.weight)
         task = DecoderTask(
             self.models["transformer"],
             self.models["text_encoder"],
@@ -346,17 +355,13 @@ class MiniTraining:
         return next((figures for figures in reversed(found) if figures), {})
 
 
-def _forget_codes(models: dict[str, Any]) -> None:
-    """Begin anew what is tied to single codes: the work folder's tokenizer is another one than the checkpoint's."""
-    model = models["vision_language_encoder"]
-    codes = int(model.config.vq_config.num_embeddings)
-    with torch.no_grad():
-        for table in (
-            model.model.language_model.embed_tokens.weight[:codes],
-            model.lm_head.weight[:codes],
-            models["transformer"].prior_token_embedding.weight,
-        ):
-            table.normal_(std=float(table.std()))
+@torch.no_grad()
+def _spell_codes(table_VD: torch.Tensor, codebook_VE: torch.Tensor, seed: int) -> None:
+    """Start what is learnt of each code from the code's own vector, turned at random: codes that look or mean alike
+    begin alike, where independent rows would each have to be learnt alone."""
+    turn_ED = torch.randn(codebook_VE.shape[1], table_VD.shape[1], generator=torch.Generator().manual_seed(seed))
+    rows_VD = torch.nn.functional.normalize(codebook_VE.float(), dim=-1) @ turn_ED
+    table_VD.copy_(rows_VD * float(table_VD.std()))
 
 
 _UNTRAINED: dict[str, Any] = {"steps": 0, "position": 0, "minutes": 0.0}

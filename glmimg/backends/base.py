@@ -45,6 +45,7 @@ class Backend:
     supports_float64: ClassVar[bool] = True
     can_compile: ClassVar[bool] = False
     has_pinned_memory: ClassVar[bool] = False
+    eight_bit_tokens: ClassVar[bool] = False  # whether bf16 matrices of the token generator are faster in eight bits
 
     def __init__(self, index: int | None = None, reason: str = "asked for") -> None:
         self.device = torch.device(self.name) if index is None else torch.device(self.name, index)

@@ -24,6 +24,7 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 class Cpu(Backend):
     name: ClassVar[str] = "cpu"
+    eight_bit_tokens: ClassVar[bool] = True
     can_compile: ClassVar[bool] = any(shutil.which(compiler) for compiler in ("g++", "clang++", "cl"))
 
     def __init__(self, index: int | None = None, reason: str = "asked for") -> None:

@@ -84,7 +84,7 @@ class DecoderTask:
         *,
         crop: int = 4,
         on_things: float = 0.75,
-        whole: float = 0.0,
+        whole: float = 0.4,
         token_noise: float = 0.1,
         drop: float = 0.1,
         seed: int = 0,
