@@ -172,7 +172,8 @@ def _record(path: Path, kind: type) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}): repair it, or delete it") from error
-    if not isinstance(value, kind) or (kind is list and not all(isinstance(step, dict) for step in value)):
+    wrong = not isinstance(value, kind)
+    if wrong or (kind is list and not all(isinstance(step, dict) for step in value)):
         raise CheckpointError(f"{path} must hold a json {'list of objects' if kind is list else 'object'}")
     return value
 

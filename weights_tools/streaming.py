@@ -265,10 +265,10 @@ def tensor_writer(
             "weight_map": dict(sorted(shards.items())),
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        with atomic_file(target.with_name(target.name + ".index.json")) as temporary, temporary.open("wb") as stream:
-            stream.write(text.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        with atomic_file(target.with_name(target.name + ".index.json")) as temporary, temporary.open("wb") as out:
+            out.write(text.encode())
+            out.flush()
+            os.fsync(out.fileno())
     sync_folder(target.parent)
 
 

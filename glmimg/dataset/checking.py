@@ -232,7 +232,7 @@ def _duplicates(usable: Sequence[Checked], prints: Sequence[np.ndarray]) -> list
         if checked.digest in first:
             found.append(Finding("same picture", label, f"{label} is {first[checked.digest]}"))
         first.setdefault(checked.digest, label)
-    table = np.array(prints, dtype=np.int16).reshape(len(prints), -1)
+    table = np.array(prints, dtype=np.int16)
     for number in range(1, len(table)):
         apart = np.abs(table[:number] - table[number])
         distances = apart[:, :_BITS].sum(1) + (ALIKE + 1) * (apart[:, _BITS:].mean(1) > TINT)
