@@ -135,7 +135,9 @@ def packed_product(x_RK: Tensor, matrix: Tensor, *rest: Any) -> Tensor:
     if len(rest) == 2:
         return torch._weight_int4pack_mm_for_cpu(x_RK, matrix, *rest)
     if matrix.dtype == torch.int8:
-        if x_RK.is_cpu and x_RK.shape[0] <= _FEW_ROWS and x_RK.dtype == rest[0].dtype:
+        # The kernel reads sixteen columns at a time, past the end where they do not come out even (torch 2.13).
+        even = x_RK.shape[1] % 16 == 0
+        if even and x_RK.is_cpu and x_RK.shape[0] <= _FEW_ROWS and x_RK.dtype == rest[0].dtype:
             return torch._weight_int8pack_mm(x_RK.contiguous(), matrix, rest[0])
         if x_RK.dtype != torch.float16:  # whose range the unscaled sums may leave
             return torch.mm(x_RK, matrix.T.to(x_RK.dtype)).mul_(rest[0])  # scaling the result touches less memory

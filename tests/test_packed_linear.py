@@ -158,3 +158,12 @@ def test_packed_layers_take_the_place_of_linear_ones() -> None:
         plain = torch.nn.Sequential(torch.nn.Linear(64, 8, device="meta"), torch.nn.Linear(8, 8, device="meta"))
         with pytest.raises(CheckpointError, match="scale"):
             use_packed(plain, broken, config, "folder")
+
+
+@pytest.mark.parametrize("inputs", [24, 40, 36])
+def test_odd_widths_keep_clear_of_the_kernel_that_reads_past_them(inputs: int) -> None:
+    packed, scale = quantize(random(64, inputs, dtype=torch.bfloat16), 8)
+    x = random(9, inputs, seed=2, dtype=torch.bfloat16)
+    exact = x.float() @ dequantize(packed, scale, torch.float32).T
+    product = packed_product(x, *ready(packed, scale, torch.bfloat16))
+    assert torch.allclose(product.float(), exact, atol=0.02 * float(exact.abs().max()))
