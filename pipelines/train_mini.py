@@ -281,11 +281,14 @@ class MiniTraining:
         return EncodedScenes(self.work / name / "encoded", self.scenes(name))
 
     def _spell(self, stage: str, *tables_VD: torch.Tensor) -> None:
-        """Before a stage's first step on another tokenizer than the checkpoint's: its codes mean nothing there yet."""
+        """Before a stage's first step on a tokenizer new to its weights: the codes mean nothing there yet."""
         if (self.work / stage / "state.pt").exists() or not (self.work / "tokenizer" / "state.pt").exists():
             return
-        self.load("tokenizer")
         codebook_VE = self.models["vision_language_encoder"].model.vqmodel.quantize.embedding.weight
+        before_VE = codebook_VE.detach().clone()
+        self.load("tokenizer")
+        if self.start_from and torch.allclose(before_VE, codebook_VE, atol=0.01):  # a checkpoint is rounded to bf16
+            return
         for k, table_VD in enumerate(tables_VD):
             _spell_codes(table_VD[: len(codebook_VE)], codebook_VE, self.seed + k)
 

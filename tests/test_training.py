@@ -17,6 +17,7 @@ from glmimg.corpus.scenes import SceneSampler, draw
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept
 from glmimg.corpus.stickers import SIDE, STYLES, StickerBank
 from glmimg.errors import BadInput
+from glmimg.pipelines.train_mini import MiniTraining, Scale
 from glmimg.presets import PRESETS
 from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
@@ -28,7 +29,7 @@ from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import TeacherTask
 from glmimg.training.tokenizer_task import TokenizerTask, token_targets
-from glmimg.weights_tools.init import build_models, train_bpe
+from glmimg.weights_tools.init import build_models, init_checkpoint, train_bpe
 
 CODES = ["1f98a", "1f431", "1f34e", "1f680", "26bd", "1f600", "1f4a1", "1f697", "1f436", "1f347", "1f355", "2708"]
 
@@ -266,3 +267,20 @@ def test_forward_states_equal_transformers(models: dict) -> None:
         ours = forward_states(language_model, ids, positions)
         theirs = language_model(input_ids=ids, position_ids=positions).last_hidden_state
     assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_codes_start_anew_only_with_another_tokenizer(tmp_path: Path, models: dict) -> None:
+    """The decoder's table is kept when the work folder's tokenizer is the checkpoint's own, rounded or not."""
+    checkpoint = init_checkpoint(tmp_path / "checkpoint", "tiny", seed=0, dtype="bfloat16")
+    for seed, kept in ((0, True), (1, False)):
+        model = build_models(PRESETS["tiny"], seed=seed)["vision_language_encoder"].model
+        work = tmp_path / f"work{seed}"
+        (work / "tokenizer").mkdir(parents=True)
+        state = {"visual": model.visual.state_dict(), "vqmodel": model.vqmodel.state_dict()}
+        torch.save({"ema": None, "modules": state}, work / "tokenizer" / "state.pt")
+        training = MiniTraining(work, "tiny", Scale(), {}, 1, 0, checkpoint)
+        table = training.models["transformer"].prior_token_embedding.weight
+        before = table.detach().clone()
+        training._spell("decoder", table)
+        assert torch.equal(before, table) == kept
+        assert float(table.detach().std()) == pytest.approx(float(before.std()), rel=0.2)

@@ -280,8 +280,8 @@ def _read_file(path: Path) -> Contents:
         )
     contents = Contents("single file", {name: _tensors(reader, names) for name, names in names_of.items()}, files)
     for component in names_of:
-        text = reader.metadata.get(METADATA + component)
-        contents.metadata[component] = {"format": "pt"} if text is None else _texts(text, METADATA + component)
+        told = reader.metadata.get(METADATA + component)
+        contents.metadata[component] = {"format": "pt"} if told is None else _texts(told, METADATA + component)
     return contents
 
 
