@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,10 +250,16 @@ def test_interrupted_in_either_stage(small: list[str], monkeypatch: pytest.Monke
     assert not list(Path().iterdir())
 
 
+def hear_interrupts() -> None:
+    """In a child before it starts: a job in the background inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_real_interrupt(small: list[str]) -> None:
     """Ctrl-C between two steps of the decoder, from outside."""
     arguments = ["generate", "a cat", *small[:2], "--steps", "1000", "--size", "256x256", "--backend", "cpu"]
-    with subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+    pipes: Any = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*PROGRAM, *arguments], **pipes, preexec_fn=hear_interrupts) as run:
         assert run.stderr is not None and run.stdout is not None
         line = run.stderr.readline()
         while line and not line.startswith("tokens"):

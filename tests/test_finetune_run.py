@@ -294,6 +294,11 @@ def test_find_rate(pictures: Path, tiny_checkpoint: Path, tmp_path: Path, capsys
     assert Image.open(found["plot"]).size == (640, 400)
 
 
+def hear_interrupts() -> None:
+    """In a child before it starts: a job in the background inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_killed_from_outside_and_gone_on_with(
@@ -304,7 +309,8 @@ def test_killed_from_outside_and_gone_on_with(
     flags += ["--resolution", "64", "--rank", "2", "--batch-size", "2", "--stage", "generator", "--save-every", "3"]
     command = ["finetune", str(pictures), "-o", str(out), *flags, "--steps", "100000", "-q"]
     log = out / "run/generator/log.jsonl"
-    with subprocess.Popen([*PROGRAM, *command], stderr=subprocess.PIPE, text=True) as run:
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}  # not where the checkout lies
+    with subprocess.Popen([*PROGRAM, *command], **pipes, preexec_fn=hear_interrupts) as run:
         deadline = time.monotonic() + 300
         while not (log.is_file() and log.read_text().count('"loss"') > 8):
             if run.poll() is not None or time.monotonic() > deadline:

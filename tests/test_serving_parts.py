@@ -23,11 +23,12 @@ from glmimg.serving.jobs import Job
 from glmimg.serving.settings import Problem, ServerSettings
 
 
-def test_the_front_imports_no_torch() -> None:
+def test_the_front_imports_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys, glmimg.serving.run\nprint([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == "[]"
 
 

@@ -157,11 +157,12 @@ def test_command(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> N
         inspect(tiny_checkpoint / "processor")
 
 
-def test_headers_need_no_torch(tiny_checkpoint: Path) -> None:
+def test_headers_need_no_torch(tiny_checkpoint: Path, tmp_path: Path) -> None:
     import subprocess
 
     program = (
         "import sys; from glmimg.weights_tools.inspect import inspect; inspect(sys.argv[1]); "
         "raise SystemExit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", program, str(tiny_checkpoint)], check=False).returncode == 0
+    command = [sys.executable, "-c", program, str(tiny_checkpoint)]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0

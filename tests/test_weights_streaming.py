@@ -191,6 +191,11 @@ raise SystemExit(main(["weights", "convert", *sys.argv[1:]]))
 """
 
 
+def hear_interrupts() -> None:
+    """In a child before it starts: a job in the background inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 @pytest.mark.parametrize("target", ["folder", "one.safetensors"])
 @pytest.mark.parametrize("stop", ["SIGKILL", "SIGINT"])
@@ -198,7 +203,8 @@ def test_stopped_in_the_middle(tiny_copy: Path, tmp_path: Path, target: str, sto
     before = {path: path.read_bytes() for path in tiny_copy.rglob("*") if path.is_file()}
     command = [sys.executable, "-c", SLOW, str(tiny_copy), str(tmp_path / target), "--shard-size", "200kB"]
     command = command if target == "folder" else command[:-2]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(command, **pipes, preexec_fn=hear_interrupts) as run:
         assert run.stdout is not None
         for _ in range(60):
             assert run.stdout.readline()
