@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmimg.config import parse_size
+from glmimg.config import SHORT_NAMES, parse_size
 from glmimg.errors import BadInput
 
 if TYPE_CHECKING:
@@ -20,17 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["edit", "generate"]
 
 CHUNK = 8  # prompts of one call: their tokens are drawn together
-# Flags whose value a PNG's settings give under another name, and those on which the tokens depend.
-_CONFIG = {
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "sampler": "sampler",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "token_guidance": "token_guidance",
-}
+# On these the tokens do not depend.
 _DECODER_ONLY = {"num_inference_steps", "guidance_scale", "sampler"}
 
 
@@ -177,7 +167,9 @@ def _source(arguments: argparse.Namespace, task: str) -> dict[str, Any] | None:
 
 def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments of a pipeline's call."""
-    given = {field: getattr(arguments, flag) for flag, field in _CONFIG.items() if getattr(arguments, flag) is not None}
+    given = {
+        field: getattr(arguments, flag) for flag, field in SHORT_NAMES.items() if getattr(arguments, flag) is not None
+    }
     if arguments.size is not None:
         given["width"], given["height"] = parse_size(arguments.size)
     options: dict[str, Any] = {"config": given, "negative_prompt": arguments.negative, "seed": 0}

@@ -12,7 +12,19 @@ from typing import Any, TypeVar
 
 from glmimg.errors import BadInput, UnknownName
 
-__all__ = ["Config", "SamplingConfig", "check_size", "parse_size", "require"]
+__all__ = ["SHORT_NAMES", "Config", "SamplingConfig", "check_size", "parse_size", "require"]
+
+# What flags and requests call a field of SamplingConfig.
+SHORT_NAMES = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "sampler": "sampler",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "token_guidance": "token_guidance",
+}
 
 SIDE = 32  # pixels of a semantic token: sides are multiples of it
 

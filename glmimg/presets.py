@@ -107,7 +107,7 @@ def _preset(
             "up_block_types": ["UpDecoderBlock2D"] * 4,
             "block_out_channels": list(vae_channels),
             "layers_per_block": 1,
-            "norm_num_groups": 8,
+            "norm_num_groups": vae_channels[0] // 8,  # smaller groups forget colours (training/autoencoder_task.py)
             "latent_channels": 16,
             "mid_block_add_attention": False,
             "use_quant_conv": False,

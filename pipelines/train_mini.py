@@ -2,6 +2,8 @@
 
     python -m glmimg.pipelines.train_mini --work runs --out runs/mini --budget 12
 
+    torchrun --nproc-per-node 2 -m glmimg.pipelines.train_mini --threads 1 ...   # a process for each core or device
+
 Every stage resumes where it stopped; `--stages` runs some of them, `--minutes` replaces a stage's share of the budget
 so that chunks of a longer training can be run one by one. See docs/training.md for what each stage reached.
 """
@@ -31,6 +33,7 @@ from glmimg.presets import PRESETS, Preset
 from glmimg.training import recipes
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.loop import Run, Task, TrainConfig
+from glmimg.training.processes import Processes
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
@@ -114,7 +117,7 @@ class MiniTraining:
 
     @cached_property
     def models(self) -> dict[str, Any]:
-        from glmimg.training.autoencoder_task import start_residual_blocks_at_identity
+        from glmimg.training.autoencoder_task import start_from_scratch as start_autoencoder
         from glmimg.training.decoder_task import start_from_scratch as start_decoder
         from glmimg.training.generator_task import start_from_scratch as start_generator
         from glmimg.weights_tools.init import build_models
@@ -123,7 +126,7 @@ class MiniTraining:
         if self.start_from:
             self._load_checkpoint(models, self.start_from)
             return models
-        start_residual_blocks_at_identity(models["vae"])
+        start_autoencoder(models["vae"])
         start_generator(models["vision_language_encoder"])
         start_decoder(models["transformer"])
         tower = models["vision_language_encoder"].model.visual
@@ -189,14 +192,19 @@ class MiniTraining:
             # New data from where the checkpoint's own training stopped; the optimizer starts afresh.
             base = _training_record(self.start_from, stage)
             run.position = base["position"]
-            (self.work / stage / "started_from.json").write_text(json.dumps(base))
+            if run.processes.main:
+                (self.work / stage / "started_from.json").write_text(json.dumps(base))
         if run.progress() < 1:
             run.train()
 
     def autoencoder(self) -> None:
         from glmimg.training.autoencoder_task import AutoencoderTask
 
-        task = AutoencoderTask(self.models["vae"], self.scenes(), self.scenes("scenes_held_out"))
+        # Latents on disk came from this encoder, and a decoder may have learnt them: it must stay as it is.
+        frozen = (self.work / "scenes" / "encoded" / "latents.npy").exists()
+        task = AutoencoderTask(
+            self.models["vae"], self.scenes(), self.scenes("scenes_held_out"), freeze_encoder=frozen
+        )
         self._run("autoencoder", task, recipes.autoencoder(self.minutes["autoencoder"], self.threads))
 
     @cached_property
@@ -410,11 +418,14 @@ def main(argv: list[str] | None = None) -> int:
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
     scale = SMOKE if a.smoke else Scale()
     scale = replace(scale, tokens=a.tokens or scale.tokens, latents=a.latents or scale.latents)
+    processes = Processes.current()
     training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from)
     for stage in wanted:
-        print(f"stage {stage}", file=sys.stderr, flush=True)
-        STAGES[stage](training)
-    if a.out:
+        if processes.main or stage in SHARES:
+            print(f"stage {stage}", file=sys.stderr, flush=True)
+            STAGES[stage](training)
+        processes.wait()
+    if a.out and processes.main:
         training.export(a.out)
         print(a.out)
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from glmimg.presets import PRESETS
 from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.training.autoencoder_task import AutoencoderTask, measure_latents
+from glmimg.training.autoencoder_task import start_from_scratch as start_autoencoder
 from glmimg.training.decoder_task import DecoderTask
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.generator_task import GeneratorTask, forward_states
@@ -170,6 +173,36 @@ def _stop_after(run: Run, steps: int):  # type: ignore[no-untyped-def]
     return batch
 
 
+@pytest.mark.parametrize("preset", ["tiny", "mini"])
+def test_autoencoder_starts_with_every_colour_in_any_context(preset: str) -> None:
+    vae = build_models(PRESETS[preset], seed=0)["vae"].eval()
+    start_autoencoder(vae)
+    blocks = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mode()
+        whole, corner = vae.decode(latents).sample, vae.decode(latents[..., :2, :2]).sample
+    assert (whole - pixels).abs().max() < 0.1
+    assert (corner - pixels[..., :16, :16]).abs().max() < 0.1
+
+
+def test_autoencoder_keeps_its_latents_with_the_encoder_frozen(scenes: SceneCache, tmp_path: Path) -> None:
+    vae = build_models(PRESETS["tiny"], seed=0)["vae"]
+    start_autoencoder(vae)
+    encoder, decoder = ({k: v.clone() for k, v in part.state_dict().items()} for part in (vae.encoder, vae.decoder))
+    task = AutoencoderTask(vae, scenes, scenes, crop=32, whole=0.5, freeze_encoder=True)
+    Run(task, config(steps=4, muon=False), tmp_path).train()
+    assert all(torch.equal(encoder[k], v) for k, v in vae.encoder.state_dict().items())
+    assert not all(torch.equal(decoder[k], v) for k, v in vae.decoder.state_dict().items())
+
+
+def test_autoencoder_start_needs_wide_groups() -> None:
+    vae = build_models(PRESETS["tiny"], seed=0)["vae"]
+    vae.register_to_config(norm_num_groups=8)
+    with pytest.raises(BadInput, match="norm_num_groups 8"):
+        start_autoencoder(vae)
+
+
 def test_autoencoder_learns(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
     task = AutoencoderTask(models["vae"], scenes, scenes, crop=32)
     before = task.evaluate()["psnr"]
@@ -178,6 +211,45 @@ def test_autoencoder_learns(scenes: SceneCache, tmp_path: Path, models: dict) ->
     mean, std = measure_latents(models["vae"], scenes, n=16)
     assert len(mean) == len(std) == 16 and min(std) > 0
     assert (tmp_path / "latest.png").exists() and (tmp_path / "state.pt").exists()
+
+
+_TWO = """
+import json, sys, torch
+from pathlib import Path
+from glmimg.training.loop import Run, TrainConfig
+class Task:
+    def __init__(self):
+        torch.manual_seed(0)
+        self.modules = {"line": torch.nn.Linear(3, 1)}
+    def batch(self, position, size):
+        return torch.randn(size, 3, generator=torch.Generator().manual_seed(position))
+    def loss(self, x, progress, generator):
+        return (self.modules["line"](x) - x.sum(1, keepdim=True)).square().mean(), {}
+    def evaluate(self):
+        return {}
+    def sheet(self):
+        return None
+size = int(sys.argv[2])
+config = TrainConfig(0.05, size, steps=5, warmup=1, autocast=False, muon=False, threads=1)
+run = Run(Task(), config, Path(sys.argv[1]))
+run.train()
+print(json.dumps([run.processes.count, run.position, run.modules["line"].weight.tolist()]))
+"""
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(_TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "run"), "4"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    (count, position, weight), other = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert other[2] == weight  # the same model in both
+    assert (count, position) == (2, 5 * 2 * 4)  # each drew its own samples
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["modules"]["line"]["weight"].tolist() == weight and state["position"] == position
 
 
 def test_tokenizer_moves_its_codebook_and_reports(scenes: SceneCache, tmp_path: Path, models: dict) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from glmimg.config import parse_size
+from glmimg.config import SHORT_NAMES, parse_size
 from glmimg.errors import BadInput, UnknownName
 from glmimg.serving import schemas
 from glmimg.serving.auth import LOCAL, Client, KeyFile, Limits
@@ -33,16 +33,6 @@ logger = logging.getLogger(__name__)
 
 QUALITY = {"low": 0.5, "medium": 1.0, "auto": 1.0, "standard": 1.0, "high": 2.0, "hd": 2.0}
 PICTURES = ("PNG", "JPEG", "WEBP")
-_OPTIONS = {
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "sampler": "sampler",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "token_guidance": "token_guidance",
-}
 
 
 class Files:
@@ -126,7 +116,7 @@ class Service:
                 raise Problem(400, "streams carry pictures as b64_json", "unsupported_value", "response_format")
         if fields.get("progress") and not fields.get("stream"):
             raise Problem(400, "progress is sent as events: ask for stream as well", "invalid_value", "progress")
-        options = {ours: fields[name] for name, ours in _OPTIONS.items() if name in fields}
+        options = {ours: fields[name] for name, ours in SHORT_NAMES.items() if name in fields}
         size = fields.get("size", "auto")
         if size != "auto":
             options["width"], options["height"] = parse_size(size)

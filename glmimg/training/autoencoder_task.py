@@ -5,6 +5,7 @@ Legend: B batch, C channels, h w pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,8 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from PIL import Image
 from torch import nn
+
+from glmimg.corpus.words import COLOURS
+from glmimg.errors import BadInput
 
 
 class Pictures(Protocol):
@@ -24,13 +31,69 @@ class Pictures(Protocol):
     def picture(self, k: int) -> np.ndarray: ...
 
 
-def start_residual_blocks_at_identity(vae: AutoencoderKL) -> None:
-    """Zero the second convolution of every residual block: measured +1.2 dB at equal time on this data."""
-    for module in vae.modules():
-        if hasattr(module, "conv1") and hasattr(module, "conv2") and isinstance(module.conv2, nn.Conv2d):
-            nn.init.zeros_(module.conv2.weight)
-            if module.conv2.bias is not None:
+# Lightness, red against blue, green against both: orthonormal, so that its transpose brings red, green and blue back.
+_OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]])
+_OPPONENT /= _OPPONENT.norm(dim=1, keepdim=True)
+_CARRIED = 8  # channels that carry colours through: three with both signs, and a constant with both signs
+
+
+def start_from_scratch(vae: AutoencoderKL) -> None:
+    """Start as the network that carries each 8 x 8 block's mean colour through, exactly and in any context.
+
+    Group norm takes mean and scale of its channels over the whole picture away, and with them the colours: a VAE of
+    this size that starts at random never learns some hues (docs/training.md). So the first eight channels carry three
+    opponent colours with both signs (their mean is zero; silu(x) - silu(-x) = x) beside a large constant with both
+    signs, which alone sets the scale. Residual blocks start at zero. Needs groups of at least eight channels.
+    """
+    if min(vae.config.block_out_channels) // vae.config.norm_num_groups < _CARRIED:
+        raise BadInput(f"norm_num_groups {vae.config.norm_num_groups}: groups need {_CARRIED} channels at least")
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, ResnetBlock2D):
+                nn.init.zeros_(module.conv2.weight)
                 nn.init.zeros_(module.conv2.bias)
+                if module.conv_shortcut is not None:
+                    _carry(module.conv_shortcut)
+            elif isinstance(module, Downsample2D | Upsample2D):
+                _carry(module.conv)
+        for part in (vae.encoder, vae.decoder):
+            signs_63 = torch.eye(3).repeat_interleave(2, 0) * torch.tensor([1.0, -1.0] * 3)[:, None]
+            rows = signs_63 @ _OPPONENT if part is vae.encoder else signs_63
+            _tap(part.conv_in, 0, rows)
+            _tap(part.conv_in, 6, torch.zeros(2, 3))
+            constant = _constant(part.conv_in.out_channels, vae.config.norm_num_groups)
+            part.conv_in.bias[:6], part.conv_in.bias[6], part.conv_in.bias[7] = 0.0, constant, -constant
+            part.conv_norm_out.weight[:6] = _SCALE
+            columns = signs_63.T if part is vae.encoder else _OPPONENT.T @ signs_63.T
+            _tap(part.conv_out, 0, columns)
+            part.conv_out.bias[:3] = 0.0
+
+
+_SCALE = 2.0  # what group norm divides by, nearly alone set by the constant
+
+
+def _constant(channels: int, groups: int) -> float:
+    return _SCALE * math.sqrt(channels / groups / 2)
+
+
+def _tap(conv: nn.Conv2d, first: int, rows_OI: torch.Tensor) -> None:
+    """Output channels from `first` on read the first input channels at the middle tap only."""
+    outputs, inputs = rows_OI.shape
+    conv.weight[first : first + outputs] = 0.0
+    conv.weight[first : first + outputs, :inputs, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = rows_OI
+
+
+def _carry(conv: nn.Conv2d) -> None:
+    """The carried channels pass: averaged by two where the convolution halves, the constant fitted to the new width."""
+    grown = math.sqrt(conv.out_channels / conv.in_channels)
+    rows = torch.eye(_CARRIED)
+    rows[6:] *= grown
+    _tap(conv, 0, rows)
+    if conv.stride[0] == 2:  # diffusers pads on the right and below: taps 0 and 1 are the two by two pixels
+        conv.weight[:_CARRIED] = 0.0
+        conv.weight[:_CARRIED, :_CARRIED, :2, :2] = rows[..., None, None] / 4
+    if conv.bias is not None:
+        conv.bias[:_CARRIED] = 0.0
 
 
 def to_pixels(pictures: Sequence[np.ndarray]) -> torch.Tensor:
@@ -43,7 +106,13 @@ def _gradients(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class AutoencoderTask:
-    """See `glmimg.training.loop.Task`. crop: side of the training crops; noise: standard deviation added to latents."""
+    """See `glmimg.training.loop.Task`.
+
+    crop: side of the training crops. noise: the largest standard deviation added to latents, drawn anew for each
+    picture: the decoder's latents are never exact. whole: share of batches that are one whole picture, whose plain
+    background gives group norm other statistics than a crop has. freeze_encoder: train what turns latents into pixels
+    alone, so that latents on disk stay valid.
+    """
 
     def __init__(
         self,
@@ -52,14 +121,20 @@ class AutoencoderTask:
         held_out: Pictures,
         *,
         crop: int = 64,
-        noise: float = 0.05,
+        noise: float = 0.3,
+        whole: float = 0.25,
+        freeze_encoder: bool = False,
         seed: int = 0,
     ) -> None:
+        self.whole, self.freeze_encoder = whole, freeze_encoder
+        vae.encoder.requires_grad_(not freeze_encoder)
         self.vae, self.train, self.held_out, self.crop, self.noise, self.seed = vae, train, held_out, crop, noise, seed
         self.modules: Mapping[str, nn.Module] = {"vae": vae}
 
     def batch(self, position: int, size: int) -> torch.Tensor:
         rng = np.random.default_rng((self.seed, position))
+        if rng.random() < self.whole:
+            return to_pixels([self.train.picture(int(rng.integers(len(self.train))))])
         crops = []
         for k in rng.integers(len(self.train), size=size):
             picture = self.train.picture(int(k))
@@ -76,8 +151,10 @@ class AutoencoderTask:
         self, batch: torch.Tensor, progress: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
         x_BCHW = batch
-        z_BCHW = self.vae.encode(x_BCHW).latent_dist.mode()
-        noisy = z_BCHW + self.noise * torch.randn(z_BCHW.shape, generator=generator).to(z_BCHW)
+        with torch.set_grad_enabled(not self.freeze_encoder):
+            z_BCHW = self.vae.encode(x_BCHW).latent_dist.mode()
+        noise_B = self.noise * torch.rand((len(x_BCHW), 1, 1, 1), generator=generator).square()
+        noisy = z_BCHW + (noise_B * torch.randn(z_BCHW.shape, generator=generator)).to(z_BCHW)
         loss = torch.zeros(())
         # Scale equivariance: the halved latents must decode to the halved picture (cheap previews, smoother latents).
         pairs = [(noisy, x_BCHW)]
@@ -102,7 +179,22 @@ class AutoencoderTask:
     def evaluate(self) -> dict[str, float]:
         x, y = self._decode_held_out(48)
         error = (x - y).square().mean(dim=(1, 2, 3)) / 4
-        return {"psnr": float((-10 * error.log10()).mean())}
+        return {"psnr": float((-10 * error.log10()).mean()), **self._colour_errors()}
+
+    def _colour_errors(self) -> dict[str, float]:
+        """How far (of 255) the palette's colours come out from the middle of a square on a pale ground: decoded whole,
+        and from the middle of the latents alone, where group norm sees another picture."""
+        shades = np.array([shade for shade, _ in COLOURS.values()], dtype=np.uint8)
+        pictures = np.full((len(shades), 128, 128, 3), (250, 250, 248), dtype=np.uint8)
+        pictures[:, 24:104, 24:104] = shades[:, None, None]
+        z = self.vae.encode(to_pixels(list(pictures))).latent_dist.mode()
+        out = {}
+        for name, part in (("colour", z), ("colour_crop", z[..., 4:12, 4:12])):
+            middle = part.shape[-1] * 4
+            seen = self.vae.decode(part).sample.float()[..., middle - 16 : middle + 16, middle - 16 : middle + 16]
+            wanted = torch.from_numpy(shades).float()
+            out[f"{name}_error"] = float(((seen.mean((2, 3)) + 1) * 127.5 - wanted).abs().mean())
+        return out
 
     @torch.no_grad()
     def sheet(self) -> Image.Image:
@@ -119,7 +211,13 @@ class AutoencoderTask:
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKL, pictures: Pictures, n: int = 256) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over `n` pictures: what latents_mean and latents_std hold."""
+    """What latents_mean and latents_std should hold, from `n` pictures.
+
+    The mean of each channel, and the geometric mean of its standard deviation and the largest one: the channels that
+    carry colours stay louder than those of fine detail, which a small decoder cannot foretell and must not spend its
+    loss on.
+    """
     batches = (to_pixels([pictures.picture(k + i) for i in range(8)]) for k in range(0, n, 8))
     z = torch.cat([vae.encode(x).latent_dist.mode() for x in batches])
-    return z.mean(dim=(0, 2, 3)).tolist(), z.std(dim=(0, 2, 3)).tolist()
+    std_C = z.std(dim=(0, 2, 3))
+    return z.mean(dim=(0, 2, 3)).tolist(), (std_C * std_C.max()).sqrt().tolist()

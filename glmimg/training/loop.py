@@ -25,6 +25,7 @@ from torch import nn
 
 from glmimg.errors import BadInput
 from glmimg.training.optimizer import Optimizers
+from glmimg.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,19 @@ class Task(Protocol):
 
 
 class Run:
-    """One training run in a folder: state.pt (the loop's own state), log.jsonl, sheets/ and TensorBoard events."""
+    """One training run in a folder: state.pt (the loop's own state), log.jsonl, sheets/ and TensorBoard events.
+
+    Under `torchrun` or `accelerate launch` every process draws its own batch of `batch_size` and gradients are
+    averaged; the first process writes.
+    """
 
     def __init__(self, task: Task, config: TrainConfig, directory: Path) -> None:
         self.task, self.config, self.directory = task, config, directory
+        self.processes = Processes.current()
         directory.mkdir(parents=True, exist_ok=True)
-        self.board = _board(directory)
-        (directory / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        self.board = _board(directory) if self.processes.main else None
+        if self.processes.main:
+            (directory / "config.json").write_text(json.dumps(asdict(config), indent=1))
         self.modules = dict(task.modules)
         self.optimizers = Optimizers(
             self.modules.values(),
@@ -98,12 +105,14 @@ class Run:
         )
         self.ema = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
         self.step, self.position, self.elapsed = 0, 0, 0.0
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.processes.rank)
 
     # State
 
     def save(self) -> None:
         """Write the whole state atomically."""
+        if not self.processes.main:
+            return
         state = {
             "modules": {n: m.state_dict() for n, m in self.modules.items()},
             "ema": self.ema if self.config.ema else None,
@@ -130,6 +139,8 @@ class Run:
         self.optimizers.load_state_dict(state["optimizers"])
         self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
         self.generator.set_state(state["rng"])
+        if not self.processes.main:  # only the first process' state is kept: the others draw anew from the step
+            self.generator.manual_seed(self.config.seed + 7919 * self.processes.rank + self.step)
         return True
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -161,6 +172,8 @@ class Run:
                         self.ema[name][key].lerp_(value, 1 - decay)
 
     def _log(self, row: dict[str, Any]) -> None:
+        if not self.processes.main:
+            return
         row = {"step": self.step, "position": self.position, "minutes": round(self.elapsed / 60, 2), **row}
         with open(self.directory / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
@@ -175,6 +188,8 @@ class Run:
         print(text + left, file=sys.stderr, flush=True)
 
     def _report(self, *, sheet: bool) -> None:
+        if not self.processes.main:
+            return
         for module in self.modules.values():
             module.eval()
         with self.averaged(), torch.no_grad():
@@ -199,15 +214,20 @@ class Run:
         counted = 0
         autocast = torch.autocast(c.device.split(":")[0], dtype=torch.bfloat16, enabled=c.autocast)
         with ThreadPoolExecutor(1) as pool:
-            ahead: Future[Any] = pool.submit(self.task.batch, self.position, c.batch_size)
-            while self.progress() < 1 and (time.monotonic() - begun) / 60 < until_minutes:
+            mine, all_of_them = self.processes.rank * c.batch_size, self.processes.count * c.batch_size
+            ahead: Future[Any] = pool.submit(self.task.batch, self.position + mine, c.batch_size)
+            while self.progress() < 1 and self.processes.first(time.monotonic() - begun) / 60 < until_minutes:
                 batch = ahead.result()
-                self.position += c.batch_size
-                ahead = pool.submit(self.task.batch, self.position, c.batch_size)
+                self.position += all_of_them
+                ahead = pool.submit(self.task.batch, self.position + mine, c.batch_size)
                 self.optimizers.scale_learning_rate(self.learning_rate_factor())
                 with autocast:
                     loss, metrics = self.task.loss(batch, self.progress(), self.generator)
                 loss.backward()
+                if self.processes.count > 1:
+                    for p in self.optimizers.parameters:  # all must exchange the same list
+                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    self.processes.average([p.grad for p in self.optimizers.parameters if p.grad is not None])
                 norm = torch.nn.utils.clip_grad_norm_(self.optimizers.parameters, c.clip)
                 if not torch.isfinite(norm):
                     for member in self.optimizers.members:
@@ -222,10 +242,10 @@ class Run:
                     sums[key] = sums.get(key, 0.0) + value
                 counted += 1
                 now = time.monotonic()
-                self.elapsed += now - last
+                self.elapsed = self.processes.first(self.elapsed + now - last)
                 last = now
                 if now - last_log > 20:
-                    rate = counted * c.batch_size / (now - last_log)
+                    rate = counted * all_of_them / (now - last_log)
                     self._log({**{k: v / counted for k, v in sums.items()}, "per_s": rate})
                     sums, counted, last_log = {}, 0, now
                 if now - last_save > c.save_minutes * 60:

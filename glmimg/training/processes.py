@@ -27,7 +27,8 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState()
+        # On processors alone accelerate must be told so: it would not connect the processes.
+        state = PartialState(cpu=not torch.accelerator.is_available())
         return cls(int(state.process_index), int(state.num_processes))
 
     @property
@@ -36,12 +37,26 @@ class Processes:
         return self.rank == 0
 
     def average(self, gradients: Iterable[Tensor]) -> None:
-        """Gives every process the mean."""
+        """Gives every process the mean, in one exchange per dtype."""
         if self.count == 1:
             return
+        kinds: dict[torch.dtype, list[Tensor]] = {}
         for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
-            gradient.div_(self.count)
+            kinds.setdefault(gradient.dtype, []).append(gradient)
+        for members in kinds.values():
+            flat = torch.cat([g.flatten() for g in members])
+            torch.distributed.all_reduce(flat)
+            flat.div_(self.count)
+            for gradient, part in zip(members, flat.split([g.numel() for g in members]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def first(self, number: float) -> float:
+        """The first process' number: clocks differ, and all must stop at the same step."""
+        if self.count == 1:
+            return number
+        told = [number]
+        torch.distributed.broadcast_object_list(told)
+        return told[0]
 
     def mean(self, number: float) -> float:
         if self.count == 1:
