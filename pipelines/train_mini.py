@@ -37,6 +37,8 @@ from glmimg.training.processes import Processes
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
+# Beside the square pictures, an eighth as many of each: (height, width) in pixels.
+OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
 # What ends up in the checkpoint.
 KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
 
@@ -89,6 +91,9 @@ class MiniTraining:
             ("scenes_cells", "cells", 2, min(300, self.scale.held_out)),
         ):
             render(self.work / name, bank, count, split=split, seed=seed)
+        for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
+            count = self.scale.scenes // 8
+            render(self.work / name, bank, count, split="train", seed=4 + k, height=height, width=width)
         render_edits(self.work / "edits", bank, self.scale.edits, seed=3)
 
     @cached_property
@@ -99,9 +104,11 @@ class MiniTraining:
         return SceneCache(self.work / name, self.bank)
 
     def caches(self) -> list[tuple[str, SceneCache | EditCache]]:
-        """What is encoded; edit pairs only once they are rendered."""
+        """What is encoded: what is rendered."""
         found: list[tuple[str, SceneCache | EditCache]] = [
-            (name, self.scenes(name)) for name in ("scenes_held_out", "scenes")
+            (name, self.scenes(name))
+            for name in ("scenes_held_out", "scenes", *OTHER_SIZES)
+            if (self.work / name / "settings.json").exists()
         ]
         if (self.work / "edits" / "settings.json").exists():
             found.append(("edits", EditCache(self.work / "edits", self.bank)))
@@ -202,9 +209,7 @@ class MiniTraining:
 
         # Latents on disk came from this encoder, and a decoder may have learnt them: it must stay as it is.
         frozen = (self.work / "scenes" / "encoded" / "latents.npy").exists()
-        task = AutoencoderTask(
-            self.models["vae"], self.scenes(), self.scenes("scenes_held_out"), freeze_encoder=frozen
-        )
+        task = AutoencoderTask(self.models["vae"], self.scenes(), self.scenes("scenes_held_out"), freeze_encoder=frozen)
         self._run("autoencoder", task, recipes.autoencoder(self.minutes["autoencoder"], self.threads))
 
     @cached_property
@@ -266,6 +271,7 @@ class MiniTraining:
         self.load("autoencoder")
         vae = Autoencoder(self.models["vae"])
         counts = {"scenes_held_out": 64, "scenes": self.scale.latents}
+        counts |= dict.fromkeys(OTHER_SIZES, self.scale.latents // 8)
         for name, cache in self.caches():
             if not (self.work / name / "encoded" / "latents.npy").exists():
                 encode_latents(self.work / name / "encoded", cache, vae, counts.get(name, len(cache)))
@@ -288,6 +294,11 @@ class MiniTraining:
     def encoded(self, name: str) -> EncodedScenes:
         return EncodedScenes(self.work / name / "encoded", self.scenes(name))
 
+    def encoded_training(self, file: str) -> list[EncodedScenes]:
+        """The training scenes of every size of which `file` is there."""
+        names = ["scenes", *OTHER_SIZES]
+        return [self.encoded(name) for name in names if (self.work / name / "encoded" / file).exists()]
+
     def _spell(self, stage: str, *tables_VD: torch.Tensor) -> None:
         """Before a stage's first step on a tokenizer new to its weights: the codes mean nothing there yet."""
         if (self.work / stage / "state.pt").exists() or not (self.work / "tokenizer" / "state.pt").exists():
@@ -308,7 +319,11 @@ class MiniTraining:
         model = self.models["vision_language_encoder"]
         self._spell("generator", model.model.language_model.embed_tokens.weight, model.lm_head.weight)
         task = GeneratorTask(
-            model, builder, self.encoded("scenes"), self.encoded("scenes_held_out"), edits=self.edits()
+            model,
+            builder,
+            self.encoded_training("tokens.npy"),
+            self.encoded("scenes_held_out"),
+            edits=self.edits(),
         )
         self._run("generator", task, recipes.generator(self.minutes["generator"], self.threads))
 
@@ -322,7 +337,7 @@ class MiniTraining:
             self.models["transformer"],
             self.models["text_encoder"],
             Autoencoder(self.models["vae"]),
-            self.encoded("scenes"),
+            self.encoded_training("latents.npy"),
             self.encoded("scenes_held_out"),
             self.preset["scheduler"],
             edits=self.edits(),

@@ -299,6 +299,12 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
     data = EncodedScenes(tmp_path / "e", scenes)
     assert data.tokens.shape == (208, 1 + 4) and data.latents is not None and data.latents.shape == (64, 16, 8, 8)
 
+    others = render(tmp_path / "wide", bank, 40, seed=4, height=64, width=96)
+    encode_tokens(tmp_path / "ew", others, SemanticTokenizer.of(models["vision_language_encoder"]), 1)
+    encode_latents(tmp_path / "ew", others, Autoencoder(models["vae"]), 40)
+    wide = EncodedScenes(tmp_path / "ew", others)
+    assert wide.target == (2, 3)
+
     builder = PromptBuilder(train_bpe(["a fox"], preset), preset["vision_language_encoder"])
     pairs = render_edits(tmp_path / "edits", bank, 16, height=64, width=64)
     encode_tokens(tmp_path / "ee", pairs, SemanticTokenizer.of(models["vision_language_encoder"]), 1)
@@ -306,7 +312,7 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
     edits = EncodedEdits(tmp_path / "ee", pairs)
     assert edits.tokens.shape == (16, 2, 2, 2) and edits.latents.shape == (16, 2, 16, 8, 8)
     model = models["vision_language_encoder"]
-    generator = GeneratorTask(model, builder, data, data, drop=0.0, noise=0.0, edits=edits)
+    generator = GeneratorTask(model, builder, [data, wide], data, drop=0.0, noise=0.0, edits=edits)
     before = generator.evaluate()["target_bits"]
     Run(generator, config(steps=12, batch_size=16), tmp_path / "g").train()
     assert generator.evaluate()["target_bits"] < before - 0.5
@@ -315,7 +321,7 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
         models["transformer"],
         models["text_encoder"],
         Autoencoder(models["vae"]),
-        data,
+        [data, wide],
         data,
         preset["scheduler"],
         crop=1,

@@ -8,7 +8,7 @@ Legend: B batch, C latent channels, P patches, h x w tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from glmimg.diffusion import (
     velocity_target,
 )
 from glmimg.glyph_encoder import GlyphEncoder
-from glmimg.training.encoded import EncodedEdits, EncodedScenes
+from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from
 
 _PIXELS_PER_TOKEN = 32
 _LATENTS_PER_TOKEN = 4
@@ -67,6 +67,7 @@ def start_from_scratch(transformer: Any) -> None:
 class DecoderTask:
     """See `glmimg.training.loop.Task`.
 
+    train: scenes of one picture size each.
     crop: side of the crops in tokens; on_things: share of the crops that are laid over one of the scene's things;
     whole: share of batches that take the whole picture (at a quarter of the batch size). token_noise: the share of
     tokens replaced by random codes, drawn anew up to this value for each picture, so that the decoder forgives the
@@ -78,7 +79,7 @@ class DecoderTask:
         transformer: Any,
         text_encoder: Any,
         vae: Autoencoder,
-        train: EncodedScenes,
+        train: Sequence[EncodedScenes],
         held_out: EncodedScenes,
         scheduler: dict[str, Any],
         *,
@@ -91,7 +92,7 @@ class DecoderTask:
         edits: EncodedEdits | None = None,
         edit_share: float = 0.2,
     ) -> None:
-        if train.latents is None or held_out.latents is None:
+        if any(data.latents is None for data in (*train, held_out)):
             raise ValueError("the decoder trains on latents: run encode_latents first")
         self.decoder, self.glyphs, self.vae = Decoder(transformer), GlyphEncoder(text_encoder), vae
         self.train, self.held_out, self.scheduler = train, held_out, scheduler
@@ -103,13 +104,13 @@ class DecoderTask:
 
     def batch(self, position: int, size: int) -> DecoderBatch:
         rng = np.random.default_rng((self.seed, position))
-        assert self.train.latents is not None
         if self.edits and rng.random() < self.edit_share:
             return self._read_edits(self.edits, rng.integers(self.edits.trained, size=max(1, size // 2)), rng)
         whole = rng.random() < self.whole
         count = max(1, size // 4) if whole else size
-        rows = rng.integers(len(self.train.latents), size=count)
-        return self._read(self.train, rows, rng, whole=whole)
+        data = draw_from(self.train, rng, latents=True)
+        assert data.latents is not None
+        return self._read(data, rng.integers(len(data.latents), size=count), rng, whole=whole)
 
     def _read(self, data: EncodedScenes, rows: np.ndarray, rng: np.random.Generator, *, whole: bool) -> DecoderBatch:
         h, w = data.target

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,12 @@ class EncodedScenes:
     def prompt_offset(self) -> int:
         """Where the target grid starts in a row of `tokens`."""
         return self.preview[0] * self.preview[1]
+
+
+def draw_from(sources: Sequence[EncodedScenes], rng: np.random.Generator, *, latents: bool = False) -> EncodedScenes:
+    """One of the sources (each of one picture size), as often as it has scenes, or scenes with latents."""
+    counts = np.array([len(s.tokens if s.latents is None or not latents else s.latents) for s in sources], dtype=float)
+    return sources[int(rng.choice(len(sources), p=counts / counts.sum()))]
 
 
 @torch.no_grad()

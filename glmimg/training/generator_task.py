@@ -8,7 +8,7 @@ Legend: B batch, T sequence, N emitted tokens (preview, target, end), D width, V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from glmimg.corpus.captions import caption
 from glmimg.corpus.edits import instruction
 from glmimg.positions import rotary_tables, span_positions
 from glmimg.prompt import Prompt, PromptBuilder
-from glmimg.training.encoded import EncodedEdits, EncodedScenes
+from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from
 from glmimg.training.layers import causal_attention, rms_norm
 
 
@@ -95,6 +95,7 @@ def start_from_scratch(model: Any) -> None:
 class GeneratorTask:
     """See `glmimg.training.loop.Task`.
 
+    train: scenes of one picture size each.
     preview_weight: how much more a preview token counts. drop: share of empty captions. noise: share of emitted tokens
     that are shown to the model as random codes (their labels stay right), against drift from its own mistakes.
     edits: pairs for editing, of which edit_share of the batches are made (without previews, as published). paint:
@@ -105,7 +106,7 @@ class GeneratorTask:
         self,
         model: Any,
         builder: PromptBuilder,
-        train: EncodedScenes,
+        train: Sequence[EncodedScenes],
         held_out: EncodedScenes,
         *,
         preview_weight: float = 2.0,
@@ -128,7 +129,10 @@ class GeneratorTask:
         if self.edits and rng.random() < self.edit_share:
             # A reference makes the sequence twice as long.
             return self._read_edits(self.edits, rng.integers(self.edits.trained, size=max(1, size // 2)), rng)
-        return self._read(self.train, rng.integers(len(self.train.tokens), size=size), rng, self.drop, self.noise)
+        data = draw_from(self.train, rng)
+        # Equal work whatever the size: a larger grid makes a smaller batch.
+        size = max(1, round(size * self.train[0].tokens.shape[1] / data.tokens.shape[1]))
+        return self._read(data, rng.integers(len(data.tokens), size=size), rng, self.drop, self.noise)
 
     def _read(
         self,
