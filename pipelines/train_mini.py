@@ -39,6 +39,7 @@ from glmimg.training.processes import Processes
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
 # Beside the square pictures, an eighth as many of each: (height, width) in pixels.
 OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
+TRAINED_ON = ("scenes", "scenes_common", *OTHER_SIZES)
 # What ends up in the checkpoint.
 KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
 
@@ -94,6 +95,7 @@ class MiniTraining:
         for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
             count = self.scale.scenes // 8
             render(self.work / name, bank, count, split="train", seed=4 + k, height=height, width=width)
+        render(self.work / "scenes_common", bank, self.scale.scenes // 2, split="train", seed=6, common=4.0)
         render_edits(self.work / "edits", bank, self.scale.edits, seed=3)
 
     @cached_property
@@ -107,7 +109,7 @@ class MiniTraining:
         """What is encoded: what is rendered."""
         found: list[tuple[str, SceneCache | EditCache]] = [
             (name, self.scenes(name))
-            for name in ("scenes_held_out", "scenes", *OTHER_SIZES)
+            for name in ("scenes_held_out", *TRAINED_ON)
             if (self.work / name / "settings.json").exists()
         ]
         if (self.work / "edits" / "settings.json").exists():
@@ -271,7 +273,7 @@ class MiniTraining:
         self.load("autoencoder")
         vae = Autoencoder(self.models["vae"])
         counts = {"scenes_held_out": 64, "scenes": self.scale.latents}
-        counts |= dict.fromkeys(OTHER_SIZES, self.scale.latents // 8)
+        counts |= dict.fromkeys(OTHER_SIZES, self.scale.latents // 8) | {"scenes_common": self.scale.latents // 2}
         for name, cache in self.caches():
             if not (self.work / name / "encoded" / "latents.npy").exists():
                 encode_latents(self.work / name / "encoded", cache, vae, counts.get(name, len(cache)))
@@ -295,9 +297,8 @@ class MiniTraining:
         return EncodedScenes(self.work / name / "encoded", self.scenes(name))
 
     def encoded_training(self, file: str) -> list[EncodedScenes]:
-        """The training scenes of every size of which `file` is there."""
-        names = ["scenes", *OTHER_SIZES]
-        return [self.encoded(name) for name in names if (self.work / name / "encoded" / file).exists()]
+        """The training scenes, one cache for each size or kind, of which `file` is there."""
+        return [self.encoded(name) for name in TRAINED_ON if (self.work / name / "encoded" / file).exists()]
 
     def _spell(self, stage: str, *tables_VD: torch.Tensor) -> None:
         """Before a stage's first step on a tokenizer new to its weights: the codes mean nothing there yet."""

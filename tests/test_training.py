@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,18 @@ def test_scene_is_a_pure_function_of_seed_and_index(bank: StickerBank) -> None:
         assert first.sample(index) == second.sample(index)
         assert np.array_equal(draw(first.sample(index), bank), draw(second.sample(index), bank))
     assert first.sample(1) != first.sample(2)
+
+
+def test_common_concepts_are_drawn_oftener(bank: StickerBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = CODES[2]
+    monkeypatch.setitem(
+        bank.concepts, short, replace(bank.concepts[short], labels={**bank.concepts[short].labels, "en": "apple"})
+    )
+    drawn = {
+        common: sum(t.concept == short for i in range(300) for t in SceneSampler(bank, common=common).sample(i).things)
+        for common in (1.0, 8.0)
+    }
+    assert drawn[8.0] > 2 * drawn[1.0] > 0
 
 
 def test_captions_name_the_background_and_the_words(bank: StickerBank) -> None:

@@ -88,7 +88,8 @@ class SceneSampler:
 
     split: "train" leaves out all that `splits` holds out; "cells", "concepts", "words" and "shapes" draw only scenes
     with exactly that held-out part. kinds: probabilities of sticker, shape and sign scenes. sizes: (height, width)
-    with probabilities. max_things bounds the number of stickers or shapes.
+    with probabilities. max_things bounds the number of stickers or shapes. common: how much oftener concepts of a
+    one-word English name (cat, rocket, pizza: what people ask for first) are drawn.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class SceneSampler:
         sizes: tuple[tuple[tuple[int, int], float], ...] = (((256, 256), 1.0),),
         max_things: int = 4,
         words: dict[str, list[str]] | None = None,
+        common: float = 1.0,
     ) -> None:
         if split not in SPLITS:
             raise UnknownName.of("split", split, SPLITS)
@@ -116,7 +118,9 @@ class SceneSampler:
                 rows[sticker.style].append(sticker.row)
                 # The five skin tones of one concept share half of the weight of its default drawing.
                 tone = 0.1 if sticker.tone else 1.0
-                weights[sticker.style].append(GROUP_WEIGHT[bank.concepts[sticker.concept].group] * tone)
+                concept = bank.concepts[sticker.concept]
+                often = 1.0 if " " in concept.labels["en"] else common
+                weights[sticker.style].append(GROUP_WEIGHT[concept.group] * tone * often)
         self._rows = {style: np.array(value) for style, value in rows.items() if value}
         self._sums = {style: np.cumsum(weights[style]) / sum(weights[style]) for style in self._rows}
         fonts = sorted(p.name for p in (bank.directory / "fonts").glob("*.latin.woff2"))
