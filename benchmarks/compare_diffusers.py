@@ -115,7 +115,10 @@ def serve(arguments: argparse.Namespace) -> None:
     prompt = 'a red sign that says "OPEN" on a white background'
     tokens = (height // 32) * (width // 32)
     run = (ours if arguments.side == "ours" else theirs)(pipeline, prompt, height, width, steps, arguments.batch)
-    facts: dict[str, Any] = {"dtype": str(pipeline.stages.dtypes["decoder"]), "threads": torch.get_num_threads()}
+    precisions = dict(pipeline.stages.precisions)
+    if arguments.side == "theirs":  # whose generator has one dtype
+        precisions["generator"] = precisions["decoder"]
+    facts: dict[str, Any] = {"dtype": precisions, "threads": torch.get_num_threads()}
     facts |= {"size": f"{width}x{height}", "steps": steps, "batch": arguments.batch, "target_tokens": tokens}
     run()
     facts["emitted_tokens"] = run.emitted
@@ -182,7 +185,7 @@ def limits(pipeline: Any, height: int, width: int, steps: int, batch: int, emitt
     layers = stages.checkpoint.weights["vision_language_encoder"]
     names = [name for name in layers.infos if name.startswith(("model.language_model.layers.", "lm_head."))]
     values = sum(_numel(layers.infos[name].shape) for name in names)
-    size = stages.dtypes["generator"].itemsize
+    size = 1 if stages.eight_bit_tokens else stages.dtypes["generator"].itemsize
     rate = multiplications(stages.backends["decoder"], stages.dtypes["decoder"])
     config = stages.checkpoint.config("transformer")
     inner = config["num_attention_heads"] * config["attention_head_dim"]

@@ -13,6 +13,7 @@ import argparse
 import gc
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -23,6 +24,9 @@ from glmimg.errors import BadInput, Cancelled, GlmimgError, UnknownName
 __all__ = ["COMMANDS", "main"]
 
 Run = Callable[[argparse.Namespace], int]
+
+# What devices' errors say, then the processor's.
+_OUT_OF_MEMORY = re.compile("out of memory|tried to allocate|can't allocate memory|not enough memory", re.IGNORECASE)
 
 # name -> (what it does, "module:function"); two words make a group.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -43,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "weights quantize": ("pack a checkpoint's weights in 8 or 4 bits", "glmimg.cli_weights_change:quantize"),
     "weights merge": ("add adapters to a checkpoint, or mix checkpoints", "glmimg.cli_weights_change:merge"),
     "weights diff": ("tell what two checkpoints differ in", "glmimg.cli_weights_change:diff"),
-    "weights plan": ("tell how a checkpoint fits on a machine, and what it costs", "glmimg.cli_weights_change:plan"),
+    "weights plan": ("tell how a checkpoint fits on a machine, and what it costs", "glmimg.cli_weights_plan:plan"),
     "weights card": ("write a checkpoint's model card", "glmimg.cli_weights_change:card"),
     "finetune": ("teach a checkpoint new pictures: to an adapter", "glmimg.cli_finetune:finetune"),
     "dataset check": ("look a folder of pictures over before training", "glmimg.cli_dataset:check"),
@@ -69,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"glmimg: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             print(
                 f"glmimg: out of memory: try --offload stage, --offload block, or a smaller --size ({error})",
                 file=sys.stderr,

@@ -23,7 +23,16 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-EXTRAS = {"ocr": "rapidocr", "lora": "peft"}
+# extra -> the package of it that is looked for
+EXTRAS = {
+    "ocr": "rapidocr",
+    "lora": "peft",
+    "data": "pyarrow",
+    "gguf": "gguf",
+    "server": "fastapi",
+    "cluster": "ray",
+    "train": "tensorboard",
+}
 
 
 def doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

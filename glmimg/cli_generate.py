@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["edit", "generate"]
 
-CHUNK = 8  # prompts of one call: their tokens are drawn together
+CHUNK = 8  # pictures of one call: their tokens are drawn together
 # On these the tokens do not depend.
 _DECODER_ONLY = {"num_inference_steps", "guidance_scale", "sampler"}
 
@@ -95,8 +95,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     seed = options.pop("seed")
     from glmimg.pipelines.text_to_image import TextToImagePipeline
 
-    pipeline = TextToImagePipeline.from_pretrained(**_place(arguments, source))
-    _compare(source, pipeline.stages.checkpoint.hash)
+    pipeline = _opened(TextToImagePipeline, arguments, source)
     verifier = None
     if arguments.best_of is not None:
         from glmimg.pipelines.best_of import TextVerifier, best_of
@@ -105,15 +104,17 @@ def _generate(arguments: argparse.Namespace) -> int:
         for prompt in prompts:
             verifier.require(prompt)
     report = _Report(arguments, count)
-    for start in range(0, len(prompts), CHUNK):
-        chunk = prompts[start : start + CHUNK]
-        if verifier is not None:
-            options |= {"seed": seed, "callback": report.event}
-            for prompt in chunk:
-                report.add(best_of(pipeline, prompt, arguments.best_of, verifier, **options))
-            continue
-        seeds = [seed + k for _ in chunk for k in range(arguments.n)]
-        report.add(pipeline(chunk, seed=seeds, num_images_per_prompt=arguments.n, callback=report.event, **options))
+    options["callback"] = report.event
+    if verifier is not None:
+        for prompt in prompts:
+            report.add(best_of(pipeline, prompt, arguments.best_of, verifier, seed=seed, **options))
+        return 0
+    together = max(1, CHUNK // arguments.n)
+    for start in range(0, len(prompts), together):
+        for numbers in _runs(arguments.n):
+            chunk = prompts[start : start + together]
+            seeds = [seed + k for _ in chunk for k in numbers]
+            report.add(pipeline(chunk, seed=seeds, num_images_per_prompt=len(numbers), **options))
     return 0
 
 
@@ -132,19 +133,34 @@ def _edit(arguments: argparse.Namespace) -> int:
     from glmimg.pipelines.image_to_image import ImageToImagePipeline
 
     images = [open_picture(path) for path in arguments.images]
-    pipeline = ImageToImagePipeline.from_pretrained(**_place(arguments, source))
+    pipeline = _opened(ImageToImagePipeline, arguments, source)
     if source is not None:
-        _compare(source, pipeline.stages.checkpoint.hash)
         pipeline.require_references(images, source.get("references", []))
     report = _Report(arguments, count)
-    report.add(pipeline(prompt, images, seed=seed, num_images_per_prompt=arguments.n, callback=report.event, **options))
+    options["callback"] = report.event
+    for numbers in _runs(arguments.n):
+        seeds = [seed + k for k in numbers]
+        report.add(pipeline(prompt, images, seed=seeds, num_images_per_prompt=len(numbers), **options))
     return 0
 
 
-def _compare(source: dict[str, Any] | None, checkpoint: str) -> None:
-    made_with = checkpoint if source is None else source.get("checkpoint", {}).get("hash")
-    if made_with != checkpoint:
-        print(f"glmimg: the picture was made with checkpoint {made_with}, this is {checkpoint}", file=sys.stderr)
+def _runs(count: int) -> list[range]:
+    """The numbers of a prompt's pictures, as many at a time as go into one call."""
+    return [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+
+
+def _opened(kind: Any, arguments: argparse.Namespace, source: dict[str, Any] | None) -> Any:
+    """The pipeline; a repeated picture is computed in its own dtypes, and another checkpoint is told."""
+    place = _place(arguments, source)
+    pipeline = kind.from_pretrained(**place)
+    if source is None:
+        return pipeline
+    if arguments.dtype is None and pipeline.stages.precisions != source["dtype"]:
+        pipeline = kind.from_pretrained(**place | {"dtype": source["dtype"].get("decoder")})
+    made_with, this = source["checkpoint"].get("hash"), pipeline.stages.checkpoint.hash
+    if made_with != this:
+        print(f"glmimg: the picture was made with checkpoint {made_with}, this is {this}", file=sys.stderr)
+    return pipeline
 
 
 # From flags to arguments.
@@ -231,24 +247,21 @@ def _region(text: str) -> tuple[int, ...]:
 
 
 def _place(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained`; a repeated picture is computed in its own dtype."""
+    """Arguments of `from_pretrained`."""
     backend: str | dict[str, str] = arguments.backend
     if "=" in arguments.backend:
         pairs = [part.partition("=") for part in arguments.backend.split(",")]
         backend = {stage.strip(): name.strip() for stage, _, name in pairs}
-    dtype = arguments.dtype
-    if dtype is None and source is not None:
-        dtype = source.get("dtype", {}).get("decoder")
     model = arguments.model
     if source is not None and model == "embedded":
-        model = source.get("checkpoint", {}).get("name", model)
+        model = source["checkpoint"].get("name", model)
     adapters = arguments.adapters
     if source is not None and adapters is None:
         adapters = [(one["name"], one["strength"]) for one in source.get("adapters", [])] or None
     return {
         "model": model,
         "backend": backend,
-        "dtype": dtype,
+        "dtype": arguments.dtype,
         "offload": arguments.offload,
         "compile": arguments.compile,
         "adapters": adapters,
@@ -257,7 +270,7 @@ def _place(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict
 
 def _lines(path: str) -> list[str]:
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as text ({error})") from error
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
@@ -292,11 +305,6 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
             raise BadInput(f"cannot write {path}: name a file in a folder that you may write to")
 
 
-def numbered(path: str | Path, number: int) -> Path:
-    """The name of the `number`-th file, counted from 1."""
-    return Path(path) if number == 1 else Path(path).with_stem(f"{Path(path).stem}-{number}")
-
-
 class _Report:
     """Draws progress, writes files as pictures come, prints what was written."""
 
@@ -316,6 +324,7 @@ class _Report:
             pictures = event.preview()
             if pictures:
                 from glmimg.image_io import save_png
+                from glmimg.pipelines.result import numbered
 
                 self.previewed = True
                 for k, picture in enumerate(pictures):
@@ -323,7 +332,7 @@ class _Report:
 
     def add(self, result: Result) -> None:
         from glmimg.image_io import save_png
-        from glmimg.pipelines.result import picture_metadata
+        from glmimg.pipelines.result import numbered, picture_metadata
 
         for image, tokens, settings in zip(result.images, result.tokens, result.settings, strict=True):
             self.done += 1

@@ -224,7 +224,7 @@ class TokenGenerator:
         following_3BN: torch.Tensor,
         copies: int = 1,
     ) -> tuple[torch.Tensor, Decoding]:
-        """Run the prompts once; logits_RV (fp32) of the first token to come and the state for the steps.
+        """Run each prompt once; logits_RV (fp32) of the first token to come and the state for the steps.
 
         Prompts are padded on the left, `mask_BT` is false there. `following_3BN` are the positions of the N tokens that
         will be fed to `step`. The R = B * copies rows of the result hold every prompt `copies` times in a row.
@@ -232,13 +232,19 @@ class TokenGenerator:
         (B, T), N = ids_BT.shape, following_3BN.shape[-1]
         mask = None if bool(mask_BT.all()) else mask_BT.to(self.device)
         shape = (2 * self.layer_count, B * copies, self.key_heads, T + N, self.head_width)
-        cache = torch.empty(shape, device=self.device, dtype=self.dtype)
-        x_BTD = self._sequence(ids_BT.to(self.device), positions_3BT, mask, cache)
+        make = torch.empty if mask is None else torch.zeros  # a NaN would spoil sums even where it is masked
+        cache = make(shape, device=self.device, dtype=self.dtype)
+        ids_BT, first_logits = ids_BT.to(self.device), []
+        for b, length in enumerate(mask_BT.sum(1).tolist()):  # one by one: company would change how a prompt rounds
+            prompt, own = slice(T - length, T), slice(b * copies, (b + 1) * copies)
+            place = cache[:, own, :, prompt]
+            x_1TD = self._sequence(ids_BT[b : b + 1, prompt], positions_3BT[:, b : b + 1, prompt], None, place)
+            first_logits.append(self._logits(x_1TD[:, -1]))
         tables = self._tables(following_3BN)
         cos, sin = (table.transpose(0, 1).repeat_interleave(copies, 1) for table in tables)
         if mask is not None:
             mask = F.pad(mask.repeat_interleave(copies, 0), (0, N), value=True)[:, None, None]
-        logits_RV = self._logits(x_BTD[:, -1]).repeat_interleave(copies, 0)
+        logits_RV = torch.cat(first_logits).repeat_interleave(copies, 0)
         return logits_RV, Decoding(cache, cos, sin, mask, T, T)
 
     @torch.inference_mode()

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from glmimg.atomic_write import atomic_file
 from glmimg.errors import BadInput
 
 if TYPE_CHECKING:
@@ -213,31 +212,17 @@ class TokenGrid:
                 raise
             raise BadInput(f"this is no token grid ({type(error).__name__}: {error})") from error
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; the file appears whole or not at all."""
-        path = Path(path)
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all; BadInput if the place cannot be written to."""
         tensors = {"target": self.ids_HW.to(torch.int32)}
         if self.preview_HW is not None:
             tensors["preview"] = self.preview_HW.to(torch.int32)
         metadata = {"format": FORMAT, "codebook_size": str(self.codebook_size), "checkpoint": self.checkpoint or ""}
-        data = save(tensors, metadata)
-        try:
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        except OSError as error:
-            raise BadInput(f"cannot write {path}: {error.strerror}") from error
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException as error:
-            os.unlink(temporary)
-            if isinstance(error, OSError):
-                raise BadInput(f"cannot write {path}: {error.strerror}") from error
-            raise
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(save(tensors, metadata))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TokenGrid:
+    def load(cls, path: str | Path) -> TokenGrid:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

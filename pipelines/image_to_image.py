@@ -6,22 +6,20 @@ Letters: B batch, H x W tokens of a grid, h x w latents.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 
-from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.config import SamplingConfig
 from glmimg.errors import BadInput
 from glmimg.image_io import open_picture, to_pil, to_tensor
-from glmimg.pipelines.request import Region, build_prompts, check_prompts, check_request, default_config
+from glmimg.pipelines.opening import PicturePipeline
+from glmimg.pipelines.request import Region, build_prompts, check_prompts, check_request
 from glmimg.pipelines.result import Callback, Clock, Result
-from glmimg.pipelines.stages import AdapterName, Stages
 from glmimg.pipelines.steps import (
     batches,
     condition,
@@ -34,9 +32,6 @@ from glmimg.pipelines.steps import (
 from glmimg.semantic_tokenizer import fit_reference
 from glmimg.token_grid import TokenGrid, preview_grid
 
-if TYPE_CHECKING:
-    from glmimg.backends import Backend
-
 __all__ = ["ImageToImagePipeline"]
 
 Picture = Image.Image | str | Path
@@ -44,29 +39,8 @@ Picture = Image.Image | str | Path
 References = Picture | Sequence[Picture] | None
 
 
-class ImageToImagePipeline:
+class ImageToImagePipeline(PicturePipeline):
     """Editing and reference pictures on any GLM-Image checkpoint. Opening one reads no weights."""
-
-    def __init__(self, stages: Stages) -> None:
-        self.stages = stages
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path | Checkpoint = EMBEDDED,
-        backend: str | Backend | Mapping[str, str | Backend] = "auto",
-        dtype: str | torch.dtype | None = None,
-        offload: str = "none",
-        compile: bool = False,
-        adapters: Iterable[AdapterName] | None = None,
-    ) -> ImageToImagePipeline:
-        """As `TextToImagePipeline.from_pretrained`."""
-        return cls(Stages(Checkpoint.open(model), backend, dtype, offload, compile, adapters))
-
-    @cached_property
-    def defaults(self) -> SamplingConfig:
-        """The checkpoint's own steps, guidance and token sampling; the size is the first reference's instead."""
-        return default_config(self.stages)
 
     @torch.no_grad()
     def __call__(
@@ -106,17 +80,16 @@ class ImageToImagePipeline:
             tokens=tokens,
             region=region,
             config=config,
-            options={
-                "height": height,
-                "width": width,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-            },
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             default_size=(first.height, first.width),
         )
         request = replace(request, references=tuple(tuple(picture.size for picture in row) for row in pictures))
         blank = [[torch.zeros(picture.height // 32, picture.width // 32).long() for picture in row] for row in pictures]
-        build_prompts(stages, request, request.prompts, blank)  # too long? told before weights are loaded
+        for captions in (request.prompts, [negative_prompt] * len(prompts)):  # too long? told before weights are loaded
+            build_prompts(stages, request, captions, blank)
         pixels = [[to_tensor([picture])[0] for picture in row] for row in pictures]
         # 1. The references as semantic tokens, and the prompts that hold them.
         with clock.stage("tokens"):
@@ -167,14 +140,6 @@ class ImageToImagePipeline:
                 f"these are not the {len(digests)} reference pictures that it was made after: a repetition needs the "
                 "same ones in the same order"
             )
-
-    def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
-        """Exchanges the adapters of the loaded pipeline; an empty list takes them out."""
-        self.stages.set_adapters(adapters)
-
-    def to_diffusers(self) -> Any:
-        """A diffusers.GlmImagePipeline on this checkpoint."""
-        return self.stages.to_diffusers()
 
     def _fitted(self, image: Any, prompts: int, *, single: bool) -> list[list[Image.Image]]:
         """For each prompt its references, each of a size that both grids can have."""

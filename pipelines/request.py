@@ -149,18 +149,23 @@ def check_request(
     tokens: TokenGrid | Sequence[TokenGrid] | None = None,
     region: Region | None = None,
     config: SamplingConfig | Mapping[str, Any] | None = None,
-    options: Mapping[str, Any],
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     default_size: tuple[int, int] | None = None,
 ) -> Request:
-    """The valid Request, or BadInput. `options` are fields of SamplingConfig; those that are None do not count.
+    """The valid Request of a pipeline's call, or BadInput. What is None comes from `config`, else the checkpoint.
 
-    `default_size` (height, width) stands in where neither `config`, `options` nor `tokens` gives a size.
+    `default_size` (height, width) stands in where nothing else, tokens included, gives a size.
     """
     prompts = check_prompts(prompt)
     _require_count("num_images_per_prompt", num_images_per_prompt)
     count = len(prompts) * num_images_per_prompt
     require(count <= MAX_PICTURES, f"{count} pictures in one call: at most {MAX_PICTURES}; make several calls")
-    given = {name: value for name, value in options.items() if value is not None}
+    named: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+    named["guidance_scale"] = guidance_scale
+    given = {name: value for name, value in named.items() if value is not None}
     if isinstance(config, Mapping):
         given, config = {**config, **given}, None
     if config is not None and not isinstance(config, SamplingConfig):

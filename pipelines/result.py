@@ -24,7 +24,17 @@ from glmimg.token_grid import TokenGrid
 if TYPE_CHECKING:
     from glmimg.pipelines.stages import Stages
 
-__all__ = ["Callback", "Clock", "Event", "Reporter", "Result", "metadata_tokens", "picture_metadata", "read_settings"]
+__all__ = [
+    "Callback",
+    "Clock",
+    "Event",
+    "Reporter",
+    "Result",
+    "metadata_tokens",
+    "numbered",
+    "picture_metadata",
+    "read_settings",
+]
 
 FORMAT = "glmimg.picture/1"
 
@@ -63,11 +73,15 @@ class Result:
 
     def save(self, path: str | Path) -> list[Path]:
         """Writes PNGs that carry settings and tokens: `path`, and path-2, path-3... where there are several."""
-        first = Path(path)
-        paths = [first, *(first.with_stem(f"{first.stem}-{k}") for k in range(2, len(self.images) + 1))]
+        paths = [numbered(path, k + 1) for k in range(len(self.images))]
         for k, target in enumerate(paths):
             save_png(self.images[k], target, picture_metadata(self.settings[k], self.tokens[k]))
         return paths
+
+
+def numbered(path: str | Path, number: int) -> Path:
+    """The name of the `number`-th picture, counted from 1: path, path-2, path-3..."""
+    return Path(path) if number == 1 else Path(path).with_stem(f"{Path(path).stem}-{number}")
 
 
 def picture_metadata(settings: dict[str, Any], tokens: TokenGrid) -> dict[str, Any]:
@@ -87,11 +101,20 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise BadInput(f"{path} carries settings of another version or program: they cannot be repeated")
     kinds = {"prompt": str, "negative_prompt": str, "task": str, "config": dict, "dtype": dict, "checkpoint": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(settings.get(name), kind)]
+    if not _are_adapters(settings.get("adapters", [])):
+        wrong.append("adapters")
     try:
         SamplingConfig.from_dict({} if wrong else settings["config"])
     except BadInput as error:
         raise BadInput(f"{path} carries damaged settings ({', '.join(wrong) or error}): give them as flags") from error
     return settings
+
+
+def _are_adapters(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("strength"), (int, float))
+        for one in value
+    )
 
 
 class Clock:

@@ -33,7 +33,9 @@ __all__ = ["OFFLOADS", "STAGES", "AdapterName", "Stages"]
 STAGES = ("generator", "decoder")
 # What stays on the device: everything; one stage at a time; one transformer block at a time.
 OFFLOADS = ("none", "stage", "block")
-TILE = 1024  # pixels: larger pictures go through the VAE in tiles where memory is being saved
+# Pixels of a side: where memory is being saved, larger pictures go through the VAE in tiles (the published one's widest
+# block holds three tensors of 512 channels, 6 kB a pixel). Not fitted to what is free: the picture depends on it a little.
+TILE = 512
 
 _PARTS = {"generator": ("generator", "tokenizer"), "decoder": ("glyphs", "decoder", "autoencoder")}
 _CODEBOOK = "model.vqmodel.quantize.embedding.weight"
@@ -204,6 +206,9 @@ class Stages:
         from transformers.models.glm_image.processing_glm_image import GlmImageProcessor
 
         root = self.checkpoint.root
+        attention = self.backends["decoder"].attention
+        if attention != "native":
+            self.decoder.model.set_attention_backend(attention)
         generator = self.checkpoint.generator(*self._place("generator"), vision=True)
         merge(generator, self._changes["generator"])
         self.release("generator", "tokenizer")  # theirs is the whole model; ours comes back when it is needed

@@ -5,60 +5,27 @@ Letters: B batch, H x W tokens of a grid, C latent channels, h x w latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.config import SamplingConfig
 from glmimg.image_io import to_pil
-from glmimg.pipelines.request import Region, build_prompts, check_request, default_config
+from glmimg.pipelines.opening import PicturePipeline
+from glmimg.pipelines.request import Region, build_prompts, check_request
 from glmimg.pipelines.result import Callback, Clock, Event, Result
-from glmimg.pipelines.stages import AdapterName, Stages
 from glmimg.pipelines.steps import batches, condition, decoder_events, denoise, draw_tokens, encode_glyphs
 from glmimg.token_grid import TokenGrid
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from glmimg.backends import Backend
-
 __all__ = ["Event", "Result", "TextToImagePipeline"]
 
 
-class TextToImagePipeline:
+class TextToImagePipeline(PicturePipeline):
     """Text to image on any GLM-Image checkpoint. Opening one reads no weights; they come when first needed."""
-
-    def __init__(self, stages: Stages) -> None:
-        self.stages = stages
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path | Checkpoint = EMBEDDED,
-        backend: str | Backend | Mapping[str, str | Backend] = "auto",
-        dtype: str | torch.dtype | None = None,
-        offload: str = "none",
-        compile: bool = False,
-        adapters: Iterable[AdapterName] | None = None,
-    ) -> TextToImagePipeline:
-        """Opens a folder, a hub id or the embedded model.
-
-        `backend`: "auto", a kind or a device, or one for each stage: {"generator": "auto", "decoder": "cpu"}.
-        `dtype` None takes the backend's own, and eight bits for the token generator's matrices on processors with bf16.
-        `offload`: "none" keeps what is loaded; "stage" frees the generator before the decoder is loaded, and the other
-        way round; "block" holds one transformer block at a time.
-        `adapters`: "path", "path:strength" or (path, strength) each, added up.
-        """
-        return cls(Stages(Checkpoint.open(model), backend, dtype, offload, compile, adapters))
-
-    @cached_property
-    def defaults(self) -> SamplingConfig:
-        """The checkpoint's own size, steps, guidance and token sampling; `dataclasses.replace` gives variants."""
-        return default_config(self.stages)
 
     @torch.no_grad()
     def __call__(
@@ -96,12 +63,10 @@ class TextToImagePipeline:
             tokens=tokens,
             region=region,
             config=config,
-            options={
-                "height": height,
-                "width": width,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-            },
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
         )
         # 1. The prompts as the token generator reads them: the caption, then the sizes of both grids.
         prompts = build_prompts(stages, request, request.prompts)
@@ -125,11 +90,3 @@ class TextToImagePipeline:
                 # 5. From latents to pixels.
                 images += to_pil(autoencoder.decode(latents_BChw))
         return Result(images, grids, clock.stopped(), request.settings(stages, "text-to-image"))
-
-    def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
-        """Exchanges the adapters of the loaded pipeline; an empty list takes them out."""
-        self.stages.set_adapters(adapters)
-
-    def to_diffusers(self) -> Any:
-        """A diffusers.GlmImagePipeline on this checkpoint."""
-        return self.stages.to_diffusers()

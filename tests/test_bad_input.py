@@ -226,6 +226,7 @@ def test_metadata_with_damaged_settings(
         ("config", {"seed": "x"}),
         ("tokens", {"format": 1}),
         ("prompt", 3),
+        ("adapters", [{"name": 3}]),
     ):
         save_png(Image.new("RGB", (64, 64)), path, read_metadata(path) | {key: value})
         assert main(["generate", "--from", str(path), "--backend", "cpu", "-q", "-o", str(tmp_path / "n.png")]) == 2

@@ -120,15 +120,25 @@ def test_failures_that_are_not_usage_return_1(
 def test_out_of_memory_is_told_with_advice(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    errors: list[BaseException] = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), MemoryError()]
+    try:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    except RuntimeError as error:
+        errors.append(error)
+
     def hungry(parser: argparse.ArgumentParser) -> cli.Run:
         def run(arguments: argparse.Namespace) -> int:
-            raise torch.OutOfMemoryError("tried to allocate 40 GiB")
+            raise errors.pop(0)
 
         return run
 
     monkeypatch.setattr(cli_generate, "generate", hungry)
-    assert main(["generate"]) == 1
-    assert "--offload stage" in capsys.readouterr().err
+    for _ in range(3):
+        assert main(["generate"]) == 1
+        assert "--offload stage" in capsys.readouterr().err
+    errors.append(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["generate"])
 
 
 def test_generate_and_repeat(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +204,38 @@ def test_many_prompts_in_one_loading(
     assert {line["config"]["seed"] for line in lines} == {0}, "a prompt's pictures do not depend on its place in a file"
     assert lines[-1]["timings"]["load"] == 0
     assert all(Path(line["path"]).is_file() for line in lines)
+
+
+def test_many_pictures_are_made_a_few_at_a_time(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glmimg.pipelines import text_to_image
+
+    calls: list[int] = []
+    drawn = text_to_image.draw_tokens
+
+    def watched(stages: Any, request: Any, *rest: Any) -> Any:
+        calls.append(request.pictures)
+        return drawn(stages, request, *rest)
+
+    monkeypatch.setattr(text_to_image, "draw_tokens", watched)
+    monkeypatch.setattr(cli_generate, "CHUNK", 2)
+    assert main(["generate", "a cat", "a dog", *small, "--steps", "1", "-n", "3", "--seed", "4", "--json", "-q"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert calls == [2, 1, 2, 1]
+    assert [(line["prompt"], line["config"]["seed"]) for line in lines] == [
+        (prompt, seed) for prompt in ("a cat", "a dog") for seed in (4, 5, 6)
+    ]
+    assert lines[-1]["path"] == "picture-6.png" and Path("picture-6.png").is_file()
+
+
+def test_a_repetition_has_the_dtypes_of_the_first(small: list[str]) -> None:
+    """Eight bits for the generator, where they are the default, are no dtype that can be asked for."""
+    flags = [*small[:6], "--backend", "cpu", "-q"]
+    assert main(["generate", "a cat", *flags, "-o", "first.png"]) == 0
+    assert main(["generate", "--from", "first.png", "--backend", "cpu", "-q", "-o", "again.png"]) == 0
+    assert read_metadata("again.png") == read_metadata("first.png")
+    assert (pixels("again.png") == pixels("first.png")).all()
 
 
 def test_a_first_look(small: list[str]) -> None:

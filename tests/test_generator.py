@@ -61,6 +61,24 @@ def test_padding_changes_nothing(model: GlmImageForConditionalGeneration) -> Non
         torch.testing.assert_close(run(generator, [length], forced[b : b + 1])[0], together[b], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_prompt_is_run_in_the_same_arithmetic_whatever_its_company(
+    model: GlmImageForConditionalGeneration, weights: str | None
+) -> None:
+    """To the last bit: products of few rows and of many round differently in low precision."""
+    generator = TokenGenerator(copy.deepcopy(model).to(torch.bfloat16), weights=weights)
+    lengths = [3, 30, 9]
+    ids, (positions, mask) = torch.arange(100, 130).repeat(3, 1), batch_positions([[n] for n in lengths])
+    logits, state = generator.prefill(ids, positions, mask, torch.full((3, 3, 1), 30))
+    for b, n in enumerate(lengths):
+        part = (slice(b, b + 1), slice(30 - n, 30))
+        alone, own = generator.prefill(
+            ids[part], positions[(slice(None), *part)], mask[part], torch.full((3, 1, 1), 30)
+        )
+        assert torch.equal(logits[b], alone[0])
+        assert torch.equal(state.cache[:, b, :, 30 - n : 30], own.cache[:, 0, :, :n])
+
+
 def test_copies_share_one_prefill(model: GlmImageForConditionalGeneration) -> None:
     generator = TokenGenerator(model)
     forced = tokens(4)

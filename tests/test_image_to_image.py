@@ -129,6 +129,8 @@ def test_bad_references_raise_before_anything_loads(tiny_checkpoint: Path, image
         pipeline(["a", "b"], [noise(64, 64)], **FEW)
     with pytest.raises(BadInput, match="2 entries"):
         pipeline(["a", "b"], noise(64, 64), **FEW)
+    with pytest.raises(BadInput, match="control token"):
+        pipeline("a", noise(64, 64), negative_prompt="<sop>", config={"token_guidance": 2.0}, **FEW)
     assert not pipeline.stages._loaded
 
 

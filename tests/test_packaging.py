@@ -93,6 +93,15 @@ def test_version_is_the_projects() -> None:
     assert glmimg.__version__ == PROJECT["project"]["version"]
 
 
+def test_doctor_looks_for_every_extra() -> None:
+    from glmimg.cli_doctor import EXTRAS
+
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert EXTRAS.keys() == extras.keys() - {"test", "dev"}
+    for extra, package in EXTRAS.items():
+        assert any(requirement.startswith(package) for requirement in extras[extra]), extra
+
+
 def test_importing_the_package_imports_no_torch() -> None:
     program = "import sys, json, glmimg, glmimg.presets, glmimg.config, glmimg.errors, glmimg.backends\n"
     program += "print(json.dumps([m for m in ('torch', 'numpy', 'PIL', 'transformers') if m in sys.modules]))"

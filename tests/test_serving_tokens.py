@@ -23,7 +23,7 @@ def stages(tiny_checkpoint: Path) -> Stages:
 
 def asked(stages: Stages, prompt: str, seed: int, **options: Any) -> Request:
     size = {"height": 64, "width": 96} | options.pop("size", {})
-    return check_request(stages, prompt, seed=seed, options={}, config=size | options.pop("config", {}), **options)
+    return check_request(stages, prompt, seed=seed, config=size | options.pop("config", {}), **options)
 
 
 def alone(stages: Stages, request: Request) -> list[TokenGrid]:

@@ -189,6 +189,18 @@ def test_offloading_changes_memory_not_pictures(
     assert (pixels(again.images[0]) == pixels(result.images[0])).all(), "the generator came back"
 
 
+def test_large_pictures_go_through_the_vae_in_tiles_where_memory_is_saved(tiny_checkpoint: Path) -> None:
+    widths: dict[str, list[int]] = {}
+    for offload in ("none", "stage", "block"):
+        pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, "cpu", "fp32", offload)
+        seen = widths.setdefault(offload, [])
+        autoencoder = pipeline.stages.autoencoder()
+        autoencoder.vae.decoder.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[-1]))
+        with torch.no_grad():
+            assert autoencoder.decode(torch.zeros(1, 16, 8, 96)).shape == (1, 3, 64, 768)
+    assert widths == {"none": [96], "stage": [64, 64], "block": [64, 64]}, "latents of 8 pixels; tiles of 512 pixels"
+
+
 def test_streamed_blocks_hold_one_block_at_a_time(tiny_checkpoint: Path) -> None:
     pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="bf16", offload="block")
     decoder = pipeline.stages.decoder

@@ -41,7 +41,7 @@ class Backend:
 
     name: ClassVar[str]
     distributed: ClassVar[str] = "gloo"  # torch.distributed's backend for collectives between such devices
-    attention: ClassVar[str] = "native"  # diffusers' name of the attention kernels to use
+    attention: ClassVar[str] = "native"  # diffusers' name of the kernels for its pipelines; ours call torch's own
     supports_float64: ClassVar[bool] = True
     can_compile: ClassVar[bool] = False
     has_pinned_memory: ClassVar[bool] = False

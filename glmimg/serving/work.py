@@ -101,7 +101,6 @@ def check(stages: Stages, job: Job) -> Work:
         tokens=None if job.tokens is None else TokenGrid.from_dict(job.tokens),
         region=job.region,
         config=job.options,
-        options={},
         default_size=(pictures[0].height, pictures[0].width) if pictures else None,
     )
     require(

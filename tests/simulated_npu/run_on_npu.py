@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pipeline_cases import editing, stages_apart, text_to_image
 
+from glmimg import TextToImagePipeline
 from glmimg.backends import pick_backend, probe_all
 from glmimg.checkpoint import Checkpoint
 from glmimg.errors import BackendError
@@ -112,6 +113,9 @@ def ecosystem(path: Path) -> None:
         before = torch.npu.fused_attention_calls
         close(velocity(decoder, NPU), plain.cpu())
     assert torch.npu.fused_attention_calls > before
+    theirs = TextToImagePipeline.from_pretrained(path, "npu", "fp32").to_diffusers()
+    chosen = {block.attn1.processor._attention_backend for block in theirs.transformer.transformer_blocks}
+    assert chosen == {"_native_npu"}, f"a pipeline that is handed over attends by {chosen}"
 
 
 def velocity(decoder: Any, place: torch.device) -> torch.Tensor:
