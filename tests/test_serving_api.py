@@ -17,10 +17,13 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
+from glmimg.checkpoint import Checkpoint
 from glmimg.image_io import read_metadata
+from glmimg.lora import Low, save_adapter, target_names
 from glmimg.pipelines.text_to_image import TextToImagePipeline
 from glmimg.serving.auth import add_key
 from glmimg.serving.settings import ServerSettings
@@ -33,12 +36,35 @@ PLAIN = {"prompt": "a cat", "size": SIZE, "steps": 2, "seed": 5}
 
 
 @pytest.fixture(scope="module")
-def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, serve: Any) -> Iterator[Any]:
+def adapters(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one adapter, which changes the decoder and the generator, and one that does not fit."""
+    folder = tmp_path_factory.mktemp("adapters")
+    stream = torch.Generator().manual_seed(1)
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    for stage in ("generator", "decoder"):
+        model = getattr(checkpoint, stage)()
+        layers = {}
+        for name in target_names(model, stage, ["attention"]):
+            outputs, inputs = model.get_submodule(name).weight.shape
+            a_rK, b_Nr = (torch.randn(shape, generator=stream) for shape in ((2, inputs), (outputs, 2)))
+            layers[name] = Low(a_rK, 0.3 * b_Nr, None, 1.0)
+        save_adapter(folder / "ink" / stage, stage, layers, rank=2, alpha=2)
+        wrong = {name: Low(torch.ones(2, 7), torch.ones(9, 2), None, 1.0) for name in layers}
+        save_adapter(folder / "wrong" / stage, stage, wrong, rank=2, alpha=2)
+    (folder / ".half").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_checkpoint: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory, serve: Any
+) -> Iterator[Any]:
     settings = ServerSettings(
         model=str(tiny_checkpoint),
         model_name="tiny",
         backend="cpu",
         dtype="fp32",
+        adapters=str(adapters),
         max_queue=12,
         max_body=1 << 20,
         max_pixels=512 * 512,
@@ -241,6 +267,9 @@ def test_what_a_request_may_not_do(http: httpx.Client) -> None:
     refused(400, "regions", http.post("/v1/images/edits", data=form, files={"image": photo(), "mask": photo()}))
     refused(403, "origins", http.get("/v1/models", headers={"Origin": "https://elsewhere.example"}))
     refused(403, "names", http.get("/v1/models", headers={"Host": "rebound.example"}))
+    nested = PLAIN | {"adapters": [{"nam": "x"}]}
+    refused(400, "choose from name, strength; did you mean 'name'", http.post("/v1/images/generations", json=nested))
+    assert "region" not in http.post("/v1/images/generations", json=PLAIN | {"nothing": 1}).json()["error"]["message"]
 
 
 def test_headers_page_and_openapi(http: httpx.Client) -> None:
@@ -269,6 +298,50 @@ def test_health_metrics_and_usage(http: httpx.Client) -> None:
     metrics = http.get("/metrics").text
     assert 'glmimg_requests_total{route="/v1/images/generations",status="200"}' in metrics
     assert "glmimg_ready 1.0" in metrics and "glmimg_pictures_total" in metrics
+
+
+def test_adapters_are_each_requests_own(
+    http: httpx.Client, server: Any, tiny_checkpoint: Path, adapters: Path, tmp_path: Path
+) -> None:
+    """Asked for at once, with and without; the folder's names are all that can be asked for."""
+    assert [one["id"] for one in http.get("/v1/adapters").json()["data"]] == ["ink", "wrong"]
+    inked = PLAIN | {"adapters": [{"name": "ink", "strength": 0.5}], "return_tokens": True}
+
+    async def all_of_them() -> list[Any]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+            bodies = [PLAIN, inked, PLAIN, inked, PLAIN | {"adapters": [{"name": "wrong"}]}]
+            return await asyncio.gather(*(client.post("/v1/images/generations", json=body) for body in bodies))
+
+    *replies, wrong = asyncio.run(all_of_them())
+    plain, with_ink, plain_again, with_ink_again = (reply.json()["data"][0] for reply in replies)
+    assert plain["b64_json"] == plain_again["b64_json"] and with_ink["b64_json"] == with_ink_again["b64_json"]
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 5}
+    for item, stacked in ((plain, []), (with_ink, [(adapters / "ink", 0.5)])):
+        pipeline = TextToImagePipeline.from_pretrained(
+            tiny_checkpoint, backend="cpu", dtype="fp32", adapters=stacked or None
+        )
+        alone = pipeline("a cat", **options)
+        assert np.abs(pixels(picture(item["b64_json"])) - pixels(alone.images[0])).max() <= 2
+        assert item.get("tokens", alone.tokens[0].to_dict()) == alone.tokens[0].to_dict()
+    assert np.abs(pixels(picture(plain["b64_json"])) - pixels(picture(with_ink["b64_json"]))).max() > 2
+    path = tmp_path / "inked.png"
+    path.write_bytes(base64.b64decode(with_ink["b64_json"]))
+    assert read_metadata(path)["adapters"] == [{"name": "ink", "strength": 0.5}]
+    assert str(adapters) not in json.dumps(read_metadata(path))
+    assert wrong.status_code == 400 and str(adapters) not in wrong.text and "wrong" in wrong.text
+    for name in ("..", ".half", "../adapters/ink", str(adapters / "ink"), "ink/", "owner/name"):
+        refused = http.post("/v1/images/generations", json=PLAIN | {"adapters": [{"name": name}]})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unknown_adapter")
+
+
+def test_the_clock_may_jump(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that waits or expires goes by the time of day."""
+    kept = http.post("/v1/images/generations", json=PLAIN | {"response_format": "url"}).json()["data"][0]["url"]
+    now = time.time
+    for years in (-10, 10):
+        monkeypatch.setattr(time, "time", lambda by=years * 365 * 86400: now() + by)
+        assert http.post("/v1/images/generations", json=PLAIN).status_code == 200
+        assert httpx.get(kept).status_code == 200
 
 
 # Whatever the specification allows, and much that it does not.
@@ -409,6 +482,32 @@ def test_keys_are_needed_where_there_are_keys(tmp_path: Path) -> None:
             assert bad.status_code == 400 and bad.json()["error"]["code"] == "moderation_blocked"
 
     asyncio.run(scene())
+
+
+def test_without_keys_other_machines_are_refused_and_what_breaks_is_told() -> None:
+    """However the app is run: Ray's proxy, for one, may listen anywhere."""
+    from glmimg.serving.app import create_app
+
+    async def ask(address: str, **settings: Any) -> httpx.Response:
+        app = create_app(ServerSettings(**settings))
+
+        @app.get("/broken")
+        async def broken() -> None:
+            raise RuntimeError("a secret")
+
+        transport = httpx.ASGITransport(app, client=(address, 5000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            return await http.get("/broken")
+
+    refused = asyncio.run(ask("192.0.2.7"))
+    assert refused.status_code == 403 and "--keys" in refused.json()["error"]["message"]
+    for response in (
+        asyncio.run(ask("127.0.0.1")),
+        asyncio.run(ask("::1")),
+        asyncio.run(ask("192.0.2.7", allow_hosts=("x",))),
+    ):
+        assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"
+        assert "secret" not in response.text and response.headers["x-content-type-options"] == "nosniff"
 
 
 def rules(prompt: str) -> str | None:

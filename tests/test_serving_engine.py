@@ -58,15 +58,19 @@ def pictures(messages: list[dict[str, Any]]) -> list[Any]:
     return [(m["picture"], m["data"], m["tokens"]) for m in messages if m["type"] == "picture"]
 
 
-def test_batches_turns_and_memory_change_nothing(started: Any) -> None:
+def test_batches_turns_and_memory_change_nothing(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = started()
     several = jobs(3, n=2)
     together = run(*several)
     assert all(len(pictures(messages)) == 2 for messages in together.values())
-    engine, alone = started(offload="stage", max_batch=1)
-    engine.measured(10**12, 16)  # no memory at all: one picture at a time
-    for job in several:
-        assert pictures(alone(job)[job.id]) == pictures(together[job.id])
+    engine, alone = started(offload="stage")
+    engine.measured(10**12, 16)  # no memory at all: one picture at a time, of the same request too
+    sizes, advance = [], TokenBatch.advance
+    monkeypatch.setattr(TokenBatch, "advance", lambda batch: sizes.append(len(batch.drawings)) or advance(batch))
+    assert {id: pictures(messages) for id, messages in alone(*several).items()} == {
+        id: pictures(messages) for id, messages in together.items()
+    }
+    assert max(sizes) == 1
 
 
 def test_a_request_that_fails_is_answered_and_harms_no_other(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from glmimg.cli import main
-from glmimg.errors import BadInput, GlmimgError
+from glmimg.errors import BadInput
+from glmimg.serving.answers import EventStream
 from glmimg.serving.auth import Client, KeyFile, Limits, add_key
-from glmimg.serving.dispatcher import Dispatcher, Ticket
+from glmimg.serving.cluster import _arguments
+from glmimg.serving.dispatcher import Ticket
 from glmimg.serving.fair_queue import FairQueue
 from glmimg.serving.jobs import Job
+from glmimg.serving.metrics import Ledger, Totals
 from glmimg.serving.settings import Problem, ServerSettings
 
 
@@ -107,6 +115,10 @@ def test_limits_of_a_key() -> None:
         limits.enter(client, 5)
     assert caught.value.status == 400
     limits.enter(Client("bob", max_requests=1), 9)
+    zoe = Client("zoe", pictures_per_minute=2)
+    limits.enter(zoe, 2)
+    limits.leave(zoe, unused=2)  # refused for another reason
+    limits.enter(zoe, 2)
 
 
 def test_other_hosts_need_keys() -> None:
@@ -148,13 +160,82 @@ def test_progress_that_nobody_reads_is_replaced() -> None:
     assert [message.get("step") for message in seen] == [998, 999, None]
 
 
-def test_a_model_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
-    async def scene() -> None:
-        dispatcher = Dispatcher(ServerSettings(model=str(tmp_path / "absent")))
-        try:
-            await dispatcher.start()
-        finally:
-            await dispatcher.stop()
+def test_a_start_that_fails_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["serve", "--model", str(tmp_path / "absent"), "--port", "0"]
+    assert main(command) == 1
+    told = capfd.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and "absent" in told[0], told
 
-    with pytest.raises(GlmimgError, match="absent"):
-        asyncio.run(scene())
+
+def test_an_address_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        began = time.monotonic()
+        assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
+        assert time.monotonic() - began < 5 and "--port" in capsys.readouterr().err
+
+
+def test_usage_outlives_the_server_and_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "usage.json"
+    ledger = Ledger(path)
+    ledger.add("ada", Totals(requests=1, pictures=2, seconds=0.5))
+    ledger.save()
+    ledger.add("ada", Totals(requests=1, pictures=1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        ledger.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "kept for the next time" in caplog.text
+    assert Ledger(path).totals == {"ada": Totals(requests=1, pictures=2, seconds=0.5)}, "the old file is whole"
+    ledger.save()
+    assert Ledger(path).totals == {"ada": Totals(requests=2, pictures=3, seconds=0.5)}
+    assert list(tmp_path.iterdir()) == [path]
+    for damaged in ("{", "[]", '{"ada": {"cats": 1}}'):
+        path.write_text(damaged)
+        with pytest.raises(BadInput, match="no file of usage"):
+            Ledger(path)
+
+
+def test_a_reader_that_takes_nothing_is_let_go() -> None:
+    """Its ticket is left, so that nothing more is made for it."""
+    left: list[bool] = []
+
+    @asynccontextmanager
+    async def ticket() -> AsyncIterator[None]:
+        yield
+        left.append(True)
+
+    async def events() -> AsyncIterator[bytes]:
+        while True:
+            yield b"data: {}\n\n"
+
+    async def scene() -> None:
+        service: Any = SimpleNamespace(settings=ServerSettings(write_timeout=0.1))
+        entered = ticket()
+        await entered.__aenter__()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.sleep(3600)
+
+        async def receive() -> Any:
+            await asyncio.sleep(3600)
+
+        await asyncio.wait_for(EventStream(service, entered, events())({}, receive, send), 5)
+
+    asyncio.run(scene())
+    assert left
+
+
+def test_arguments_of_the_cluster() -> None:
+    for name in ("host", "port", "files", "modle"):
+        with pytest.raises(BadInput, match="choose from"):
+            _arguments({name: "1"})
+    for name, value in (("max_batch", "many"), ("compile", "maybe"), ("replicas", "0"), ("timeout", "long")):
+        with pytest.raises(BadInput, match=name):
+            _arguments({name: value})
+    text = {"max_batch": "4", "timeout": "9.5", "compile": "true", "allow_hosts": "a,b", "keys": "k", "gpus": "0.5"}
+    expected = ServerSettings(max_batch=4, timeout=9.5, compile=True, allow_hosts=("a", "b"), keys="k", files=False)
+    assert _arguments(text) == ({"replicas": 1, "gpus": 0.5, "cpus": 1.0}, expected)

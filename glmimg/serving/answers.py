@@ -19,7 +19,7 @@ from glmimg.serving.dispatcher import Ticket
 from glmimg.serving.jobs import Job
 from glmimg.serving.metrics import Totals
 from glmimg.serving.service import Service
-from glmimg.serving.settings import Problem
+from glmimg.serving.settings import problem_of
 
 __all__ = ["answer"]
 
@@ -176,8 +176,8 @@ async def _events(
             if message["data"] is None or getattr(body, "return_tokens", False):
                 fields["tokens"] = message["tokens"]
             yield _event(f"{kind}.completed", fields)
-    except Problem as problem:
-        yield _event("error", problem.body())
+    except Exception as error:
+        yield _event("error", problem_of(error).body())
 
 
 def _event(name: str, fields: dict[str, Any]) -> bytes:

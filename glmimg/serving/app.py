@@ -70,8 +70,9 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
     async def health() -> JSONResponse:
         """Whether this process can still do its work: 200, or 503 when the worker cannot be started any more."""
         state = service.dispatcher.state
-        body = {"status": "failed" if state == "stopped" else "ok", "state": state, "version": __version__}
-        return JSONResponse(body, 503 if state == "stopped" else 200)
+        failed = state in ("failed", "stopped")
+        body = {"status": "failed" if failed else "ok", "state": state, "version": __version__}
+        return JSONResponse(body, 503 if failed else 200)
 
     @app.get("/ready", tags=["server"])
     async def ready() -> JSONResponse:
@@ -120,11 +121,6 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         words = {404: "there is nothing under this address", 405: "this address takes another method"}
         found = Problem(error.status_code, words.get(error.status_code, str(error.detail)))
         return JSONResponse(found.body(), found.status, error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        found = Problem(500, "something went wrong here: the server's log tells more", "internal_error")
-        return JSONResponse(found.body(), found.status)
 
     return app
 

@@ -134,7 +134,11 @@ class Limits:
             self._left[client.name] = left - pictures, now
         self._requests[client.name] = self._requests.get(client.name, 0) + 1
 
-    def leave(self, client: Client) -> None:
+    def leave(self, client: Client, unused: int = 0) -> None:
+        """Ends a request; pictures that were not even begun do not count."""
+        if client.pictures_per_minute is not None and unused:
+            before, then = self._left[client.name]
+            self._left[client.name] = min(float(client.pictures_per_minute), before + unused), then
         left = self._requests.get(client.name, 0) - 1
         if left > 0:
             self._requests[client.name] = left

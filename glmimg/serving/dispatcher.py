@@ -77,7 +77,10 @@ class Ticket:
 
 
 class Dispatcher:
-    """`state` is "starting", "ready", "restarting", "draining" or "stopped"; `about` what the worker says of itself."""
+    """`state` is "starting", "ready", "restarting", "draining", "failed" or "stopped".
+
+    `about` is what the worker says of itself, `failure` why there is none: it did not start, or died again and again.
+    """
 
     def __init__(self, settings: ServerSettings, *, watch: Callable[[str, Any], None] | None = None) -> None:
         self.settings = settings
@@ -88,12 +91,14 @@ class Dispatcher:
         self.queue = FairQueue()
         self.running: dict[str, Ticket] = {}
         self.restarts = 0
-        self.failure: GlmimgError | None = None  # why the first worker did not start
+        self.failure: GlmimgError | None = None
         self._checks: dict[str, asyncio.Future[Message]] = {}
         self._reserved = 0
         self._pace = 1.0  # seconds from one finished picture to the next, while busy
         self._last_picture = 0.0
         self._failures = 0
+        self._heard: float | None = None  # when a worker that is up last said anything
+        self._closed = False  # whoever still waits has been told that the server stops
         self._process: Any = None
         self._connection: Any = None
         self._ready: asyncio.Future[None] | None = None
@@ -107,21 +112,33 @@ class Dispatcher:
         """Starts the worker and waits until it has drawn a picture; GlmimgError if it cannot."""
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
-        self._launch()
-        self._keep(self._guard())
         try:
+            try:
+                self._launch()
+            except OSError as error:
+                raise GlmimgError(f"the worker's process could not be started ({error})") from error
+            self._keep(self._guard())
             await asyncio.shield(self._ready)
         except GlmimgError as error:
             self.failure = error
             raise
 
+    def abandon(self) -> None:
+        """Makes a `start` that is still waiting for its worker end with an error."""
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(GlmimgError("stopped while the model was being loaded"))
+
     async def drain(self, seconds: float) -> None:
-        """Takes nothing new and gives what is there that long; the rest is told that the server stops."""
-        if self.state != "stopped":
+        """Takes nothing new and gives what is there that long; the rest is told that the server stops.
+
+        Called once more meanwhile, with fewer seconds, it shortens the time of the first call too.
+        """
+        if self.state not in ("failed", "stopped"):
             self.state = "draining"
         end = time.monotonic() + seconds
-        while (self.running or len(self.queue)) and time.monotonic() < end:
+        while (self.running or len(self.queue)) and time.monotonic() < end and not self._closed:
             await asyncio.sleep(0.05)
+        self._closed = True
         for ticket in [*self.queue.order(), *self.running.values()]:
             assert isinstance(ticket, Ticket)
             ticket.put(Problem(503, "the server was stopped before the picture was done", "server_stopping", None, 10))
@@ -130,14 +147,16 @@ class Dispatcher:
         """Ends the worker; whoever still waits is told."""
         if self.state == "stopped":
             return
+        loading = self.state == "starting"
         await self.drain(0)
         self.state = "stopped"
         for task in self._tasks:
             task.cancel()
         process, connection = self._process, self._connection
         if process is not None:
-            await self._send("stop")
-            await asyncio.to_thread(process.join, 5)
+            if not loading:  # it hears nothing before it is up
+                await self._send("stop")
+                await asyncio.to_thread(process.join, 5)
             if process.is_alive():
                 process.kill()
                 await asyncio.to_thread(process.join, 5)
@@ -151,12 +170,16 @@ class Dispatcher:
 
     def _launch(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=worker.main, args=(theirs, self.settings), name="glmimg worker", daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=worker.main, args=(theirs, self.settings), name="glmimg worker", daemon=True)
+        try:
+            process.start()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._connection, self._process, self._heard = ours, process, None
         threading.Thread(target=self._read, args=(self._connection,), daemon=True).start()
 
     def _read(self, connection: Any) -> None:
@@ -193,16 +216,16 @@ class Dispatcher:
 
     async def submit(self, job: Job, client: str = "", priority: int = 0) -> Ticket:
         """Takes a request in, or raises the Problem that says why not."""
-        if self.state in ("draining", "stopped"):
-            raise Problem(503, "the server is being stopped", "server_stopping", None, 10)
-        if self.state != "ready":
-            raise Problem(503, "the model is being loaded", "model_loading", None, 5)
+        self._require_up()
         waiting = self._reserved + sum(ticket.job.n for ticket in self.queue.order())  # type: ignore[attr-defined]
         at_work = sum(ticket.job.n for ticket in self.running.values())
-        if waiting + job.n > self.settings.max_queue + max(0, 2 * self.settings.max_batch - at_work):
+        most, ahead = self.settings.max_queue, 2 * self.settings.max_batch
+        if job.n > most + ahead:
+            raise Problem(400, f"n {job.n}: this server takes {most + ahead} pictures at a time", "invalid_value", "n")
+        if waiting + job.n > most + max(0, ahead - at_work):
             raise Problem(
                 429,
-                f"{waiting} pictures wait already, and the queue takes {self.settings.max_queue}: try again later",
+                f"{waiting} pictures wait already, and the queue takes {most}: try again later",
                 "queue_full",
                 None,
                 min(600.0, math.ceil(max(1.0, waiting * self._pace))),
@@ -213,16 +236,30 @@ class Dispatcher:
             ticket.about = await self._check(job)
         finally:
             self._reserved -= job.n
+        if self._closed or self.state == "failed":
+            self._require_up()
         ticket.cost = float(job.n * ticket.about["patches"] * (ticket.about["steps"] + 1))
         self.queue.add(ticket)
         self._pump()
         return ticket
 
+    def _require_up(self) -> None:
+        if self.state in ("draining", "stopped"):
+            raise Problem(503, "the server is being stopped", "server_stopping", None, 10)
+        if self.state == "failed":
+            raise Problem(503, "the worker cannot be started", "worker_died")
+        if self.state != "ready":
+            raise Problem(503, "the model is being loaded", "model_loading", None, 5)
+
     async def _check(self, job: Job) -> Message:
         answer = self._checks[job.id] = self._loop.create_future()
-        try:
+
+        async def ask() -> Message:
             await self._send("check", job)
-            message = await asyncio.wait_for(answer, self.settings.stuck)
+            return await answer
+
+        try:
+            message = await asyncio.wait_for(ask(), self.settings.stuck)
         except asyncio.TimeoutError:
             raise Problem(503, "the worker does not answer", "worker_busy", None, 10) from None
         finally:
@@ -242,12 +279,19 @@ class Dispatcher:
             self.watch("cancelled", 1)
 
     def _pump(self) -> None:
-        """Gives the worker as much as it can use: the batch that it draws, and as much again that is decoded."""
+        """Gives the worker as much as it can use: the batch that it draws, and as much again that is decoded.
+
+        What a worker died of is not known: those that it had are tried again one by one, so that only the one that
+        kills it is there when it dies once more.
+        """
         while len(self.queue) and self.state in ("ready", "draining"):
             if sum(ticket.job.n for ticket in self.running.values()) >= 2 * self.settings.max_batch:
                 break
-            ticket = self.queue.pop()
+            ticket = self.queue.first()
             assert isinstance(ticket, Ticket)
+            if self.running and any(one.retried for one in (ticket, *self.running.values())):
+                break
+            self.queue.pop()
             ticket.began = time.monotonic()
             self.watch("waited", ticket.began - ticket.came)
             self.running[ticket.job.id] = ticket
@@ -269,6 +313,8 @@ class Dispatcher:
             self._lost()
             return
         kind, job_id = message["type"], message.get("id", "")
+        if kind == "ready" or self._heard is not None:
+            self._heard = time.monotonic()
         if kind == "ready":
             self.about, self.state = message, "draining" if self.state == "draining" else "ready"
             self._failures = 0
@@ -276,9 +322,10 @@ class Dispatcher:
                 self._ready.set_result(None)
             self._pump()
         elif kind == "broken":
-            logger.error("the worker could not start: %s", message["message"])
             if self._ready is not None and not self._ready.done():
                 self._ready.set_exception(GlmimgError(message["message"]))
+            else:
+                logger.error("the worker could not start: %s", message["message"])
         elif kind == "stats":
             self.stats = message
         elif job_id in self._checks:
@@ -310,11 +357,17 @@ class Dispatcher:
     def _lost(self) -> None:
         """The worker died: what it worked on goes back to the front of the queue, once."""
         self._connection.close()
+        self._heard = None
+        self._process.join(1)  # its end of the pipe is closed: it is gone, or about to be
         code = self._process.exitcode
+        if self.state == "starting":  # nothing was asked of it yet: `start` tells why
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_exception(GlmimgError(f"the worker ended with status {code} before it was ready"))
+            return
         logger.error("the worker ended with status %s", code)
         for answer in self._checks.values():
             if not answer.done():
-                answer.set_result(_refused(503, "the worker was restarted: try again", "worker_restarted"))
+                answer.set_exception(Problem(503, "the worker died: try again", "worker_restarted", None, 5))
         for ticket in reversed(self.running.values()):
             if ticket.over:
                 continue
@@ -324,8 +377,6 @@ class Dispatcher:
             ticket.retried, ticket.began = True, None
             self.queue.add(ticket, first=True)
         self.running.clear()
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(GlmimgError(f"the worker ended with status {code} before it was ready"))
         if self.state != "draining" or len(self.queue):
             self._keep(self._restart())
 
@@ -336,8 +387,8 @@ class Dispatcher:
         self.restarts += 1
         self.watch("restarted", 1)
         if self._failures > RESTARTS:
-            logger.critical("the worker died %d times in a row: giving up", RESTARTS)
-            self.state = "stopped"
+            self.failure = GlmimgError(f"the worker died {RESTARTS} times in a row, and is given up: see the log")
+            self.state = "failed"
             while len(self.queue):
                 ticket = self.queue.pop()
                 assert isinstance(ticket, Ticket)
@@ -345,10 +396,14 @@ class Dispatcher:
             return
         await asyncio.sleep(0 if self._failures == 1 else min(LONGEST_PAUSE, 2.0**self._failures / 4))
         await asyncio.to_thread(self._process.join)
-        self._launch()
+        try:
+            self._launch()
+        except OSError as error:  # too many processes or open files, or no memory: that may pass
+            logger.error("the worker's process could not be started: %s", error)
+            await self._restart()
 
     async def _guard(self) -> None:
-        """Sees to deadlines, and to a worker that does not let go."""
+        """Sees to deadlines, and to a worker that does not let go of a request, or says nothing any more."""
         while True:
             await asyncio.sleep(0.2)
             now = time.monotonic()
@@ -358,11 +413,10 @@ class Dispatcher:
                     seconds = f"{self.settings.timeout:g} seconds"
                     ticket.put(Problem(504, f"the picture was not done within {seconds}", "timeout"))
                     self.cancel(ticket)
-            stuck = [t for t in self.running.values() if t.given_up and now - t.given_up > self.settings.stuck]
-            if stuck and self._process.is_alive():
-                logger.error("the worker does not let go of a request that was cancelled: it is killed")
+            limit = now - self.settings.stuck
+            held = any(ticket.given_up is not None and ticket.given_up < limit for ticket in self.running.values())
+            silent = self._heard is not None and self._heard < limit
+            if (held or silent) and self._process.is_alive():
+                what = "does not let go of a request that was cancelled" if held else "says nothing any more"
+                logger.error("the worker %s: it is killed", what)
                 self._process.kill()
-
-
-def _refused(status: int, message: str, code: str) -> Message:
-    return {"type": "refused", "status": status, "message": message, "code": code}

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from glmimg.errors import Cancelled
+from glmimg.errors import BadInput, Cancelled
 from glmimg.pipelines.stages import Stages
 from glmimg.serving import messages
 from glmimg.serving.decoding import decode, first_look
 from glmimg.serving.jobs import Job
-from glmimg.serving.token_batch import Drawing, TokenBatch, cache_bytes
+from glmimg.serving.token_batch import Drawing, TokenBatch, place_bytes
 from glmimg.serving.work import Work, both_prompts, check
 from glmimg.token_grid import TokenGrid
 
@@ -46,6 +46,7 @@ class Engine:
         self.limit = max_batch  # less after the memory was exhausted
         self.budget: float | None = None  # bytes for keys, values and a picture in the decoder; None: not measured yet
         self.bytes_per_patch = 0.0
+        self.bytes_per_place = 1.0  # of keys and values; known with the first batch
         self.turns = stages.offload != "none"
         self.batch: TokenBatch | None = None
         self.waiting: list[Work] = []
@@ -152,19 +153,19 @@ class Engine:
         if not work.request.samples_tokens:
             return work, len(work.pending)
         count = min(len(work.pending), max(self.limit, 1) - len(drawings))
-        if count > 0 and self.budget is not None and drawings:
-            count = min(count, self._fitting(work, drawings))
+        if count > 0 and self.budget is not None:  # a picture that is alone is always tried
+            count = min(count, max(self._fitting(work, drawings), 0 if drawings else 1))
         return (work, count) if count > 0 else None
 
     def _fitting(self, work: Work, drawings: list[Drawing]) -> int:
         """How many of its pictures the memory takes beside what is there."""
-        model = self.stages.generator
-        prompt = work.prompts[0] if work.prompts else drawings[0].prompt
         patches = max(other.request.patches for other in self.active.values())
-        used = sum(cache_bytes(model, d.prompt, d.sampling.guidance != 1) for d in drawings)
+        places = sum((len(d.prompt.ids) + d.length) * (1 + (d.sampling.guidance != 1)) for d in drawings)
+        one = (work.prompt_tokens + sum(h * w for h, w in work.request_grids)) * (1 + work.guided)
         assert self.budget is not None
-        # Twice: while a batch is laid out anew, the old cache is still there.
-        return int((self.budget / 2 - used - patches * self.bytes_per_patch) // cache_bytes(model, prompt, work.guided))
+        # Half: while a batch is laid out anew, the old cache is still there.
+        left = (self.budget / 2 - patches * self.bytes_per_patch) / self.bytes_per_place - places
+        return int(left // one)
 
     def _admit(self) -> None:
         while not self._stopping:
@@ -204,6 +205,7 @@ class Engine:
             return
         if self.batch is None or (self.turns and not self.batch.drawings):
             self.batch = TokenBatch(stages.generator, stages.codebook)
+            self.bytes_per_place = place_bytes(stages.generator)
         generators, forced = request.token_generators(), request.forced()
         done = self.batch.join(
             work,
@@ -367,7 +369,8 @@ class Engine:
     def _refuse(self, work: Work, error: Exception) -> None:
         if work.over:
             return
-        logger.error("a request failed", exc_info=error)
+        if not isinstance(error, BadInput):  # that is the client's own, and may hold its prompt
+            logger.error("a request failed", exc_info=error)
         self.send(messages.refusal(work.job, error))
         with self._changed:
             self._leave(work)

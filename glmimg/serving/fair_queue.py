@@ -47,8 +47,12 @@ class FairQueue:
             del self._waiting[ticket.priority, ticket.client]
         return True
 
+    def first(self) -> Waiting:
+        """Whom `pop` would take."""
+        return self._waiting[self._next()][0]
+
     def pop(self) -> Waiting:
-        key = min(self._waiting, key=lambda key: (-key[0], self._had[key[1]]))
+        key = self._next()
         ticket = self._waiting[key].popleft()
         if not self._waiting[key]:
             del self._waiting[key]
@@ -58,6 +62,9 @@ class FairQueue:
             self._had.clear()  # nobody waits: nobody is owed anything, and no name is kept for ever
             self._floor = 0.0
         return ticket
+
+    def _next(self) -> tuple[int, str]:
+        return min(self._waiting, key=lambda key: (-key[0], self._had[key[1]]))
 
     def order(self) -> list[Waiting]:
         """Everybody in the order in which they would be served if nobody else came."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from ipaddress import ip_address
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmimg.serving.service import Service
-from glmimg.serving.settings import Problem
+from glmimg.serving.settings import Problem, problem_of
 
 __all__ = ["Guard"]
 
@@ -69,12 +70,12 @@ class Guard:
             await self.app(scope, body, out)
             if body.failed and not answered:
                 raise body.failed
-        except Problem as problem:
-            if answered:
-                raise
-            body.failed = None
-            headers = {**problem.headers, **({"Connection": "close"} if problem.status in (408, 413) else {})}
-            await JSONResponse(problem.body(), problem.status, headers)(scope, receive, out)
+        except Exception as error:
+            problem = problem_of(error)
+            if not answered:  # else its connection is closed in the middle, which says as much
+                body.failed = None
+                headers = {**problem.headers, **({"Connection": "close"} if problem.status in (408, 413) else {})}
+                await JSONResponse(problem.body(), problem.status, headers)(scope, receive, out)
         finally:
             route = getattr(scope.get("route"), "path", "") or ("/page" if answered < 400 else "none")
             self.service.metrics.requests.labels(route, str(answered or 499)).inc()
@@ -87,6 +88,8 @@ class Guard:
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if self.service.keys is None and not self.service.settings.allow_hosts and not _is_here(scope.get("client")):
+            raise Problem(403, "without API keys only this machine is answered: see --keys", "host_not_allowed")
         if self.service.keys is None and name.lower() not in self.names:
             raise Problem(403, f"host {name!r} is not one of this server's names: see --allow-host", "host_not_allowed")
         origin = headers.get("origin")
@@ -96,6 +99,14 @@ class Guard:
             raise Problem(403, "pages of other origins may not use this server", "origin_not_allowed")
         if (path.startswith("/v1/") and not path.startswith("/v1/files/")) or path == "/metrics":
             scope.setdefault("state", {})["client"] = self.service.client(headers.get("authorization"))
+
+
+def _is_here(client: Any) -> bool:
+    """Whether that address, if any is known, is this machine's own: whoever runs the app may listen anywhere."""
+    try:
+        return client is None or ip_address(client[0].partition("%")[0]).is_loopback
+    except ValueError:
+        return True  # a socket in the file system, or a test
 
 
 class _Body:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from glmimg.atomic_write import atomic_file
-from glmimg.errors import GlmimgError
+from glmimg.errors import BadInput, GlmimgError
 
 __all__ = ["Ledger", "Metrics", "Totals"]
 
@@ -83,22 +84,32 @@ class Ledger:
     path: Path | None = None
     totals: dict[str, Totals] = field(default_factory=dict)
     changed: bool = False
+    _writing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
-        if self.path is not None and self.path.exists():
+        if self.path is None or not self.path.exists():
+            return
+        try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))
             self.totals = {name: Totals(**row) for name, row in rows.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            advice = "name another file, or move this one away"
+            raise BadInput(f"{self.path} is no file of usage ({error}): {advice}") from error
 
     def add(self, client: str, amount: Totals) -> None:
         self.totals.setdefault(client, Totals()).add(amount)
         self.changed = True
 
     def save(self) -> None:
-        if self.path is None or not self.changed:
-            return
-        try:
-            with atomic_file(self.path) as temporary:
-                temporary.write_text(json.dumps({name: one.to_dict() for name, one in self.totals.items()}, indent=2))
+        """Writes what has changed; may be called in any thread."""
+        with self._writing:
+            if self.path is None or not self.changed:
+                return
             self.changed = False
-        except (GlmimgError, OSError) as error:
-            logger.error("the usage was not written, and is kept for the next time: %s", error)
+            rows = {name: one.to_dict() for name, one in self.totals.copy().items()}
+            try:
+                with atomic_file(self.path) as temporary:
+                    temporary.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+            except (GlmimgError, OSError) as error:
+                self.changed = True
+                logger.error("the usage was not written, and is kept for the next time: %s", error)

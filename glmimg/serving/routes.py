@@ -201,11 +201,9 @@ def validation_problem(errors: Any) -> Problem:
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     param = ".".join(place) or None
-    if first["type"] == "extra_forbidden":
-        from glmimg.errors import UnknownName
-
-        known = schemas.RegionRequest.model_fields
-        return Problem(400, str(UnknownName.of("parameter", place[-1], known)), "unknown_parameter", param)
+    if first["type"] == "unknown_parameter":
+        param = ".".join([*place, str(first["ctx"]["name"])])
+        return Problem(400, first["msg"], "unknown_parameter", param)
     if first["type"] == "missing":
         what = f"{param} is missing" if param else "the request has no body"
         return Problem(400, what, "missing_required_parameter", param)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from glmimg.errors import UnknownName
 
 __all__ = [
     "AdapterUse",
@@ -26,6 +29,16 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_every_name(cls, fields: Any) -> Any:
+        """Before pydantic's own, shorter answer: which names there are here, and the nearest."""
+        for name in fields if isinstance(fields, dict) else ():
+            if name not in cls.model_fields:
+                message = str(UnknownName.of("parameter", name, cls.model_fields))
+                raise PydanticCustomError("unknown_parameter", "{message}", {"message": message, "name": name})
+        return fields
 
 
 class Grid(Strict):

@@ -88,7 +88,8 @@ class Service:
     def adapter_names(self) -> list[str]:
         if self.settings.adapters is None:
             return []
-        return sorted(path.name for path in Path(self.settings.adapters).iterdir() if path.is_dir())
+        folders = [path for path in Path(self.settings.adapters).iterdir() if path.is_dir()]
+        return sorted(path.name for path in folders if not path.name.startswith("."))  # those are being written
 
     # From requests to jobs.
 
@@ -144,7 +145,8 @@ class Service:
         if use.name not in names:
             raise Problem(400, str(UnknownName.of("adapter", use.name, names)), "unknown_adapter", "adapters")
         assert self.settings.adapters is not None
-        return use.name, str(Path(self.settings.adapters) / use.name), use.strength
+        # Absolute: what looks like owner/name could be asked of the hub if the folder went away meanwhile.
+        return use.name, str(Path(self.settings.adapters).absolute() / use.name), use.strength
 
     def require_picture(self, data: bytes) -> None:
         """Refuses what is no picture, or one of too many pixels, from its first bytes."""
@@ -169,18 +171,20 @@ class Service:
             if reason:
                 raise Problem(400, reason, "moderation_blocked", "prompt")
         self.limits.enter(client, job.n)
+        unused = job.n
         try:
             try:
                 ticket = await self.dispatcher.submit(job, client.name, client.priority)
             except Problem as problem:
                 problem.param = problem.param or _param(problem)
                 raise
+            unused = 0
             try:
                 yield ticket
             finally:
                 self.dispatcher.cancel(ticket)
         finally:
-            self.limits.leave(client)
+            self.limits.leave(client, unused)
 
     async def judge(self, data: bytes | None) -> None:
         """The operator's rules about pictures."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from glmimg.config import Config, require
 
-__all__ = ["Problem", "ServerSettings"]
+__all__ = ["Problem", "ServerSettings", "problem_of"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,11 @@ class Problem(Exception):
         elif self.status >= 500:
             kind = "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def problem_of(error: Exception) -> Problem:
+    """What is answered after `error`: a Problem as it is; of others no more than that there was one, and the log."""
+    if isinstance(error, Problem):
+        return error
+    logger.error("a request could not be answered", exc_info=error)
+    return Problem(500, "something went wrong here: the server's log tells more", "internal_error")

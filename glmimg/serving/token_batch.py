@@ -22,7 +22,7 @@ from glmimg.prompt import Prompt
 from glmimg.token_grid import TokenGrid
 from glmimg.token_sampling import Forced, TokenSampling, draw, kept_tokens, prefill, to_grid
 
-__all__ = ["Drawing", "TokenBatch", "cache_bytes"]
+__all__ = ["Drawing", "TokenBatch", "place_bytes"]
 
 
 @dataclass(eq=False)
@@ -51,11 +51,10 @@ class _Slot:
     filled: int  # places of the cache that are its own
 
 
-def cache_bytes(model: TokenGenerator, prompt: Prompt, guided: bool) -> int:
-    """What a picture's keys and values take."""
-    places = len(prompt.ids) + sum(h * w for h, w in prompt.grids)
+def place_bytes(model: TokenGenerator) -> int:
+    """What a slot's keys and values of one token take."""
     width = 2 * model.layer_count * model.key_heads * model.head_width
-    return places * width * torch.empty((), dtype=model.dtype).element_size() * (2 if guided else 1)
+    return width * torch.empty((), dtype=model.dtype).element_size()
 
 
 class TokenBatch:

@@ -105,6 +105,8 @@ async function run(path, fields, files = []) {
     const shown = [];
     await stream(path, all, files, (event) => shown.push(told(event, path, fields, files)), mine.signal);
     await Promise.all(shown);
+    const wanted = fields.n || 1;
+    if (variants.length < wanted) throw new Error(`The connection ended after ${variants.length} of ${wanted} pictures.`);
     say(variants.length === 1 ? `Done: seed ${current.seed}.` : `Done: ${variants.length} pictures.`);
   } catch (error) {
     const stopped = error.name === "AbortError";
