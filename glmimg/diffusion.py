@@ -37,7 +37,6 @@ __all__ = [
     "Velocity",
     "guided",
     "interpolate",
-    "model_timestep",
     "noise_like",
     "sample",
     "shift_of",
@@ -78,7 +77,6 @@ class Schedule:
 
     sigmas: Tensor
     timesteps: Tensor
-    mu: float
 
     @classmethod
     def published(cls, steps: int, patches: int, config: Config) -> Schedule:
@@ -89,20 +87,11 @@ class Schedule:
         mu = shift_of(patches, config)
         times = torch.linspace(total, 1, steps + 1, dtype=torch.float64)[:-1].floor().float()
         sigmas = torch.cat([_shift(times / total, mu), torch.zeros(1)])
-        return cls(sigmas, times - 1, mu)
+        return cls(sigmas, times - 1)
 
     @property
     def steps(self) -> int:
         return len(self.timesteps)
-
-
-def model_timestep(sigma: float, mu: float, config: Config) -> float:
-    """The timestep that the decoder is told at any level: the inverse of the shift, on the published clock.
-
-    The samplers below only stop at levels of the schedule, whose timesteps are known; this is for others to come.
-    """
-    total = int(config.get("num_train_timesteps", 1000))
-    return total * sigma / (mu * (1 - sigma) + sigma) - 1
 
 
 def noise_like(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:

@@ -21,26 +21,19 @@ from typing import Any
 
 import torch
 
-from glmimg.errors import BadInput, CheckpointError
+from glmimg.errors import CheckpointError
 
 __all__ = [
     "Span",
     "batch_positions",
     "decode_positions",
-    "prompt_spans",
     "rotary_tables",
-    "span_length",
     "span_positions",
 ]
 
 Span = int | tuple[int, int]
 
 PADDING_POSITION = 1  # what the published code gives to padding; masked, so it only has to agree
-
-
-def span_length(spans: Sequence[Span]) -> int:
-    """Number of tokens in a described sequence."""
-    return sum(span if isinstance(span, int) else span[0] * span[1] for span in spans)
 
 
 def span_positions(spans: Sequence[Span], start: int = 0) -> tuple[torch.Tensor, int]:
@@ -77,39 +70,10 @@ def decode_positions(prompt: Sequence[Span], grids: Sequence[tuple[int, int]]) -
     return span_positions(grids, start)[0]
 
 
-def prompt_spans(
-    ids: Sequence[int], image_start: int, image_end: int, grids: Sequence[tuple[int, int]] = ()
-) -> list[Span]:
-    """Spans of a prompt's ids, whose reference grids stand between `image_start` and `image_end`.
-
-    `grids` gives the references' (h, w) in order. The last `image_start`, which opens the picture to come, is text.
-    """
-    ids = list(ids)
-    ends = [k for k, token in enumerate(ids) if token == image_end]
-    if len(ends) != len(grids):
-        raise BadInput(f"the prompt holds {len(ends)} finished pictures, but {len(grids)} reference grids were given")
-    spans: list[Span] = []
-    done = 0
-    for end, (h, w) in zip(ends, grids, strict=True):
-        first = end - h * w
-        if first <= done or ids[first - 1] != image_start:
-            raise BadInput(f"a reference grid of {h}x{w} does not fill its place in the prompt")
-        spans += [first - done, (h, w)]
-        done = end
-    spans.append(len(ids) - done)
-    return spans
-
-
-def batch_positions(
-    sequences: Sequence[Sequence[Span]], length: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions_3BT and mask_BT (bool, true at tokens) of several sequences, padded on the left to `length` or to the
-    longest."""
+def batch_positions(sequences: Sequence[Sequence[Span]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions_3BT and mask_BT (bool, true at tokens) of several sequences, padded on the left to the longest."""
     positions = [span_positions(spans)[0] for spans in sequences]
-    longest = max(p.shape[1] for p in positions)
-    length = longest if length is None else length
-    if longest > length:
-        raise BadInput(f"a sequence of {longest} tokens does not fit a length of {length}")
+    length = max(p.shape[1] for p in positions)
     positions_3BT = torch.full((3, len(positions), length), PADDING_POSITION)
     mask_BT = torch.zeros(len(positions), length, dtype=torch.bool)
     for k, p in enumerate(positions):

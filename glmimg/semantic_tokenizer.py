@@ -136,8 +136,7 @@ class SemanticTokenizer:
                 raise BadInput(f"a picture of {W}x{H} has no whole token grid: sides must be multiples of {TOKEN_SIDE}")
             grid = (H // TOKEN_SIDE, W // TOKEN_SIDE)
         size = (grid[0] * self.patch, grid[1] * self.patch)
-        weight = self.visual.patch_embed.proj.weight
-        pixels = pictures_BCHW.to(weight.device, torch.float32)
-        if size != (H, W):
+        pixels = pictures_BCHW.float()
+        if size != (H, W):  # where the picture is: not every device has this resampling, and none has just the same
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
-        return self.quantize(self.features(pixels))
+        return self.quantize(self.features(pixels.to(self.visual.patch_embed.proj.weight.device)))

@@ -34,7 +34,7 @@ STAGES = ("generator", "decoder")
 # What stays on the device: everything; one stage at a time; one transformer block at a time.
 OFFLOADS = ("none", "stage", "block")
 # Pixels of a side: where memory is being saved, larger pictures go through the VAE in tiles (the published one's widest
-# block holds three tensors of 512 channels, 6 kB a pixel). Not fitted to what is free: the picture depends on it a little.
+# block holds three tensors of 512 channels, 6 kB a pixel). Not fitted to what is free: pictures depend on it a little.
 TILE = 512
 
 _PARTS = {"generator": ("generator", "tokenizer"), "decoder": ("glyphs", "decoder", "autoencoder")}

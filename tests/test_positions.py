@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glmimg.errors import BadInput, CheckpointError
-from glmimg.positions import batch_positions, decode_positions, prompt_spans, rotary_tables, span_length, span_positions
+from glmimg.errors import CheckpointError
+from glmimg.positions import batch_positions, decode_positions, rotary_tables, span_positions
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
 
@@ -29,26 +29,10 @@ def test_no_spans() -> None:
     assert positions.shape == (3, 0) and following == 7
 
 
-def test_prompt_spans_find_the_references() -> None:
-    start, end, code, text = 64, 65, 3, 100
-    ids = [start, *[code] * 6, end, start, *[code] * 4, end, text, text, start]
-    spans = prompt_spans(ids, start, end, [(2, 3), (2, 2)])
-    assert spans == [1, (2, 3), 2, (2, 2), 4]
-    assert span_length(spans) == len(ids)
-
-
-@pytest.mark.parametrize("grids", [[], [(2, 2)], [(4, 3)]])
-def test_reference_grids_that_do_not_fit_are_refused(grids: list[tuple[int, int]]) -> None:
-    with pytest.raises(BadInput):
-        prompt_spans([64, 1, 2, 3, 4, 5, 6, 65, 100, 64], 64, 65, grids)
-
-
 def test_batches_are_padded_on_the_left() -> None:
     positions, mask = batch_positions([[2, (1, 2)], [5, (1, 2)]])
     assert mask.tolist() == [[False] * 3 + [True] * 4, [True] * 7]
     assert torch.equal(positions[:, 0, 3:], span_positions([2, (1, 2)])[0])
-    with pytest.raises(BadInput, match="does not fit"):
-        batch_positions([[5]], length=4)
 
 
 def test_rotary_tables_take_their_frequencies_from_the_axes_in_turn() -> None:

@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from glmimg.errors import BadInput, CheckpointError, UnknownName
-from glmimg.positions import prompt_spans, span_length
 from glmimg.presets import PRESETS
 from glmimg.prompt import Prompt, PromptBuilder, glyph_texts, pad_prompts
 
@@ -77,8 +76,7 @@ def test_references_stand_first_with_their_ids(builder: PromptBuilder) -> None:
     prompt = builder.build("bluer", (4, 4), references=[one, two])
     assert list(prompt.ids[:13]) == [START, 0, 1, 2, 3, 4, 5, END, START, 10, 11, END, *prompt.ids[12:13]]
     assert prompt.references == ((2, 3), (1, 2)) and prompt.grids == ((4, 4),)
-    assert prompt.spans == prompt_spans(prompt.ids, START, END, prompt.references)
-    assert span_length(prompt.spans) == len(prompt.ids)
+    assert prompt.spans == [1, (2, 3), 2, (1, 2), len(prompt.ids) - 11]
     with pytest.raises(BadInput, match="ids below 64"):
         builder.build("bluer", (4, 4), references=[torch.tensor([[64]])])
 

@@ -9,8 +9,9 @@ import torch
 from transformers import DynamicCache, GlmImageConfig, GlmImageForConditionalGeneration
 
 from glmimg.generator import TokenGenerator
-from glmimg.positions import Span, batch_positions, decode_positions, prompt_spans
+from glmimg.positions import batch_positions, decode_positions
 from glmimg.presets import PRESETS
+from glmimg.prompt import Prompt
 
 CONFIG = PRESETS["tiny"]["vision_language_encoder"]
 START, END, PAD = 64, 65, CONFIG["text_config"]["pad_token_id"]
@@ -63,7 +64,7 @@ def test_positions_and_logits(model: GlmImageForConditionalGeneration, lengths: 
     per_sample = torch.tensor([len(grids)] * B)
     theirs, _ = model.model.get_rope_index(ids, torch.tensor(grids * B), per_sample, mask.long())
     their_steps = model.model._cached_decode_position_ids.permute(1, 0, 2)
-    spans: list[list[Span]] = [prompt_spans(row, START, END, REFERENCES[:references]) for row in rows]
+    spans = [Prompt(tuple(row), TARGET, None, tuple(REFERENCES[:references])).spans for row in rows]
     positions, our_mask = batch_positions(spans)
     steps = torch.stack([decode_positions(s, emitted) for s in spans], dim=1)
     assert torch.equal(our_mask, mask) and torch.equal(positions, theirs)
