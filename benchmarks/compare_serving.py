@@ -2,7 +2,8 @@
 
     python benchmarks/compare_serving.py --clients 8 --requests 32
 
-Both servers are started here, one after the other, with the same steps, sizes, prompts and dtype.
+Both servers are started here, one after the other, and get the same requests: steps, size, prompt, guidance and dtype
+are equal, and so is the number of tokens that a picture needs.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
+
+GUIDANCE = 1.5
 
 
 def main() -> None:
@@ -46,7 +48,8 @@ def main() -> None:
         command += ["--dtype", arguments.dtype, "--device", arguments.device]
         if name == "glmimg":
             command = [sys.executable, "-m", "glmimg.cli", "serve", "--port", str(port), "--model", arguments.model]
-            command += ["--dtype", arguments.dtype, "--backend", arguments.device, "--max-queue", "1000"]
+            command += ["--dtype", arguments.dtype, "--backend", arguments.device]
+            command += ["--max-queue", "1000", "--timeout", "3600"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
                 report[name] = asyncio.run(measure(f"http://127.0.0.1:{port}", arguments, process))
@@ -73,7 +76,13 @@ async def measure(url: str, arguments: argparse.Namespace, process: Any) -> dict
         todo = iter(range(arguments.requests))
 
         async def ask(seed: int) -> None:
-            fields = {"prompt": "a red boat", "seed": seed, "steps": arguments.steps, "size": arguments.size}
+            fields: dict[str, Any] = {
+                "prompt": "a red boat",
+                "seed": seed,
+                "steps": arguments.steps,
+                "size": arguments.size,
+            }
+            fields["guidance"] = GUIDANCE
             began = time.perf_counter()
             (await http.post("/v1/images/generations", json=fields)).raise_for_status()
             seconds.append(time.perf_counter() - began)
@@ -101,36 +110,38 @@ def serve_diffusers(arguments: argparse.Namespace) -> None:
     import uvicorn
     from diffusers.pipelines.glm_image.pipeline_glm_image import GlmImagePipeline
     from fastapi import FastAPI
-    from pydantic import BaseModel
 
     from glmimg.checkpoint import Checkpoint
+    from glmimg.token_grid import preview_grid
 
-    folder = Path(Checkpoint.open(arguments.model).root)
+    checkpoint = Checkpoint.open(arguments.model)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    pipeline = GlmImagePipeline.from_pretrained(folder, torch_dtype=dtype).to(arguments.device)
+    pipeline = GlmImagePipeline.from_pretrained(checkpoint.root, torch_dtype=dtype).to(arguments.device)
     pipeline.set_progress_bar_config(disable=True)
+    # Left alone it announces a preview grid of the published size, and would draw more tokens than ours.
+    if not hasattr(pipeline.processor, "_get_target_shape"):
+        raise SystemExit("this version of transformers computes the preview grid elsewhere: use 5.23")
+    side = checkpoint.settings.preview_side
+    pipeline.processor._get_target_shape = lambda height, width: (
+        height // 32, width // 32, *preview_grid(height, width, side)
+    )  # fmt: skip
     app, lock = FastAPI(), threading.Lock()
-
-    class Body(BaseModel):
-        prompt: str
-        seed: int
-        steps: int
-        size: str
 
     @app.get("/ready")
     def ready() -> dict[str, bool]:
         return {"ready": True}
 
     @app.post("/v1/images/generations")
-    def generate(body: Body) -> dict[str, Any]:
-        width, height = map(int, body.size.split("x"))
+    def generate(body: dict[str, Any]) -> dict[str, Any]:
+        width, height = map(int, body["size"].split("x"))
         with lock, torch.no_grad():
             image = pipeline(
-                body.prompt,
+                body["prompt"],
                 width=width,
                 height=height,
-                num_inference_steps=body.steps,
-                generator=torch.Generator().manual_seed(body.seed),
+                num_inference_steps=body["steps"],
+                guidance_scale=body["guidance"],
+                generator=torch.Generator().manual_seed(body["seed"]),
             ).images[0]
         data = io.BytesIO()
         image.save(data, "PNG")

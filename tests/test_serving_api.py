@@ -35,22 +35,27 @@ SIZE = "64x64"
 PLAIN = {"prompt": "a cat", "size": SIZE, "steps": 2, "seed": 5}
 
 
-@pytest.fixture(scope="module")
-def adapters(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one adapter, which changes the decoder and the generator, and one that does not fit."""
-    folder = tmp_path_factory.mktemp("adapters")
-    stream = torch.Generator().manual_seed(1)
-    checkpoint = Checkpoint.open(tiny_checkpoint)
+def write_adapter(folder: Path, base: Path, seed: int) -> Path:
+    """One that changes both stages."""
+    stream = torch.Generator().manual_seed(seed)
     for stage in ("generator", "decoder"):
-        model = getattr(checkpoint, stage)()
+        model = getattr(Checkpoint.open(base), stage)()
         layers = {}
         for name in target_names(model, stage, ["attention"]):
             outputs, inputs = model.get_submodule(name).weight.shape
             a_rK, b_Nr = (torch.randn(shape, generator=stream) for shape in ((2, inputs), (outputs, 2)))
             layers[name] = Low(a_rK, 0.3 * b_Nr, None, 1.0)
-        save_adapter(folder / "ink" / stage, stage, layers, rank=2, alpha=2)
-        wrong = {name: Low(torch.ones(2, 7), torch.ones(9, 2), None, 1.0) for name in layers}
-        save_adapter(folder / "wrong" / stage, stage, wrong, rank=2, alpha=2)
+        save_adapter(folder / stage, stage, layers, rank=2, alpha=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the adapters that may be named, with one that fits, one that does not, and one half-written."""
+    folder = tmp_path_factory.mktemp("adapters")
+    write_adapter(folder / "ink", tiny_checkpoint, 1)
+    wrong = {"transformer_blocks.0.attn1.to_q": Low(torch.ones(2, 7), torch.ones(9, 2), None, 1.0)}
+    save_adapter(folder / "wrong" / "decoder", "decoder", wrong, rank=2, alpha=2)
     (folder / ".half").mkdir()
     return folder
 
@@ -282,7 +287,11 @@ def test_headers_page_and_openapi(http: httpx.Client) -> None:
         assert "access-control-allow-origin" not in headers
     page = http.get("/").text
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
-    paths = http.get("/openapi.json").json()["paths"]
+    spec = http.get("/openapi.json").json()
+    paths = spec["paths"]
+    statuses = {status for methods in paths.values() for one in methods.values() for status in one["responses"]}
+    assert "422" not in statuses and "429" in statuses, "as it answers"
+    assert not re.findall(r'"#/components/schemas/(?:HTTPV|V)alidationError"', json.dumps(spec))
     assert {"/v1/images/generations", "/v1/images/edits", "/v1/images/regions", "/health", "/metrics"} <= set(paths)
 
 
@@ -329,6 +338,9 @@ def test_adapters_are_each_requests_own(
     assert read_metadata(path)["adapters"] == [{"name": "ink", "strength": 0.5}]
     assert str(adapters) not in json.dumps(read_metadata(path))
     assert wrong.status_code == 400 and str(adapters) not in wrong.text and "wrong" in wrong.text
+    write_adapter(adapters / "ink", tiny_checkpoint, 2)  # trained again
+    other = http.post("/v1/images/generations", json=inked).json()["data"][0]
+    assert np.abs(pixels(picture(other["b64_json"])) - pixels(picture(with_ink["b64_json"]))).max() > 2
     for name in ("..", ".half", "../adapters/ink", str(adapters / "ink"), "ink/", "owner/name"):
         refused = http.post("/v1/images/generations", json=PLAIN | {"adapters": [{"name": name}]})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unknown_adapter")
@@ -398,6 +410,13 @@ def test_a_full_queue_and_clients_that_go_away(server: Any) -> None:
                 await asyncio.sleep(0.02)
             full = await http.post("/v1/images/generations", json=slow)
             for task in tasks:
+                task.cancel()
+            storm = []
+            for _ in range(30):
+                storm.append(asyncio.create_task(http.post("/v1/images/generations", json=slow | {"n": 1})))
+                await asyncio.sleep(0.01)
+                storm[len(storm) // 2].cancel()
+            for task in storm:
                 task.cancel()
             began = time.monotonic()
             while dispatcher.running or len(dispatcher.queue):

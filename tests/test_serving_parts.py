@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -28,6 +29,7 @@ from glmimg.serving.dispatcher import Ticket
 from glmimg.serving.fair_queue import FairQueue
 from glmimg.serving.jobs import Job
 from glmimg.serving.metrics import Ledger, Totals
+from glmimg.serving.run import _bound
 from glmimg.serving.settings import Problem, ServerSettings
 
 
@@ -227,6 +229,17 @@ def test_a_reader_that_takes_nothing_is_let_go() -> None:
 
     asyncio.run(scene())
     assert left
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
+def test_the_system_cuts_off_who_takes_nothing_of_what_is_sent_already() -> None:
+    with _bound(ServerSettings(port=0, write_timeout=1)) as bound:
+        bound.listen()
+        with socket.create_connection(bound.getsockname()), bound.accept()[0] as connection:
+            connection.settimeout(20)
+            with pytest.raises(OSError, match="timed out") as caught:
+                connection.sendall(bytes(64 << 20))
+    assert caught.value.errno == errno.ETIMEDOUT
 
 
 def test_arguments_of_the_cluster() -> None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from glmimg import __version__
 from glmimg.errors import MissingExtra
@@ -106,6 +107,19 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         return FileResponse(PAGE / "icon.svg", media_type="image/svg+xml")
 
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
+
+    def openapi() -> dict[str, Any]:
+        """FastAPI's own, but for the answer to invalid requests: ours is 400, in OpenAI's shape."""
+        if app.openapi_schema is None:
+            spec = FastAPI.openapi(app)
+            for methods in spec["paths"].values():
+                for operation in methods.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                spec["components"]["schemas"].pop(name, None)
+        return app.openapi_schema or {}
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
     @app.exception_handler(Problem)
     async def problem(request: Request, error: Problem) -> JSONResponse:

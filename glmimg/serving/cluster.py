@@ -40,7 +40,13 @@ def build(arguments: dict[str, Any]) -> Any:
     )
     @serve.ingress(lambda: create_app(settings))
     class Glmimg:
-        pass
+        app: Any  # ingress puts it there
+
+        def check_health(self) -> None:
+            """Ray replaces a replica whose worker was given up."""
+            failure = self.app.state.service.dispatcher.failure
+            if failure is not None:
+                raise failure
 
     deployment: Any = Glmimg
     return deployment.bind()

@@ -52,7 +52,7 @@ class Engine:
         self.waiting: list[Work] = []
         self.ready: list[tuple[Work, tuple[int, ...], bool]] = []  # pictures, and whether only a look is wanted
         self.active: dict[str, Work] = {}
-        self._adapters: tuple[tuple[str, float], ...] = ()
+        self._adapters: tuple[tuple[str, float, int], ...] = ()
         self._drawing = False
         self._decoding: Work | None = None
         self._stopping = False
@@ -190,7 +190,7 @@ class Engine:
     def _join(self, work: Work, numbers: list[int]) -> None:
         stages, request = self.stages, work.request
         if work.adapters != self._adapters:
-            stages.set_adapters(work.adapters)
+            stages.set_adapters([(folder, strength) for folder, strength, _ in work.adapters])
             self._adapters = work.adapters
             self.batch = None  # it holds the generator of before
         began = time.perf_counter()

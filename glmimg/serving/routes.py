@@ -21,7 +21,7 @@ from glmimg.serving.settings import Problem
 __all__ = ["router", "validation_problem"]
 
 MAX_REFERENCES = 16
-_STATUSES = (400, 401, 404, 413, 429, 500, 503, 504)
+_STATUSES = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 _EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 
 router = APIRouter(

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Work:
     chunks: list[tuple[int, ...]]  # pictures that the decoder makes together
     pending: list[int]
     prompt_tokens: int
+    adapters: tuple[tuple[str, float, int], ...] = ()  # folder, strength, state of the folder: two that differ are two
     grids: dict[int, TokenGrid] = field(default_factory=dict)
     references: list[torch.Tensor] = field(default_factory=list)
     glyphs: Glyphs | None = None
@@ -67,10 +69,6 @@ class Work:
         if not self.request.samples_tokens:
             return []
         return list(self.prompts[0].grids) if self.prompts else [self.request.grid]
-
-    @property
-    def adapters(self) -> tuple[tuple[str, float], ...]:
-        return tuple((folder, strength) for _, folder, strength in self.job.adapters)
 
     def partial_steps(self) -> list[int]:
         """Decoder steps after which a partial picture is due, evenly spread; the preview grid gives the first one."""
@@ -119,6 +117,7 @@ def check(stages: Stages, job: Job) -> Work:
         list(batches(stages, request)),
         list(range(request.pictures)),
         len(prompts[0].ids),
+        tuple((folder, strength, _state(folder)) for _, folder, strength in job.adapters),
         look=bool(job.partial_images and stages.offload == "none" and not pictures and request.tokens is None),
     )
 
@@ -146,3 +145,11 @@ def picture_file(image: Image.Image, job: Job, metadata: Mapping[str, Any] | Non
 def _fitted(picture: Image.Image, least: int, most: int) -> Image.Image:
     size = fit_reference(*picture.size, least, most)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _state(folder: str) -> int:
+    """Another number after an adapter was trained again in its place; 0 if it is gone, of which reading it tells."""
+    try:
+        return max((path.stat().st_mtime_ns for path in Path(folder).rglob("*")), default=0)
+    except OSError:
+        return 0
