@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from glmimg.atomic_write import atomic_folder
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import CONFIG_KEY
-from glmimg.weight_files import WeightFiles, fill
+from glmimg.weight_files import WeightFiles, contained, fill, json_object
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +171,7 @@ class Checkpoint:
         if not (root / "processor/tokenizer.json").is_file():
             raise CheckpointError(f"{root}/processor/tokenizer.json is missing: not downloaded completely?")
         settings = CheckpointSettings.read(root)
-        return cls(root, str(model), settings, {part: WeightFiles(root / part) for part in COMPONENTS})
+        return cls(root, str(model), settings, {part: WeightFiles(contained(root, root / part)) for part in COMPONENTS})
 
     @cached_property
     def hash(self) -> str:
@@ -380,14 +379,11 @@ def _prefixed(prefixes: tuple[str, ...]) -> Callable[[str], bool]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(path.read_bytes(), path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: not a GLM-Image checkpoint, or not downloaded completely") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): download or write it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a json object, not a {type(value).__name__}")
-    return value
 
 
 def _locate(model: str, revision: str | None, local_files_only: bool) -> Path:
@@ -404,7 +400,10 @@ def _locate(model: str, revision: str | None, local_files_only: bool) -> Path:
     if model and os.path.isdir(root):
         return root
     if model and os.path.exists(root):
-        raise BadInput(f"{model} is a file; a checkpoint is a folder with model_index.json in it")
+        raise BadInput(
+            f"{model} is a file; a checkpoint is a folder with model_index.json in it. Of a single .safetensors or "
+            f".gguf file make one: glmimg weights convert {model} FOLDER"
+        )
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or any(c.isspace() for c in model):
         raise BadInput(f"model {model!r}: no such folder; give a folder, a hub id (owner/name) or {EMBEDDED!r}")
     return _download(model, revision, local_files_only)

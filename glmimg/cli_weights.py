@@ -15,13 +15,14 @@ Run = Callable[[argparse.Namespace], int]
 
 def init(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("directory", metavar="DIR", help="the folder to write; it must not exist yet")
-    parser.add_argument("--preset", default="tiny", help=f"architecture: {', '.join(PRESETS)} (default: tiny)")
+    parser.add_argument("--preset", help=f"architecture: {', '.join(PRESETS)} (default: tiny)")
     parser.add_argument("--like", metavar="PATH", help="instead: the architecture and tokenizer of this checkpoint")
     parser.add_argument("--scale", type=float, help="with --like: times its widths and depths (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     parser.add_argument(
         "--dtype", default="float32", help="of the stored weights: float32 or bfloat16 (default: float32)"
     )
+    parser.add_argument("--json", action="store_true", help="print one object for programs")
     return _init
 
 
@@ -33,18 +34,28 @@ def _init(arguments: argparse.Namespace) -> int:
             raise BadInput("--scale is for --like PATH: the sizes of a preset are fixed")
         from glmimg.weights_tools.init import init_checkpoint
 
-        print(init_checkpoint(arguments.directory, arguments.preset, seed=arguments.seed, dtype=arguments.dtype))
-        return 0
-    from glmimg.cli_progress import ByteBar
-    from glmimg.weights_tools.init_like import init_like
-
-    scale = 1.0 if arguments.scale is None else arguments.scale
-    bar = ByteBar("init")
-    print(
-        init_like(
-            arguments.directory, arguments.like, scale=scale, seed=arguments.seed, dtype=arguments.dtype, progress=bar
+        made = init_checkpoint(
+            arguments.directory, arguments.preset or "tiny", seed=arguments.seed, dtype=arguments.dtype
         )
-    )
+    else:
+        if arguments.preset is not None:
+            raise BadInput("--preset and --like exclude each other: each names an architecture")
+        from glmimg.cli_progress import ByteBar
+        from glmimg.weights_tools.init_like import init_like
+
+        made = init_like(
+            arguments.directory,
+            arguments.like,
+            scale=1.0 if arguments.scale is None else arguments.scale,
+            seed=arguments.seed,
+            dtype=arguments.dtype,
+            progress=ByteBar("init"),
+        )
+    if arguments.json:
+        size = sum(path.stat().st_size for path in made.rglob("*.safetensors"))
+        print(json.dumps({"path": str(made), "weight_bytes": size}))
+    else:
+        print(made)
     return 0
 
 
@@ -106,9 +117,7 @@ def convert(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument("--base", metavar="PATH", help="the checkpoint that a lone decoder or GGUF file belongs to")
     parser.add_argument(
-        "--component",
-        default="transformer",
-        help="for gguf: transformer (the decoder) or vision_language_encoder (default: transformer)",
+        "--component", help="for gguf: transformer (the decoder) or vision_language_encoder (default: transformer)"
     )
     parser.add_argument(
         "--dtype",

@@ -1,4 +1,4 @@
-"""glmimg weights: checkpoints made smaller, merged, compared, described, and planned for a machine."""
+"""glmimg weights: checkpoints made smaller, merged, compared and described."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from glmimg.packed_format import BITS, GROUP
 
 if TYPE_CHECKING:
     from glmimg.weights_tools.diff import Diff
-    from glmimg.weights_tools.plan import Machine, Option
 
-__all__ = ["card", "diff", "merge", "plan", "quantize"]
+__all__ = ["card", "diff", "merge", "quantize"]
 
 Run = Callable[[argparse.Namespace], int]
 SHOWN = 15  # rows of a table that may be long
@@ -34,27 +33,55 @@ def quantize(parser: argparse.ArgumentParser) -> Run:
         "--group-size", type=int, default=GROUP, help=f"columns that share a scale in 4 bits (default: {GROUP})"
     )
     parser.add_argument("--adaln", action="store_true", help="pack the decoder's adaptive layer norms too, in 8 bits")
+    parser.add_argument(
+        "--sensitivity",
+        metavar="OF",
+        help="for --budget: weights (default; reads them only) or outputs (runs every stage, one matrix packed at a "
+        "time: slower, needs memory for a stage, and tells what matters)",
+    )
     parser.add_argument("--report", action="store_true", help="run both versions and tell how they differ")
-    parser.add_argument("--prompt", action="append", help="for --report, instead of the built-in ones; may be repeated")
-    parser.add_argument("--steps", type=int, help="of the decoder, for --report (default: the checkpoint's)")
-    parser.add_argument("--size", metavar="WxH", help="for --report (default: the checkpoint's)")
-    parser.add_argument("--dtype", help="for --report: bf16, fp16 or fp32 (default: the device's own)")
-    parser.add_argument("--backend", default="auto", help="for --report (default: auto)")
+    parser.add_argument("--bank", metavar="FOLDER", help="for --report: judge both with report cards on this bank")
+    parser.add_argument("--card-prompts", type=int, help="of those report cards (default: 60)")
+    run = parser.add_argument_group("what is run for --report and --sensitivity outputs")
+    run.add_argument("--prompt", action="append", help="instead of the built-in ones; may be repeated")
+    run.add_argument("--steps", type=int, help="of the decoder (default: the checkpoint's)")
+    run.add_argument("--size", metavar="WxH", help="default: the checkpoint's")
+    run.add_argument("--dtype", help="bf16, fp16 or fp32 (default: the device's own)")
+    run.add_argument("--backend", help="default: auto")
     parser.add_argument("--json", action="store_true", help="print one object for programs")
     return _quantize
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
+    _require_used(arguments)
     from glmimg.backends import pick_backend
     from glmimg.checkpoint import Checkpoint
-    from glmimg.cli_progress import ByteBar
+    from glmimg.cli_progress import ByteBar, Count
     from glmimg.config import parse_size as picture_size
     from glmimg.weights_tools.quantize import quantize_checkpoint
     from glmimg.weights_tools.streaming import parse_size
 
     size = None if arguments.size is None else picture_size(arguments.size)[::-1]
-    backend = pick_backend(arguments.backend) if arguments.report else None
+    runs = arguments.report or arguments.sensitivity == "outputs"
+    backend = pick_backend(arguments.backend or "auto") if runs else None
     source = Checkpoint.open(arguments.source)
+
+    def by_outputs(found: Any, group: int) -> Any:
+        from glmimg.weights_tools.sampled import PROMPTS
+        from glmimg.weights_tools.sensitivity import output_errors
+
+        assert backend is not None
+        return output_errors(
+            source,
+            backend,
+            found,
+            group,
+            prompts=arguments.prompt or PROMPTS,
+            size=size,
+            dtype=arguments.dtype,
+            progress=Count("measure"),
+        )
+
     done = quantize_checkpoint(
         source,
         arguments.target,
@@ -62,24 +89,52 @@ def _quantize(arguments: argparse.Namespace) -> int:
         components=None if arguments.components is None else _names(arguments.components),
         group=arguments.group_size,
         budget=None if arguments.budget is None else parse_size(arguments.budget),
+        errors=by_outputs if arguments.sensitivity == "outputs" else None,
         adaln=arguments.adaln,
         progress=ByteBar("quantize"),
     )
     told = done.to_dict()
-    if backend is not None:
-        from glmimg.weights_tools.compare import PROMPTS, compare_checkpoints
+    if arguments.report and backend is not None:
+        from glmimg.cli_weights_report import report
 
-        told["report"] = compare_checkpoints(
+        told["report"] = report(
             source,
-            Checkpoint.open(arguments.target),
+            arguments.target,
             backend,
-            prompts=arguments.prompt or PROMPTS,
-            dtype=None if arguments.dtype is None else backend.resolve_dtype(arguments.dtype),
+            prompts=arguments.prompt,
+            dtype=arguments.dtype,
             steps=arguments.steps,
             size=size,
-        ).to_dict()
+            bank=arguments.bank,
+            card_prompts=arguments.card_prompts or 60,
+        )
     print(json.dumps(told) if arguments.json else "\n".join(_quantized_lines(told)))
     return 0
+
+
+def _require_used(arguments: argparse.Namespace) -> None:
+    """BadInput for flags that would change nothing."""
+    from glmimg.errors import BadInput, UnknownName
+
+    if arguments.sensitivity not in (None, "weights", "outputs"):
+        raise UnknownName.of("sensitivity", arguments.sensitivity, ("weights", "outputs"))
+    if arguments.sensitivity and arguments.budget is None:
+        raise BadInput("--sensitivity is for --budget SIZE: without one every matrix gets the same bits")
+    outputs = arguments.sensitivity == "outputs"
+    for name, needed, used in (
+        ("prompt", "--report or --sensitivity outputs", arguments.report or outputs),
+        ("size", "--report or --sensitivity outputs", arguments.report or outputs),
+        ("dtype", "--report or --sensitivity outputs", arguments.report or outputs),
+        ("backend", "--report or --sensitivity outputs", arguments.report or outputs),
+        ("steps", "--report", arguments.report),
+        ("bank", "--report", arguments.report),
+        ("card_prompts", "--report --bank FOLDER", arguments.report and arguments.bank is not None),
+    ):
+        if getattr(arguments, name) is not None and not used:
+            raise BadInput(f"--{name.replace('_', '-')} is for {needed}")
+    for name in ("steps", "card_prompts"):
+        if (getattr(arguments, name) or 1) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give 1 or more")
 
 
 def _quantized_lines(told: dict[str, Any]) -> list[str]:
@@ -89,14 +144,11 @@ def _quantized_lines(told: dict[str, Any]) -> list[str]:
         error = "" if part["relative_error"] is None else f"{part['relative_error']:.4f}"
         rows.append([name, _mb(part["bytes_before"]), _mb(part["bytes_after"]), counts or "kept", error])
     share = told["bytes_after"] / told["bytes_before"]
-    lines = [*_table(rows), f"{told['path']}: {_mb(told['bytes_after'])} MB, {share:.0%} of the bytes"]
+    lines = [*table(rows), f"{told['path']}: {_mb(told['bytes_after'])} MB, {share:.0%} of the bytes"]
     if report := told.get("report"):
-        psnr = "the same" if report["psnr"] is None else f"{report['psnr']:.1f} dB, worst {report['psnr_worst']:.1f}"
-        lines += [
-            f"tokens: {report['tokens']}; the likeliest one is the same for {report['top1_agreement']:.1%}; "
-            f"bits a token {report['bits_source']:.3f}, quantised {report['bits_other']:.3f}",
-            f"pictures from the same tokens and noise: {report['pictures']}; PSNR against the source {psnr}",
-        ]
+        from glmimg.cli_weights_report import lines as report_lines
+
+        lines += report_lines(report)
     return lines
 
 
@@ -112,6 +164,12 @@ def merge(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--slerp", nargs=3, metavar=("A", "B", "T"), help="the point T of the arc from checkpoint A (0) to B (1)"
     )
+    parser.add_argument(
+        "--ema",
+        nargs="+",
+        metavar="X",
+        help="a decay such as 0.9 and checkpoints, oldest first: their exponential moving average",
+    )
     parser.add_argument("--components", metavar="A,B", help="of averages and arcs (default: all)")
     parser.add_argument("--json", action="store_true", help="print one object for programs")
     return _merge
@@ -121,11 +179,17 @@ def _merge(arguments: argparse.Namespace) -> int:
     from glmimg.checkpoint import COMPONENTS
     from glmimg.cli_progress import ByteBar
     from glmimg.errors import BadInput
-    from glmimg.weights_tools.merge import average_checkpoints, merge_adapters, parse_weighted, slerp_checkpoints
+    from glmimg.weights_tools.merge import (
+        average_checkpoints,
+        ema_weights,
+        merge_adapters,
+        parse_weighted,
+        slerp_checkpoints,
+    )
 
-    wanted = [name for name in ("adapter", "average", "slerp") if getattr(arguments, name)]
+    wanted = [name for name in ("adapter", "average", "ema", "slerp") if getattr(arguments, name)]
     if len(wanted) != 1:
-        raise BadInput("merge needs one of --adapter A[:S], --average C[:W] ... and --slerp A B T")
+        raise BadInput("merge needs one of --adapter A[:S], --average C[:W] ..., --ema D C ... and --slerp A B T")
     if wanted == ["adapter"] and arguments.components:
         raise BadInput("merge: --components is for averages and arcs; an adapter names its layers itself")
     parts = COMPONENTS if arguments.components is None else _names(arguments.components)
@@ -134,6 +198,16 @@ def _merge(arguments: argparse.Namespace) -> int:
         done = merge_adapters(arguments.base, arguments.target, arguments.adapter, progress=bar)
     elif arguments.average:
         listed = [parse_weighted(text) for text in arguments.average]
+        done = average_checkpoints(arguments.base, arguments.target, listed, components=parts, progress=bar)
+    elif arguments.ema:
+        decay, *older = arguments.ema
+        try:
+            shares = ema_weights(float(decay), len(older))
+        except ValueError as error:
+            raise BadInput(f"merge --ema {decay!r} ...: give a decay above 0 and below 1 first") from error
+        if not older:
+            raise BadInput("merge --ema D C ...: give the checkpoints behind the decay, oldest first")
+        listed = list(zip(older, shares, strict=True))
         done = average_checkpoints(arguments.base, arguments.target, listed, components=parts, progress=bar)
     else:
         first, second, t = arguments.slerp
@@ -147,7 +221,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         return 0
     rows = [["component", "tensors changed", "relative change"]]
     rows += [[name, str(count), f"{done.relative_change[name]:.4g}"] for name, count in done.changed.items()]
-    print("\n".join([*_table(rows), str(done.path)]))
+    print("\n".join([*table(rows), str(done.path)]))
     return 0
 
 
@@ -184,7 +258,7 @@ def _diff_lines(found: Diff, everything: bool) -> list[str]:
         mine = [row for row in found.tensors if row.component == component]
         count = sum(row in differing for row in mine)
         rows.append([component, str(len(mine)), str(count), f"{change:.4g}"])
-    lines = _table(rows)
+    lines = table(rows)
     if differing:
         # What is in one only comes first, then what changed most.
         ranked = sorted(differing, key=lambda row: (row.state == "changed", row.state == "equal", -row.relative))
@@ -195,108 +269,11 @@ def _diff_lines(found: Diff, everything: bool) -> list[str]:
             stored = "" if row.dtypes is None else " -> ".join(row.dtypes)
             name = f"{row.component}/{row.name}"
             rows.append([name, row.state, *(figures if row.state == "changed" else [""] * 3), stored])
-        lines += ["", *_table(rows)]
+        lines += ["", *table(rows)]
         if len(shown) < len(ranked):
             lines.append(f"... and {len(ranked) - len(shown)} more: --all lists them")
     lines += [f"{file}: {key}: {a!r} -> {b!r}" for file, key, a, b in found.settings]
     return lines
-
-
-def plan(parser: argparse.ArgumentParser) -> Run:
-    parser.add_argument(
-        "model", metavar="MODEL", help="a folder with config.json files, a preset, embedded, or zai-org/GLM-Image"
-    )
-    parser.add_argument(
-        "--device", action="append", metavar="SIZE", help="memory of a device, such as 24GB; repeatable"
-    )
-    parser.add_argument("--ram", metavar="SIZE", help="memory of the host (default: this machine's)")
-    parser.add_argument("--size", metavar="WxH", help="of the pictures (default: the checkpoint's)")
-    parser.add_argument("-n", type=int, default=1, help="pictures in one call (default: 1)")
-    parser.add_argument("--steps", type=int, help="of the decoder (default: the checkpoint's)")
-    parser.add_argument("--no-guidance", action="store_true", help="one forward of the decoder a step, not two")
-    parser.add_argument("--bandwidth", metavar="SIZE", help="bytes a second of a device's memory, such as 1TB")
-    parser.add_argument("--flops", type=float, help="of a device, as reached in products of matrices, such as 1e14")
-    parser.add_argument("--link", metavar="SIZE", help="bytes a second from the host to a device, such as 16GB")
-    parser.add_argument("--host-bandwidth", metavar="SIZE", help="bytes a second of the host's memory")
-    parser.add_argument("--host-flops", type=float, help="of the host's processor")
-    parser.add_argument("--watts", type=float, help="of the whole machine at work: tells the energy of a picture")
-    parser.add_argument("--measure", metavar="BACKEND", help="measure the speeds of a device of this machine instead")
-    parser.add_argument("--all", action="store_true", help="list every option, also those that do not fit")
-    parser.add_argument("--json", action="store_true", help="print one object for programs")
-    return _plan
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    from glmimg.config import parse_size as picture_size
-    from glmimg.errors import BadInput
-    from glmimg.weights_tools.costs import Workload, costs_of
-    from glmimg.weights_tools.plan import choose_option, options
-
-    machine = _machine(arguments)
-    if arguments.n < 1 or (arguments.steps or 1) < 1:
-        raise BadInput("plan needs at least one picture and one step")
-    costs = costs_of(arguments.model)
-    width, height = picture_size(arguments.size) if arguments.size else costs.default_size[::-1]
-    steps = arguments.steps or costs.default_steps
-    work = Workload(height, width, arguments.n, steps, not arguments.no_guidance)
-    found = options(costs, machine, work)
-    best = choose_option(found)
-    kind = arguments.measure.partition(":")[0] if arguments.measure else None
-    if arguments.json:
-        told = {
-            "model": costs.name,
-            "picture": {"width": width, "height": height, "pictures": arguments.n, "steps": steps},
-            "assumed": list(machine.assumed),
-            "best": best.to_dict(),
-            "calls": best.calls(costs.name, kind),
-            "options": [option.to_dict() for option in found],
-        }
-        print(json.dumps(told))
-        return 0
-    shown = found if arguments.all else [option for option in found if option.fits][:SHOWN]
-    print("\n".join([*_table(_plan_rows(shown, machine)), ""]))
-    if machine.assumed:
-        print(f"assumed, not measured: {', '.join(machine.assumed)}. State them, or give --measure BACKEND.\n")
-    print("\n".join(best.calls(costs.name, kind)))
-    return 0
-
-
-def _machine(arguments: argparse.Namespace) -> Machine:
-    from glmimg.backends import pick_backend
-    from glmimg.weights_tools.plan import Machine, measure_machine
-    from glmimg.weights_tools.streaming import parse_size
-
-    speeds = {
-        name: parse_size(value)
-        for name in ("bandwidth", "link", "host_bandwidth")
-        if (value := getattr(arguments, name)) is not None
-    } | {name: value for name in ("flops", "host_flops") if (value := getattr(arguments, name)) is not None}
-    if arguments.measure:
-        backend = pick_backend(arguments.measure)
-        host = "" if backend.has_pinned_memory else "host_"
-        speeds = {host + name: value for name, value in measure_machine(backend).items()} | speeds
-    needed = ["bandwidth", "flops", "link"] if arguments.device else []
-    assumed = [name for name in [*needed, "host_bandwidth", "host_flops"] if name not in speeds]
-    ram = parse_size(arguments.ram) if arguments.ram else pick_backend("cpu").memory().total
-    devices = tuple(parse_size(size) for size in arguments.device or ())
-    return Machine(devices, ram, watts=arguments.watts, assumed=tuple(assumed), **speeds)
-
-
-def _plan_rows(found: list[Option], machine: Machine) -> list[list[str]]:
-    devices = [f"device {k} GB" for k in range(len(machine.devices))]
-    head = ["bits", "generator", "decoder", "offload", *devices, "host GB", "moved GB", "tokens s", "decoder s"]
-    rows = [[*head, "all s", *(["Wh"] if machine.watts is not None else []), ""]]
-    for option in found:
-        peaks = [f"{peak / 1e9:.1f}" if peak else "" for peak in option.device_peaks]
-        places = [str(place) if place == "cpu" else f"device {place}" for place in (option.generator, option.decoder)]
-        seconds = [f"{option.seconds[name]:.1f}" for name in ("tokens", "decoder")]
-        energy = [] if option.watt_hours is None else [f"{option.watt_hours:.2f}"]
-        memory = [*peaks, f"{option.ram / 1e9:.1f}", f"{option.moved / 1e9:.0f}"]
-        last = "" if option.fits else "; ".join(option.short)
-        rows.append(
-            [str(option.bits), *places, option.offload, *memory, *seconds, f"{option.total:.1f}", *energy, last]
-        )
-    return rows
 
 
 def card(parser: argparse.ArgumentParser) -> Run:
@@ -332,7 +309,7 @@ def _mb(count: int) -> str:
     return f"{count / 1e6:,.1f}"
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def table(rows: list[list[str]]) -> list[str]:
     """Columns as wide as their widest cell, numbers to the right."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

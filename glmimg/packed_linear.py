@@ -189,8 +189,9 @@ def use_packed(model: nn.Module, infos: Mapping[str, Any], config: Mapping[str, 
         if not isinstance(linear, nn.Linear):
             continue
         packed, scale = infos[name + PACKED], infos.get(name + SCALE)
-        if scale is None:
-            raise CheckpointError(f"{folder}: {name}{PACKED} has no {SCALE} beside it: quantise or download it again")
+        if scale is None or packed.dtype not in ("I8", "U8"):
+            told = f"has no {SCALE} beside it" if scale is None else f"is stored as {packed.dtype}, not I8 or U8"
+            raise CheckpointError(f"{folder}: {name}{PACKED} {told}: quantise or download it again")
         bits = 8 if packed.dtype == "I8" else 4
         groups = scale.shape[1] if len(scale.shape) == 2 else 1
         if linear.in_features % max(groups, 1) or groups == 0:

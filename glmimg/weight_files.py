@@ -18,7 +18,7 @@ from glmimg.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPE_BITS", "TensorInfo", "WeightFiles", "contained", "fill", "read_header", "read_index"]
+__all__ = ["DTYPE_BITS", "TensorInfo", "WeightFiles", "contained", "fill", "json_object", "read_header", "read_index"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # The format's dtypes in the order in which the safetensors library lays tensors out, last first.
@@ -48,6 +48,7 @@ DTYPE_BITS = {
 }
 _MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
+_MAX_DEPTH = 100  # of json: tokenizers nest about ten levels
 _SHOWN = 3  # names in an error
 
 
@@ -64,6 +65,11 @@ class TensorInfo(NamedTuple):
     def nbytes(self) -> int:
         """Its bytes in the file."""
         return self.end - self.begin
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return self.dtype.startswith(("F", "BF"))
 
 
 class WeightFiles:
@@ -154,9 +160,17 @@ def fill(
 
     Files may hold, and the module may ask for, names for which `skip` is true: parts left out on purpose.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if not skip(name)}
+    wanted = {name: tensor for name, tensor in module.state_dict().items() if not skip(name)}
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     stored = {name: info.shape for name, info in weights.infos.items() if not skip(name)}
     require_fit(weights.folder, expected, stored)
+    odd = [name for name, tensor in wanted.items() if tensor.is_floating_point() != weights.infos[name].is_float]
+    if odd:
+        raise CheckpointError(
+            f"{weights.folder}: {len(odd)} tensors are stored as {weights.infos[odd[0]].dtype}, which no weights of "
+            f"that name are ({_some(odd)}).\nThe file is damaged, or was packed by another program.\n"
+            "Download it again, or take the original checkpoint."
+        )
     tensors: dict[str, Any] = weights.load(expected, device=device, dtype=dtype, check_finite=check_finite)
     module.load_state_dict(tensors, strict=False, assign=True)
 
@@ -227,8 +241,27 @@ def read_index(path: Path) -> dict[str, str]:
     return index
 
 
+def json_object(data: bytes, place: object) -> dict[str, Any]:
+    """The json object in `data`; CheckpointError, naming `place`, where it is damaged, too deep or something else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{place} cannot be read: it is no json ({str(error):.100}); download or write it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{place} must hold a json object, not a {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):  # whoever walks through it later may do so by recursion
+        inside = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for values in inside for inner in values if isinstance(inner, dict | list)]
+    if level:
+        raise CheckpointError(f"{place} is nested more than {_MAX_DEPTH} levels deep: do not use this checkpoint")
+    return value
+
+
 def contained(folder: Path, file: Path) -> Path:
-    """`file`, unless it is a link that leads out of its folder to somewhere else than the hub's cache."""
+    """`file`, or a folder, unless it is a link that leads out of its folder to elsewhere than the hub's cache."""
     target, home = file.resolve(), folder.resolve()
     # where huggingface_hub keeps files: models--OWNER--NAME/blobs/HASH
     in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
@@ -237,7 +270,7 @@ def contained(folder: Path, file: Path) -> Path:
         raise CheckpointError(
             f"{file} is a link to {target}, outside its folder.\n"
             "A checkpoint could make any file of this machine part of itself that way.\n"
-            "If that is wanted, put the file itself there, or a hard link to it."
+            "If that is wanted, put the file or folder itself there, or a hard link to the file."
         )
     return file
 

@@ -154,6 +154,9 @@ def test_packed_layers_take_the_place_of_linear_ones() -> None:
             use_packed(model, infos, wrong, "folder")
     with pytest.raises(CheckpointError, match="the files hold 0 packed"):
         use_packed(model, {}, config, "folder")
+    floats = infos | {"0.weight_packed": info("F32", 8, 32)}
+    with pytest.raises(CheckpointError, match="is stored as F32, not I8 or U8"):
+        use_packed(torch.nn.Sequential(torch.nn.Linear(64, 8, device="meta")), floats, config, "folder")
     for broken in ({"1.weight_packed": info("I8", 8, 8)}, infos | {"0.weight_scale": info("BF16", 8, 3)}):
         plain = torch.nn.Sequential(torch.nn.Linear(64, 8, device="meta"), torch.nn.Linear(8, 8, device="meta"))
         with pytest.raises(CheckpointError, match="scale"):

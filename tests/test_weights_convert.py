@@ -103,6 +103,19 @@ def test_a_strangers_decoder_needs_a_base(tiny_checkpoint: Path, tmp_path: Path,
     assert tree(tmp_path / "out/vae") == tree(tiny_checkpoint / "vae")
 
 
+def test_parts_that_do_not_belong_together_are_not_put_together(
+    tiny_checkpoint: Path, tmp_path: Path, tiny_copy: Path
+) -> None:
+    decoder = Checkpoint.open(tiny_copy).decoder()
+    decoder.register_to_config(prior_vq_quantizer_codebook_size=65)
+    decoder.prior_token_embedding = torch.nn.Embedding(65, decoder.prior_token_embedding.embedding_dim)
+    save_component(tiny_copy, "transformer", decoder)
+    convert(tiny_copy / "transformer", tmp_path / "decoder.safetensors", to="decoder")
+    with pytest.raises(CheckpointError, match="do not belong together: codebook size"):
+        convert(tmp_path / "decoder.safetensors", tmp_path / "out", base=tiny_checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_decoder_of_another_size_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     state = load_file(tiny_checkpoint / "transformer/diffusion_pytorch_model.safetensors")
     lost = state.pop("proj_out.bias")
@@ -188,6 +201,7 @@ def test_refusals_write_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypat
         (UnknownName, "choose from decoder, folder", (tiny_checkpoint, out), {"to": "zip"}),
         (UnknownName, "choose from bfloat16", (tiny_checkpoint, out), {"dtype": "q8_0"}),
         (BadInput, "for folders", (tiny_checkpoint, tmp_path / "o.safetensors"), {"shard_bytes": 10}),
+        (BadInput, "for gguf", (tiny_checkpoint, out), {"component": "vision_language_encoder"}),
         (BadInput, "holds no GLM-Image component", (tmp_path / "there", out), {}),
         (BadInput, "a .safetensors file or", (tmp_path / "notes.txt", out), {}),
         (CheckpointError, "can run any program", (tmp_path / "weights.ckpt", out), {}),

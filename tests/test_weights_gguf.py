@@ -152,6 +152,20 @@ def test_damaged_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists(), number
 
 
+def test_packings_that_the_library_cannot_undo(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(tiny_checkpoint, tmp_path / "small.gguf", dtype="q4_0")
+
+    def unknown(*args: Any) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.setattr(gguf.quants, "dequantize", unknown)
+    with pytest.raises(CheckpointError, match="is packed as Q4_0, which the gguf library cannot unpack"):
+        convert(tmp_path / "small.gguf", tmp_path / "out", base=tiny_checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
 def test_endless_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = gguf.GGUFWriter(tmp_path / "long.gguf", "glm_image")
     writer.add_array("x", list(range(5000)))

@@ -239,6 +239,45 @@ def test_the_hub_caches_links_are_fine(tiny_copy: Path, tmp_path: Path) -> None:
         verify(snapshot)
 
 
+def test_folders_that_lie_elsewhere(tiny_copy: Path, tmp_path: Path) -> None:
+    """A link for a component's folder would carry any folder's json files along."""
+    for name in ("vae", "processor"):
+        os.rename(tiny_copy / name, tmp_path / f"real {name}")
+        (tiny_copy / name).symlink_to(tmp_path / f"real {name}", target_is_directory=True)
+        runs = [verify, lambda path: convert(path, tmp_path / "out")]
+        for run in runs if name == "processor" else [*runs, Checkpoint.open, inspect]:
+            with pytest.raises(CheckpointError, match="outside its folder"):
+                run(tiny_copy)
+        (tiny_copy / name).unlink()
+        os.rename(tmp_path / f"real {name}", tiny_copy / name)
+    assert verify(tiny_copy, values=False).sound and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("depth", [600, 200_000])
+@pytest.mark.parametrize(
+    "path", ["processor/tokenizer.json", "vae/config.json", "vision_language_encoder/generation_config.json"]
+)
+def test_deeply_nested_settings(tiny_copy: Path, tmp_path: Path, path: str, depth: int) -> None:
+    (tiny_copy / path).write_text('{"normalizer":' + '{"a":' * depth + "1" + "}" * depth + "}")
+    assert any("nested more than 100" in p or "is no json" in p for p in verify(tiny_copy, values=False).problems)
+    if "config" in path:
+        with pytest.raises(CheckpointError, match="nested more than 100|is no json"):
+            Checkpoint.open(tiny_copy).skeleton(path.split("/")[0])
+
+
+def test_whole_numbers_for_weights(tiny_copy: Path, tmp_path: Path) -> None:
+    file = tiny_copy / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"].to(torch.int64)
+    save_file(state, file)
+    assert verify(tiny_copy, values=False).problems == ["vae: of another dtype: decoder.conv_in.weight: I64"]
+    with pytest.raises(CheckpointError, match="1 tensors are stored as I64"):
+        Checkpoint.open(tiny_copy).vae()
+    with pytest.raises(CheckpointError, match="1 of another dtype"):
+        convert(tiny_copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_special_files(tiny_copy: Path, tmp_path: Path) -> None:
     weights = tiny_copy / "vae/diffusion_pytorch_model.safetensors"
     weights.unlink()

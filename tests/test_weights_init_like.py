@@ -126,12 +126,16 @@ def test_refusals(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
         init_like(tmp_path / "new", tiny_checkpoint / "vae")
     assert main(["weights", "init", str(tmp_path / "new"), "--scale", "2"]) == 2
     assert "--like" in capsys.readouterr().err
+    assert main(["weights", "init", str(tmp_path / "new"), "--like", str(tiny_checkpoint), "--preset", "tiny"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = str(tmp_path / "new")
-    assert main(["weights", "init", new, "--like", str(tiny_checkpoint), "--scale", "0.5", "--dtype", "bfloat16"]) == 0
-    assert capsys.readouterr().out == f"{new}\n"
+    start = ["weights", "init", new, "--like", str(tiny_checkpoint), "--scale", "0.5", "--dtype", "bfloat16"]
+    assert main([*start, "--json"]) == 0
+    size = sum(path.stat().st_size for path in Path(new).rglob("*.safetensors"))
+    assert json.loads(capsys.readouterr().out) == {"path": new, "weight_bytes": size}
     config = json.loads((tmp_path / "new/vision_language_encoder/config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["text_config"]["num_hidden_layers"] == 1

@@ -69,6 +69,7 @@ def test_layouts_are_told_the_same(tiny_checkpoint: Path, tmp_path: Path) -> Non
     assert single["components"] == folder["components"] and single["sizes"] == folder["sizes"]
     assert gguf["components"] == {"transformer": folder["components"]["transformer"]}
     assert inspect(tiny_checkpoint / "vae")["components"] == {"vae": folder["components"]["vae"]}
+    assert inspect(tiny_checkpoint / "vae/config.json")["components"] == {"vae": folder["components"]["vae"]}
 
 
 def test_configs_alone_are_counted(tiny_copy: Path) -> None:

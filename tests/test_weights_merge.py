@@ -22,6 +22,7 @@ from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.weights_tools.merge import (
     _shares,
     average_checkpoints,
+    ema_weights,
     merge_adapters,
     parse_weighted,
     slerp_checkpoints,
@@ -211,6 +212,19 @@ def test_what_cannot_be_mixed(tiny_checkpoint: Path, other: Path, tmp_path: Path
         average_checkpoints(tiny_checkpoint, tmp_path / "x", [(shorter, 1.0)])
 
 
+def test_moving_averages() -> None:
+    average, values = 4.0, [4.0, 1.0, -2.0, 8.0]
+    for value in values[1:]:
+        average = 0.7 * average + 0.3 * value
+    shares = ema_weights(0.7, 4)
+    assert sum(shares) == pytest.approx(1) and sum(w * v for w, v in zip(shares, values, strict=True)) == pytest.approx(
+        average
+    )
+    for wrong in (0.0, 1.0, float("nan")):
+        with pytest.raises(BadInput, match="above 0 and below 1"):
+            ema_weights(wrong, 3)
+
+
 def test_weights_in_arguments(tmp_path: Path) -> None:
     assert parse_weighted("a/b") == ("a/b", 1.0) and parse_weighted("a:0.25") == ("a", 0.25)
     assert parse_weighted("C:\\models") == ("C:\\models", 1.0) and parse_weighted("a:-1") == ("a", -1.0)
@@ -231,6 +245,11 @@ def test_command(tiny_checkpoint: Path, other: Path, tmp_path: Path, capsys: pyt
     slerp = ["--slerp", str(tiny_checkpoint), str(other), "0.3", "--components", "vae"]
     assert main([*start, str(tmp_path / "o"), *slerp]) == 0
     capsys.readouterr()
-    for wrong in ([], ["--adapter", "a", "--average", "b"], ["--slerp", "a", "b", "x"]):
+    assert main([*start, str(tmp_path / "e"), "--ema", "0.75", str(tiny_checkpoint), str(other)]) == 0
+    a, b, found = (weights(folder, "vae") for folder in (tiny_checkpoint, other, tmp_path / "e"))
+    assert all(torch.allclose(found[name], 0.75 * a[name] + 0.25 * b[name], atol=1e-7) for name in a)
+    capsys.readouterr()
+    wrongs: tuple[list[str], ...] = ([], ["--adapter", "a", "--average", "b"], ["--slerp", "a", "b", "x"])
+    for wrong in (*wrongs, ["--ema", "a", "b"], ["--ema", "0.9"]):
         assert main([*start, str(tmp_path / "p"), *wrong]) == 2
         assert "merge" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from glmimg import TextToImagePipeline, generator
 from glmimg.backends import pick_backend
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.cli import main
-from glmimg.errors import BadInput, CheckpointError
+from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.pipelines import stages, steps
 from glmimg.weight_files import WeightFiles
 from glmimg.weights_tools import costs as costs_module
@@ -108,7 +108,7 @@ def test_choice_grows_with_the_memory(published: Costs) -> None:
 
 
 def test_options_cost_what_they_do(published: Costs) -> None:
-    found = options(published, Machine((80 * GB,), 64 * GB, watts=360.0), PICTURE)
+    found = options(published, Machine((80 * GB,), 64 * GB, watts=360.0, price=7.2), PICTURE)
     by = {(o.bits, o.offload): o for o in found if o.generator == o.decoder == 0}
     none, stage, block = (by[16, offload] for offload in ("none", "stage", "block"))
     assert none.device_peaks > stage.device_peaks > block.device_peaks
@@ -118,7 +118,7 @@ def test_options_cost_what_they_do(published: Costs) -> None:
     blocks = (published.blocks("vision_language_encoder", 16), published.blocks("transformer", 16))
     assert block.moved == blocks[0] * 1280 + blocks[1] * 100 and block.ram == sum(blocks) + plan_module.PROCESS
     assert by[4, "none"].weights < by[8, "none"].weights < none.weights
-    assert none.watt_hours == pytest.approx(0.1 * none.total)
+    assert none.watt_hours == pytest.approx(0.1 * none.total) and none.cost == pytest.approx(0.002 * none.total)
     guided, plain = (
         next(o for o in options(published, Machine((80 * GB,), 64 * GB), work) if (o.bits, o.offload) == (16, "none"))
         for work in (PICTURE, Workload(1024, 1024, 1, 50, False))
@@ -154,8 +154,10 @@ def test_what_can_be_planned(tiny_checkpoint: Path, tiny_copy: Path, tmp_path: P
     for component in COMPONENTS:  # configs alone
         next((tiny_copy / component).glob("*.safetensors")).unlink()
     assert costs_of(tiny_copy).shapes == costs_of(tiny_checkpoint).shapes == costs_of("tiny").shapes
-    with pytest.raises(BadInput, match="is no folder"):
+    with pytest.raises(BadInput, match="no such folder"):
         costs_of(tmp_path / "none")
+    with pytest.raises(UnknownName, match="did you mean 'mini'"):
+        costs_of("minni")
     (tiny_copy / "vae/config.json").unlink()
     with pytest.raises(CheckpointError, match="vae/config.json is missing"):
         costs_of(tiny_copy)
@@ -170,7 +172,7 @@ def test_speeds_are_measured() -> None:
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    start = ["weights", "plan", "glm-image", "--ram", "64GB", "--watts", "300"]
+    start = ["weights", "plan", "glm-image", "--ram", "64GB", "--watts", "300", "--price", "2.5"]
     assert main([*start, "--device", "24GB", "--device", "16GB", "--size", "512x1024", "-n", "4", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["best"]["fits"] and len(told["best"]["device_peak_bytes"]) == 2 and "bandwidth" in told["assumed"]

@@ -298,10 +298,12 @@ def test_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     told = json.loads(capsys.readouterr().out)
     assert told["bytes_after"] < told["bytes_before"] and 0 < told["report"]["top1_agreement"] <= 1
     assert told["report"]["psnr"] > 20
+    assert set(told["report"]["use"]) == {"source", "quantised"} and told["report"]["use"]["source"]["peak"] > 0
     assert main(["weights", "quantize", str(tiny_checkpoint), str(target)]) == 2
     assert "exists already" in capsys.readouterr().err
     again = ["weights", "quantize", str(tiny_checkpoint), str(tmp_path / "b"), "--budget", "1300KB"]
-    assert main([*again, "--components", "transformer,vision_language_encoder"]) == 0
+    outputs = ["--sensitivity", "outputs", "--prompt", "a cat", "--size", "64x64", "--backend", "cpu"]
+    assert main([*again, "--components", "transformer,vision_language_encoder", *outputs]) == 0
     out = capsys.readouterr().out
     assert "transformer" in out and "of the bytes" in out
     assert issubclass(BadInput, GlmimgError)

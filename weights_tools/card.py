@@ -169,8 +169,8 @@ def _record(path: Path, kind: type) -> Any:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): repair it, or delete it") from error
     wrong = not isinstance(value, kind)
     if wrong or (kind is list and not all(isinstance(step, dict) for step in value)):

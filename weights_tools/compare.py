@@ -21,15 +21,11 @@ from glmimg.diffusion import Schedule, guided, noise_like, sample
 from glmimg.errors import BadInput
 from glmimg.generator import TokenGenerator
 from glmimg.glyph_encoder import GlyphEncoder
-from glmimg.positions import batch_positions, decode_positions
-from glmimg.prompt import Prompt, PromptBuilder, glyph_texts
-from glmimg.token_grid import TokenGrid, patch_ids, preview_grid, target_grid
-from glmimg.token_sampling import TokenSampling, generate_tokens
+from glmimg.prompt import glyph_texts
+from glmimg.token_grid import patch_ids
+from glmimg.weights_tools.sampled import PROMPTS, Sample, draw_samples, sequence_of
 
-__all__ = ["PROMPTS", "Comparison", "compare_checkpoints"]
-
-# Enough for a first impression; a quantised model that matters deserves the caller's own.
-PROMPTS = ("a red apple on a wooden table", 'a sign that says "OPEN"', "a white cat and a black dog on the grass")
+__all__ = ["Comparison", "compare_checkpoints"]
 
 
 @dataclass(frozen=True)
@@ -67,31 +63,21 @@ def compare_checkpoints(
 
     One model is in memory at a time. The checkpoints must share settings and tokenizer: BadInput if they do not.
     """
-    if not prompts:
-        raise BadInput("no prompts to compare with: give at least one")
     if source.settings != other.settings:
         raise BadInput(f"{source.name} and {other.name} have different settings: only versions of one model compare")
     settings, dtype = source.settings, backend.resolve_dtype(dtype)
-    height, width = size or settings.default_size
-    grid, preview = target_grid(height, width), preview_grid(height, width, settings.preview_side)
-    builder = PromptBuilder(source.tokenizer(), source.config("vision_language_encoder"))
-    built = [builder.build(caption, grid, preview) for caption in prompts]
-
-    drawn: list[TokenGrid] = []
+    samples: list[Sample] = []
     scored: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     for checkpoint in (source, other):
         model = TokenGenerator(checkpoint.generator(backend.device, dtype))
-        if not drawn:
-            seeds = [torch.Generator().manual_seed(seed + k) for k in range(len(built))]
-            sampling = TokenSampling(settings.temperature, settings.top_k, settings.top_p)
-            drawn = generate_tokens(model, built, seeds, sampling)
-        scored.append([_scores(model, prompt, tokens) for prompt, tokens in zip(built, drawn, strict=True)])
+        samples = samples or draw_samples(source, model, prompts, size, seed)
+        scored.append([_scores(model, sample) for sample in samples])
         del model
         _release(backend)
     ours, theirs = ([torch.cat(column) for column in zip(*side, strict=True)] for side in scored)
 
     steps = steps or settings.num_inference_steps
-    pixels = [_pictures(checkpoint, backend, dtype, prompts, drawn, steps, seed) for checkpoint in (source, other)]
+    pixels = [_pictures(checkpoint, backend, dtype, samples, steps, seed) for checkpoint in (source, other)]
     ratios = [_psnr(a, b) for a, b in zip(*pixels, strict=True)]
     return Comparison(
         len(ours[0]),
@@ -104,15 +90,10 @@ def compare_checkpoints(
     )
 
 
-def _scores(model: TokenGenerator, prompt: Prompt, tokens: TokenGrid) -> tuple[torch.Tensor, torch.Tensor]:
+def _scores(model: TokenGenerator, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     """For each emitted token, the likeliest id_N and the bits_N that the emitted one takes."""
-    parts = [tokens.ids_HW] if tokens.preview_HW is None else [tokens.preview_HW, tokens.ids_HW]
-    emitted_N = torch.cat([part.flatten() for part in parts])
-    positions_3BT, _ = batch_positions([prompt.spans])
-    following_3N = decode_positions(prompt.spans, prompt.grids)[:, : len(emitted_N) - 1]
-    ids_1T = torch.cat([torch.tensor(prompt.ids), emitted_N[:-1]])[None]
-    logits_1TV = model.forward_logits(ids_1T, torch.cat([positions_3BT, following_3N[:, None]], 2))
-    logits_NV = logits_1TV[0, len(prompt.ids) - 1 :].cpu()
+    ids_1T, positions_31T, emitted_N = sequence_of(sample.prompt, sample.tokens)
+    logits_NV = model.forward_logits(ids_1T, positions_31T)[0, len(sample.prompt.ids) - 1 :].cpu()
     bits_N = torch.nn.functional.cross_entropy(logits_NV, emitted_N, reduction="none") / math.log(2)
     return logits_NV.argmax(-1), bits_N
 
@@ -121,20 +102,19 @@ def _pictures(
     checkpoint: Checkpoint,
     backend: Backend,
     dtype: torch.dtype,
-    prompts: Sequence[str],
-    drawn: Sequence[TokenGrid],
+    samples: Sequence[Sample],
     steps: int,
     seed: int,
 ) -> list[torch.Tensor]:
     """Pixels_3HW in [-1, 1] of each grid, picture k from noise of seed + k."""
     settings, device = checkpoint.settings, backend.device
     glyphs = GlyphEncoder(checkpoint.glyph_encoder(device, dtype))
-    states_BTG, mask_BT = glyphs.encode([*map(glyph_texts, prompts), ()])
+    states_BTG, mask_BT = glyphs.encode([*(glyph_texts(sample.caption) for sample in samples), ()])
     model = checkpoint.decoder(device, dtype)
     fuse_qkv(model)
     decoder = Decoder(model)
     made = []
-    for k, tokens in enumerate(drawn):
+    for k, (_, _, tokens) in enumerate(samples):
         ids_1P = patch_ids(tokens.ids_HW[None]).to(device)
         size, patches = (tokens.height, tokens.width), ids_1P.shape[1]
         with_prompt = decoder.condition(ids_1P, states_BTG[k][mask_BT[k]][None], size=size)

@@ -15,7 +15,8 @@ from typing import Any
 
 from glmimg.atomic_write import atomic_folder
 from glmimg.checkpoint import PICTURE_PARTS, Checkpoint
-from glmimg.errors import BadInput, UnknownName
+from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import PARTS, TEXT_TO_IMAGE, is_pruned, require_fit
 from glmimg.weights_tools.layouts import (
     DECODER_PREFIX,
@@ -70,7 +71,7 @@ def convert(
     *,
     to: str | None = None,
     base: str | Path | None = None,
-    component: str = "transformer",
+    component: str | None = None,
     dtype: str | None = None,
     shard_bytes: int | None = None,
     text_to_image_only: bool = False,
@@ -79,8 +80,9 @@ def convert(
     """Writes `source`, in whatever layout it is, as `target`, which must not exist; returns what was done.
 
     `to` is one of LAYOUTS (default: by the target's name: .safetensors single, .gguf gguf, else folder). `base` is the
-    checkpoint that settings and components come from which the source lacks. `component` says which goes into a GGUF
-    file, and `dtype` there may also be one of gguf_files.QUANTIZED. `shard_bytes` is for folders.
+    checkpoint that settings and components come from which the source lacks; the parts of both must belong together.
+    `component` says which goes into a GGUF file (default: transformer), and `dtype` there may also be one of
+    gguf_files.QUANTIZED. `shard_bytes` is for folders.
     """
     target = Path(target)
     if to is None:
@@ -91,6 +93,9 @@ def convert(
         raise BadInput(f"{target} exists already: name one that does not, or delete it first")
     if shard_bytes is not None and to != "folder":
         raise BadInput("--shard-size is for folders: the other layouts are one file")
+    if component is not None and to != "gguf":
+        raise BadInput("--component is for gguf: the other layouts hold what they always hold")
+    component = component or "transformer"
     if Path(source).resolve() in target.absolute().resolve().parents:
         raise BadInput(f"{target} lies inside the checkpoint that is read: name a place outside it")
     contents = open_source(source)
@@ -101,6 +106,11 @@ def convert(
         if name not in contents.components:
             raise BadInput(f"{source} holds no config.json for {name}: name the checkpoint it belongs to with --base")
     require_fit(contents, source)
+    if base is not None and (problems := clashes(contents)):
+        raise CheckpointError(
+            f"{source} and {base} do not belong together: {'; '.join(problems[:3])}.\n"
+            "Name with --base the checkpoint that it was made from."
+        )
     if text_to_image_only:
         contents = prune(contents)
     quantized = None
@@ -268,7 +278,7 @@ def _write_decoder(contents: Contents, target: Path, progress: Progress | None) 
 
 
 def _completed(contents: Contents, base: Contents) -> Contents:
-    """`base` with the components of `contents` in place of its own; a config that comes along must be its equal."""
+    """`base` with the components of `contents` in place of its own, their configs as well where they come along."""
     files = dict(base.files)
     for component in contents.tensors:
         path = f"{component}/config.json"

@@ -8,20 +8,21 @@ Letters: S tokens of the decoder, P its patches, D width, L layers, N emitted to
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glmimg.checkpoint import COMPONENTS, EMBEDDED, PICTURE_PARTS, Checkpoint
-from glmimg.errors import BadInput, CheckpointError
+from glmimg.checkpoint import COMPONENTS, EMBEDDED, PICTURE_PARTS
+from glmimg.errors import BadInput, UnknownName
 from glmimg.packed_format import CONFIG_KEY, GROUP
 from glmimg.presets import PRESETS
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.weights_tools.fit import expected_shapes
+from glmimg.weights_tools.inspect import open_headers
 from glmimg.weights_tools.packing_plan import packed_nbytes, units
 from glmimg.weights_tools.published import NAMES, PUBLISHED
 
@@ -106,6 +107,17 @@ class Costs:
             return layers
         return self.weights("vision_language_encoder", bits, only=r".*self_attn\.[qkv]_proj")
 
+    def host_copies(self, bits: int) -> tuple[int, int]:
+        """What (generator, decoder) keep on a processor beside their weights, which stay mapped from the files: the
+        generator its matrices in 8 bits (16) or laid out for the 4-bit kernel (4), both stages joined projections."""
+        language = self._packed_numbers("vision_language_encoder")
+        if bits == 16:
+            head = self.weights("vision_language_encoder", only="lm_head") // 2
+            return language + head, self.weights("transformer", only=r".*attn1\.to_[qkv]")
+        if bits == 4:
+            return language // 2, 0
+        return self.weights("vision_language_encoder", 8, only=r".*language_model.*self_attn\.[qkv]_proj"), 0
+
     def block(self, component: str, bits: int) -> int:
         """One transformer block."""
         pattern = {
@@ -116,11 +128,14 @@ class Costs:
 
     def blocks(self, component: str, bits: int) -> int:
         """All transformer blocks."""
-        key = ("text_config", "num_hidden_layers") if component == "vision_language_encoder" else ("num_layers",)
-        count: Any = self.configs[component]
-        for part in key:
-            count = count[part]
-        return self.block(component, bits) * int(count)
+        return self.block(component, bits) * self.layers(component)
+
+    def layers(self, component: str) -> int:
+        """How many transformer blocks there are."""
+        config = self.configs[component]
+        if component == "vision_language_encoder":
+            return int(config["text_config"]["num_hidden_layers"])
+        return int(config["num_layers"])
 
     # The token generator.
 
@@ -227,34 +242,21 @@ class Costs:
 
 
 def costs_of(source: str | Path) -> Costs:
-    """Of a preset, the published model ("glm-image" or its hub id), the embedded one, or a folder with config.json
-    files; weights need not be there."""
+    """Of a preset, the published model ("glm-image" or its hub id), the embedded one, or whatever `weights inspect`
+    reads: a folder's config.json files will do, of another hub id only settings and headers are fetched."""
     text = str(source)
     if text in NAMES:
         return _costs("zai-org/GLM-Image", PUBLISHED)
     if text in PRESETS:
         return _costs(text, PRESETS[text])
-    root = Path(text).expanduser() if text != EMBEDDED else Checkpoint.open(EMBEDDED).root
-    if not root.is_dir():
-        known = ", ".join([*PRESETS, *NAMES, EMBEDDED])
-        raise BadInput(f"{text!r} is no folder; give a folder with config.json files, or one of {known}")
-    configs: dict[str, dict[str, Any]] = {}
-    for part, file in (
-        *((component, f"{component}/config.json") for component in COMPONENTS),
-        ("generation", "vision_language_encoder/generation_config.json"),
-    ):
-        path = root / file
-        try:
-            configs[part] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            if part == "generation":
-                configs[part] = {}
-                continue
-            raise CheckpointError(f"{path} is missing: a plan needs the config.json of every component") from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): download or write it again") from error
-        if CONFIG_KEY in configs[part]:
-            raise BadInput(f"{text} is quantised already: plan with the original, which the plan quantises by itself")
+    if text.count("/") == 0 and text != EMBEDDED and not os.path.exists(text):
+        raise UnknownName.of("model", text, [*PRESETS, *NAMES, EMBEDDED])
+    contents = open_headers(text)
+    configs = {component: contents.config(component) for component in COMPONENTS}
+    path = "vision_language_encoder/generation_config.json"
+    configs["generation"] = contents.json(path) if path in contents.files else {}
+    if any(CONFIG_KEY in config for config in configs.values()):
+        raise BadInput(f"{text} is quantised already: plan with the original, which the plan quantises by itself")
     return _costs(text, configs)
 
 

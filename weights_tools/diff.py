@@ -5,7 +5,6 @@ Packed weights are compared as what they stand for, so an original and its quant
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput
 from glmimg.packed_format import PACKED, SCALE
 from glmimg.packed_linear import dequantize
+from glmimg.weight_files import json_object
 from glmimg.weights_tools.streaming import Progress, TensorReader
 
 __all__ = ["Diff", "TensorDiff", "diff_checkpoints", "draw_diff"]
@@ -162,7 +162,7 @@ def _ratio(change: float, size: float) -> float:
 def _settings(a: Path, b: Path) -> list[tuple[str, str, Any, Any]]:
     found = []
     for file in _SETTINGS:
-        left, right = (_flat(json.loads((root / file).read_text(encoding="utf-8"))) for root in (a, b))
+        left, right = (_flat(json_object((root / file).read_bytes(), root / file)) for root in (a, b))
         for key in sorted(left.keys() | right.keys()):
             x, y = left.get(key, _ABSENT), right.get(key, _ABSENT)
             if x != y:

@@ -7,6 +7,7 @@ from typing import Any
 
 from glmimg.checkpoint import PICTURE_PARTS, SECOND_NAME, empty_component
 from glmimg.errors import CheckpointError
+from glmimg.packed_format import PACKED
 from glmimg.weights_tools.layouts import Contents
 from glmimg.weights_tools.streaming import TensorSpec
 
@@ -49,7 +50,7 @@ def is_pruned(contents: Contents) -> bool:
 
 
 def misfits(contents: Contents, component: str) -> dict[str, list[str]]:
-    """What is "missing", "unexpected" or "of another shape", by tensor; empty where everything fits."""
+    """What is "missing", "unexpected", "of another shape" or dtype, by tensor; empty where everything fits."""
     stored = {name: tensor.spec for name, tensor in contents.tensors.get(component, {}).items()}
     expected = expected_shapes(component, contents.config(component), stored)
     left_out = PICTURE_PARTS.get(component, ()) if is_pruned(contents) else ()
@@ -60,8 +61,14 @@ def misfits(contents: Contents, component: str) -> dict[str, list[str]]:
         for name, shape in expected.items()
         if name in stored and stored[name].shape != shape
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    odd = [f"{name}: {spec.dtype}" for name, spec in stored.items() if name in expected and not _fits(name, spec)]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "of another dtype": odd}
     return {kind: sorted(names) for kind, names in found.items() if names}
+
+
+def _fits(name: str, spec: TensorSpec) -> bool:
+    """Whether it is stored as numbers that a weight of that name can be."""
+    return spec.dtype in ("I8", "U8") if name.endswith(PACKED) else spec.dtype.startswith(("F", "BF"))
 
 
 def require_fit(contents: Contents, source: object) -> None:

@@ -189,9 +189,17 @@ def _stored(library: Any, path: Path, tensor: Any, dtype: str) -> StoredTensor:
 
     if kind.name in _PLAIN:
         return StoredTensor(TensorSpec(kind.name, shape), raw)
+    import numpy
+
+    try:  # one block of nothing tells whether the library knows how
+        library.quants.dequantize(numpy.zeros((1, size), numpy.uint8), kind)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path}: tensor {tensor.name!r:.100} is packed as {kind.name}, which the gguf library cannot unpack; "
+            f"take a file in {', '.join(QUANTIZED)} or a plain one"
+        ) from error
 
     def unpacked() -> Iterator[Buffer]:
-        import numpy
         import torch
 
         for piece in raw(PIECE // size * size):

@@ -109,8 +109,9 @@ def open_headers(source: str | Path, *, weights: bool = False) -> Contents:
 
     With `weights` the tensors' bytes must be at hand.
     """
-    if os.path.exists(Path(source).expanduser()):
-        return read_contents(source, weights=weights)
+    path = Path(source).expanduser()
+    if os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
+        return read_contents(path.parent if path.name == "config.json" else path, weights=weights)
     text = str(source)
     if weights or text.count("/") != 1 or text.startswith((".", "/", "~")):
         return read_contents(Checkpoint.open(text).root)

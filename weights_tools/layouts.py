@@ -9,7 +9,6 @@ In a single file a tensor is called COMPONENT.NAME. Small text files are entries
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from typing import Any
 
 from glmimg.checkpoint import COMPONENTS
 from glmimg.errors import BadInput, CheckpointError
-from glmimg.weight_files import PICKLES, contained
+from glmimg.weight_files import PICKLES, contained, json_object
 from glmimg.weights_tools.streaming import Buffer, TensorReader, TensorSpec, cast_pieces
 
 __all__ = [
@@ -107,7 +106,7 @@ class Contents:
         """The object in a json file; CheckpointError where the file is absent, damaged or holds something else."""
         if path not in self.files:
             raise CheckpointError(f"{path} is missing: not a GLM-Image checkpoint, or not complete")
-        return _object(self.files[path], path)
+        return json_object(self.files[path], path)
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's config.json."""
@@ -159,7 +158,7 @@ def read_folder(root: Path, *, weights: bool = True, problems: list[str] | None 
     files = _small_files(root, own)
     contents = Contents(f"folder of {own}" if own else "folder", {}, files)
     for component in contents.components:
-        folder = root if own else root / component
+        folder = root if own else contained(root, root / component)
         if not weights and not any(folder.glob("*.safetensors*")):
             continue
         try:
@@ -203,15 +202,17 @@ def _lone_component(root: Path) -> str:
     path = root / "config.json"
     if not path.is_file() or path.stat().st_size > _MAX_FILE:
         return ""
-    return component_of(_object(path.read_bytes(), str(path))) or ""
+    return component_of(json_object(path.read_bytes(), path)) or ""
 
 
 def _small_files(root: Path, own: str) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     places = [(own, root)] if own else [("", root), *((entry.name, entry) for entry in sorted(root.iterdir()))]
     for prefix, folder in places:
-        if not folder.is_dir() or folder.name.startswith("."):
+        if not folder.is_dir() or (folder != root and folder.name.startswith(".")):
             continue
+        if folder != root:
+            contained(root, folder)
         for path in sorted(folder.iterdir()):
             name = f"{prefix}/{path.name}" if prefix else path.name
             if _is_carried(name) and path.is_file():
@@ -286,17 +287,7 @@ def _read_file(path: Path) -> Contents:
 
 
 def _texts(text: str, place: str) -> dict[str, str]:
-    found = _object(text.encode(), place)
+    found = json_object(text.encode(), place)
     if not all(isinstance(value, str) for value in found.values()):
         raise CheckpointError(f"{place} must hold texts")
-    return found
-
-
-def _object(data: bytes, place: str) -> dict[str, Any]:
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{place} is no json ({str(error):.100}): download or write it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{place} must hold a json object, not a {type(found).__name__}")
     return found

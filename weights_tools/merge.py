@@ -20,7 +20,14 @@ from glmimg.packed_format import CONFIG_KEY
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
 
-__all__ = ["MergeResult", "average_checkpoints", "merge_adapters", "parse_weighted", "slerp_checkpoints"]
+__all__ = [
+    "MergeResult",
+    "average_checkpoints",
+    "ema_weights",
+    "merge_adapters",
+    "parse_weighted",
+    "slerp_checkpoints",
+]
 
 _BLOCK = 1 << 22  # numbers worked on at a time
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -54,6 +61,15 @@ def parse_weighted(text: str) -> tuple[str, float]:
     if not math.isfinite(weight) or not path:
         raise BadInput(f"{text!r}: give PATH or PATH:WEIGHT with a finite weight, such as {path or 'PATH'}:0.5")
     return path, weight
+
+
+def ema_weights(decay: float, count: int) -> list[float]:
+    """What each of `count` checkpoints weighs, oldest first, in an exponential moving average that starts at the
+    oldest: average = decay * average + (1 - decay) * next."""
+    if not 0 < decay < 1:
+        raise BadInput(f"decay {decay}: give a number above 0 and below 1, such as 0.9")
+    newer = [(1 - decay) * decay ** (count - 1 - k) for k in range(1, count)]
+    return [decay ** (count - 1), *newer]
 
 
 def merge_adapters(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from glmimg.errors import BadInput
 from glmimg.packed_format import group_size
 
-__all__ = ["PACKABLE", "Choice", "Unit", "choose", "packed_nbytes", "units"]
+__all__ = ["PACKABLE", "Choice", "Unit", "choose", "packed_nbytes", "require_possible", "units"]
 
 # Component -> the linear layers that are multiplied often enough, and are robust enough, to be packed.
 PACKABLE = {
@@ -91,6 +91,13 @@ def packed_nbytes(unit: Unit, bits: int, group: int) -> int:
     return total
 
 
+def require_possible(found: Iterable[Unit], limit: int, group: int, fixed: int) -> None:
+    """BadInput if even the fewest bits, with `fixed` other bytes, take more than `limit` bytes."""
+    least = fixed + sum(min(packed_nbytes(unit, b, group) for b in (16, *unit.allowed)) for unit in found)
+    if least > limit:
+        raise BadInput(f"a budget of {limit:,} bytes cannot be met: the smallest packing takes {least:,}")
+
+
 def choose(
     found: Iterable[Unit], errors: Mapping[str, Mapping[int, float]], limit: int, group: int, fixed: int
 ) -> Choice:
@@ -104,9 +111,7 @@ def choose(
     bits = {unit.key: 16 for unit in known}
     sizes = {unit.key: {b: packed_nbytes(unit, b, group) for b in (16, *unit.allowed)} for unit in known}
     total = fixed + sum(size[16] for size in sizes.values())
-    least = fixed + sum(min(size.values()) for size in sizes.values())
-    if least > limit:
-        raise BadInput(f"a budget of {limit:,} bytes cannot be met: the smallest packing takes {least:,}")
+    require_possible(known, limit, group, fixed)
     while total > limit:
         steps = []
         for unit in known:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,16 @@ from glmimg.weights_tools.costs import Costs, Workload
 
 if TYPE_CHECKING:
     from glmimg.backends import Backend
+    from glmimg.weights_tools.timing import Timed
 
 __all__ = ["Machine", "Option", "choose_option", "measure_machine", "options"]
 
-TILE = 1024  # glmimg.pipelines.stages.TILE: larger pictures are decoded in tiles where memory is being saved
+TILE = 512  # glmimg.pipelines.stages.TILE: larger pictures are decoded in tiles where memory is being saved
 BATCH_PATCHES = 1024  # glmimg.pipelines.steps.BATCH_PATCHES: smaller pictures go through the decoder together
 HOST = "cpu"
 
 CONTEXT = 500_000_000  # bytes that an accelerator's libraries take for themselves
-PROCESS = 1_000_000_000  # bytes of host memory that Python, torch, transformers and diffusers take
+PROCESS = 450_000_000  # bytes of host memory that Python, torch, transformers and diffusers take (cli_measure)
 # What an allocator holds for the VAE beside its tensors (workspaces, fragments): the published table grows by 1.187 GiB
 # for each 512x512 pixels, 1.58 times what the tensors take.
 RESERVED = 1.58
@@ -37,7 +38,9 @@ RELUCTANCE = {16: 1.0, 8: 1.15, 4: 1.5}
 @dataclass(frozen=True)
 class Machine:
     """Bytes of each device and of the host, and their speeds: bytes a second of memory and of the link to the devices,
-    arithmetic operations a second. `assumed` names what is neither stated nor measured."""
+    arithmetic operations a second. `watts` of the whole machine, `price` of an hour of it. `assumed` names what is
+    neither stated nor measured. `timed`: of the devices (True) or the host (False), what glmimg.weights_tools.timing
+    measured of this very work; it takes the place of what the speeds give."""
 
     devices: tuple[int, ...]
     ram: int
@@ -47,7 +50,9 @@ class Machine:
     host_bandwidth: float = 30e9
     host_flops: float = 3e11
     watts: float | None = None
+    price: float | None = None
     assumed: tuple[str, ...] = ()
+    timed: Mapping[bool, Mapping[tuple[int, bool], Timed]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class Option:
     ram: int
     moved: int
     seconds: dict[str, float] = field(hash=False)
-    watt_hours: float | None  # of one picture
+    watt_hours: float | None  # of one picture, as is the cost
+    cost: float | None
     weights: int
     short: tuple[str, ...]
 
@@ -88,6 +94,7 @@ class Option:
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()}
             | {"total": round(self.total, 4)},
             "watt_hours_per_picture": self.watt_hours,
+            "cost_per_picture": self.cost,
             "weight_bytes": self.weights,
             "fits": self.fits,
             "short": list(self.short),
@@ -159,6 +166,7 @@ class _Version:
     bits: int
     generator: int
     building: int
+    host_copies: tuple[int, int]
     generator_blocks: int
     generator_block: int
     traffic: dict[bool, int]
@@ -177,6 +185,7 @@ class _Version:
             bits,
             costs.weights(language, bits),
             costs.building(bits),
+            costs.host_copies(bits),
             costs.blocks(language, bits),
             costs.block(language, bits),
             {kernels: costs.step_traffic(work, bits, kernels) for kernels in (False, True)},
@@ -203,8 +212,11 @@ def _option(
     if offload == "block":
         held_g += 2 * version.generator_block - version.generator_blocks
         held_d += 2 * version.decoder_block - version.decoder_blocks
+    else:
+        held_g += version.host_copies[0] * (generator == HOST)
+        held_d += version.host_copies[1] * (decoder == HOST)
     top_g = costs.cache(work) + (0 if generator == HOST else version.whole_matrix)
-    building = 0 if offload == "block" else version.building
+    building = 0 if offload == "block" or generator == HOST else version.building
     side = [min(edge, TILE) if offload != "none" else edge for edge in (work.height, work.width)]
     decoding = int(RESERVED * costs.vae_activations(*side)) * together
     top_d = max(costs.decoder_activations(work, batch) + version.whole_matrix, decoding)
@@ -237,10 +249,10 @@ def _option(
     ]
     if ram > machine.ram:
         short.append(f"the host needs {ram / 1e9:.1f} of {machine.ram / 1e9:.1f} GB")
-    hours = None if machine.watts is None else machine.watts * sum(seconds.values()) / 3600 / work.pictures
-    return Option(
-        version.bits, offload, generator, decoder, device_peaks, ram, moved, seconds, hours, version.total, tuple(short)
-    )
+    hours = sum(seconds.values()) / 3600 / work.pictures
+    energy, cost = (None if rate is None else rate * hours for rate in (machine.watts, machine.price))
+    places = generator, decoder, device_peaks, ram, moved, seconds, energy, cost
+    return Option(version.bits, offload, *places, version.total, tuple(short))
 
 
 def _batch(work: Workload, decoder: int | str, offload: str) -> tuple[int, int]:
@@ -268,16 +280,24 @@ def _seconds(
         step = max(step, costs.step_ops() * CALL_SECONDS)
         if offload == "block":
             step = max(step, version.generator_blocks / machine.link)
+    timed = machine.timed.get(generator != HOST, {}).get((version.bits, offload == "block"))
+    prompt = 0.0
+    if timed is not None:
+        prompt, measured = timed.prompt, timed.step
+        streaming = version.generator_blocks / machine.link if generator != HOST and offload == "block" else 0.0
+        step = max(measured, streaming)
     bandwidth, flops = _speeds(machine, decoder)
     forwards = costs.forwards(work) * work.pictures
     forward = costs.forward_flops(work) / flops + version.unpacked / bandwidth / batch
     if decoder != HOST and offload == "block":
         forward = max(forward, version.decoder_blocks / machine.link)
-    return {
-        "tokens": step * tokens,
-        "decoder": forward * forwards,
-        "vae": costs.vae_flops(work) * work.pictures / flops,
-    }
+    vae = costs.vae_flops(work) / flops
+    timed = machine.timed.get(decoder != HOST, {}).get((version.bits, offload == "block"))
+    if timed is not None:
+        streaming = version.decoder_blocks / machine.link if decoder != HOST and offload == "block" else 0.0
+        halves = 2 if work.guidance else 1
+        forward, vae = max(timed.forward / halves, streaming), timed.vae
+    return {"tokens": prompt + step * tokens, "decoder": forward * forwards, "vae": vae * work.pictures}
 
 
 def _speeds(machine: Machine, place: int | str) -> tuple[float, float]:

@@ -10,7 +10,7 @@ Letters: N outputs, K inputs of a layer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, PACKED, SCALE, group_size
 from glmimg.packed_linear import dequantize, quantize
-from glmimg.weights_tools.packing_plan import PACKABLE, Unit, choose, packed_nbytes, units
+from glmimg.weights_tools.packing_plan import PACKABLE, Unit, choose, packed_nbytes, require_possible, units
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
 
 __all__ = ["ComponentReport", "QuantizeResult", "quantize_checkpoint", "weight_errors"]
 
+# Gives each unit's error in each of the bits that it may get, by its key.
+Errors = Callable[[Sequence[Unit], int], Mapping[str, Mapping[int, float]]]
 SAMPLE_ROWS = 256  # rows of a matrix, evenly spread, from which its sensitivity is measured
 
 
@@ -81,19 +83,23 @@ def quantize_checkpoint(
     components: Sequence[str] | None = None,
     group: int = GROUP,
     budget: int | None = None,
+    errors: Errors | None = None,
     adaln: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeResult:
     """Writes `source`, quantised, to the folder `target`, which must not exist.
 
     `bits`: 8 (the default) or 4 for every packable matrix; or `budget`: the bytes that all weights together may take,
-    for which each matrix gets 16, 8 or 4 bits so that the sum of relative squared weight errors is least. That error is
-    measured on SAMPLE_ROWS rows of each matrix; how much a picture minds is not measured. `components`: by default all
+    for which each matrix gets 16, 8 or 4 bits so that the sum of errors is least. `errors(units, group)` measures them,
+    such as glmimg.weights_tools.sensitivity.output_errors does; by default relative squared errors of the weights are
+    taken, on SAMPLE_ROWS rows of each matrix, which says nothing of what a picture minds. `components`: by default all
     that have packable matrices. `group`: columns that share a scale in 4 bits. `adaln` packs the decoder's adaptive
-    layer norms too, in 8 bits. `progress(done, total)` is told the bytes written.
+    layer norms too, in 8 bits. `progress(done, total)` is told the bytes measured, for a budget, then those written.
     """
     if bits is not None and budget is not None:
         raise BadInput("bits and budget exclude each other: a budget chooses the bits itself")
+    if errors is not None and budget is None:
+        raise BadInput("errors are for a budget: without one every matrix gets the same bits")
     if bits not in (None, *BITS):
         raise BadInput(f"bits {bits}: choose from {', '.join(map(str, BITS))}")
     chosen = tuple(PACKABLE) if components is None else tuple(dict.fromkeys(components))
@@ -117,7 +123,9 @@ def quantize_checkpoint(
         by_unit = {unit.key: min(unit.allowed) for unit in found}
     else:
         fixed = sum(reader.nbytes() for reader in readers.values()) - sum(unit.kept for unit in found)
-        by_unit = choose(found, _sensitivities(readers, found, group), budget, group, fixed).bits
+        require_possible(found, budget, group, fixed)
+        measured = _sensitivities(readers, found, group, progress) if errors is None else errors(found, group)
+        by_unit = choose(found, measured, budget, group, fixed).bits
     bits_of = {(u.component, layer): by_unit[u.key] for u in found for layer in u.layers if by_unit[u.key] != 16}
     needed = sum(r.nbytes() for r in readers.values()) - sum(
         unit.kept - packed_nbytes(unit, by_unit[unit.key], group) for unit in found
@@ -136,6 +144,7 @@ def quantize_checkpoint(
             checkpoint,
             bits=bits if budget is None else None,
             budget=budget,
+            sensitivity=None if budget is None else "weights" if errors is None else "outputs",
             group=group,
             components=list(chosen),
             adaln=adaln,
@@ -156,12 +165,14 @@ def weight_errors(weight_NK: torch.Tensor, group: int, rows: int = SAMPLE_ROWS) 
 
 
 def _sensitivities(
-    readers: Mapping[str, TensorReader], found: Sequence[Unit], group: int
+    readers: Mapping[str, TensorReader], found: Sequence[Unit], group: int, progress: Progress | None
 ) -> dict[str, dict[int, float]]:
     result: dict[str, dict[int, float]] = {}
+    told = Bytes(progress, sum(unit.kept for unit in found))
     for unit in found:
         each = [weight_errors(readers[unit.component].tensor(f"{name}.weight"), group) for name in unit.layers]
         result[unit.key] = {bits: sum(errors[bits] for errors in each) for bits in unit.allowed}
+        told.part(unit.kept, unit.kept)
     return result
 
 

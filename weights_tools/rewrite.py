@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from glmimg.weights_tools.streaming import (
     TensorSpec,
     TensorWriter,
     require_space,
+    sync_folder,
     tensor_writer,
 )
 
@@ -64,14 +66,21 @@ def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[P
         raise BadInput(f"{target} lies inside the checkpoint that is read: name a folder outside it")
     require_space(target, needed)
     with atomic_folder(target) as folder:
-        for part in (source.root, *(path for path in sorted(source.root.iterdir()) if path.is_dir())):
+        root = source.root
+        for part in (root, *(contained(root, path) for path in sorted(root.iterdir()) if path.is_dir())):
             for pattern in _SETTINGS:
                 for file in sorted(part.glob(pattern)):
                     if file.is_file() and not file.name.endswith(".safetensors.index.json"):
-                        copied = folder / file.relative_to(source.root)
+                        copied = folder / file.relative_to(root)
                         copied.parent.mkdir(exist_ok=True)
                         shutil.copyfile(contained(part, file), copied)
         yield folder
+        for file in folder.rglob("*"):
+            if file.is_file() and file.suffix != ".safetensors":  # weights are flushed by their writer
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+        sync_folder(folder)
+    sync_folder(target.absolute().parent)
 
 
 def write_component(
@@ -102,8 +111,8 @@ def record(folder: Path, did: str, source: Checkpoint, **settings: Any) -> None:
     """Adds a line to the folder's lineage."""
     path = folder / LINEAGE
     try:
-        lineage = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except ValueError:
+        lineage = json.loads(path.read_bytes()) if path.exists() else []
+    except (ValueError, RecursionError):
         lineage = None
     if not isinstance(lineage, list):
         raise CheckpointError(f"{path.name} of {source.name} is damaged: it should be a json list; repair or delete it")
