@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from glmimg.errors import GlmimgError
+from glmimg.errors import Cancelled
 from glmimg.serving import dispatcher as dispatchers
 from glmimg.serving import worker
 from glmimg.serving.dispatcher import Dispatcher, Ticket
@@ -116,7 +116,7 @@ def test_a_start_can_be_given_up() -> None:
         starting = asyncio.create_task(dispatcher.start())
         await asyncio.sleep(0.2)
         dispatcher.abandon()
-        with pytest.raises(GlmimgError, match="being loaded"):
+        with pytest.raises(Cancelled, match="being loaded"):
             await starting
         began = time.monotonic()
         await dispatcher.stop()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from glmimg.errors import GlmimgError
+from glmimg.errors import Cancelled, GlmimgError
 from glmimg.serving import worker
 from glmimg.serving.fair_queue import FairQueue
 from glmimg.serving.jobs import Job
@@ -126,7 +126,7 @@ class Dispatcher:
     def abandon(self) -> None:
         """Makes a `start` that is still waiting for its worker end with an error."""
         if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(GlmimgError("stopped while the model was being loaded"))
+            self._ready.set_exception(Cancelled("stopped while the model was being loaded"))
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing new and gives what is there that long; the rest is told that the server stops.

@@ -36,6 +36,7 @@ class Strict(BaseModel):
         """Before pydantic's own, shorter answer: which names there are here, and the nearest."""
         for name in fields if isinstance(fields, dict) else ():
             if name not in cls.model_fields:
+                name = str(name)[:64]  # one of megabytes would be compared for seconds, and sent back
                 message = str(UnknownName.of("parameter", name, cls.model_fields))
                 raise PydanticCustomError("unknown_parameter", "{message}", {"message": message, "name": name})
         return fields
