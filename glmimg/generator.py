@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,8 @@ class Decoding:
     mask_B11S: torch.Tensor | None  # over the cache's S = T + N places; None without padding
     prompt_length: int
     length: int  # places filled
+    # Rows and the place where they begin, if rows of different lengths attend apart, without a mask.
+    runs: tuple[tuple[slice, int], ...] = ()
 
 
 class TokenGenerator:
@@ -235,16 +238,23 @@ class TokenGenerator:
         make = torch.empty if mask is None else torch.zeros  # a NaN would spoil sums even where it is masked
         cache = make(shape, device=self.device, dtype=self.dtype)
         ids_BT, first_logits = ids_BT.to(self.device), []
-        for b, length in enumerate(mask_BT.sum(1).tolist()):  # one by one: company would change how a prompt rounds
+        lengths = mask_BT.sum(1).tolist()
+        for b, length in enumerate(lengths):  # one by one: company would change how a prompt rounds
             prompt, own = slice(T - length, T), slice(b * copies, (b + 1) * copies)
             place = cache[:, own, :, prompt]
             x_1TD = self._sequence(ids_BT[b : b + 1, prompt], positions_3BT[:, b : b + 1, prompt], None, place)
             first_logits.append(self._logits(x_1TD[:, -1]))
         tables = self._tables(following_3BN)
         cos, sin = (table.transpose(0, 1).repeat_interleave(copies, 1) for table in tables)
-        if mask is not None:
-            mask = F.pad(mask.repeat_interleave(copies, 0), (0, N), value=True)[:, None, None]
         logits_RV = torch.cat(first_logits).repeat_interleave(copies, 0)
+        if mask is None:
+            return logits_RV, Decoding(cache, cos, sin, None, T, T)
+        if self.device.type == "cpu":  # whose kernels then give a row, to the last bit, what it gets alone
+            same = groupby(range(B * copies), key=lambda row: T - lengths[row // copies])
+            rows = [(start, list(members)) for start, members in same]
+            runs = tuple((slice(members[0], members[-1] + 1), start) for start, members in rows)
+            return logits_RV, Decoding(cache, cos, sin, None, T, T, runs)
+        mask = F.pad(mask.repeat_interleave(copies, 0), (0, N), value=True)[:, None, None]
         return logits_RV, Decoding(cache, cos, sin, mask, T, T)
 
     @torch.inference_mode()
@@ -263,8 +273,12 @@ class TokenGenerator:
             qk = torch.addcmul(qkv[:, : H + K] * cos, partners, sin)
             slots[2 * k].copy_(qk[:, H:])
             slots[2 * k + 1].copy_(qkv[:, H + K :])
-            queries = qk[:, :H].reshape(B, K, H // K, C)
-            attended = F.scaled_dot_product_attention(queries, filled[2 * k], filled[2 * k + 1], attn_mask=mask)
+            queries, keys, values = qk[:, :H].reshape(B, K, H // K, C), filled[2 * k], filled[2 * k + 1]
+            if state.runs:
+                parts = [(queries[rows], keys[rows, :, start:], values[rows, :, start:]) for rows, start in state.runs]
+                attended = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+            else:
+                attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
             x = self._added(x, packed_product(attended.reshape(B, H * C), *layer.out), layer.norm_attended)
             x = self._mlp(x, layer)
         return self._logits(x)

@@ -45,8 +45,8 @@ class Event:
 
     `pictures` are the numbers of those in work. `grids()` gives, in the token stage, each one's (preview_HW or None,
     target_HW) with -1 where nothing is drawn yet. `preview()` makes small pictures, at a cost only when called: in the
-    token stage from the preview grid once that is complete (None before), in the decoder stage from what the latents
-    are heading for.
+    token stage from the preview grid once that is complete (None before; both stages are then in memory, whatever
+    `offload` says), in the decoder stage from what the latents are heading for.
     """
 
     stage: str

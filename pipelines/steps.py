@@ -85,9 +85,10 @@ def draw_tokens(
 
 def encode_glyphs(stages: Stages, request: Request) -> Glyphs:
     """What the decoder is told to spell, prompt by prompt."""
-    texts = [*map(glyph_texts, request.prompts), glyph_texts(request.negative_prompt)]
-    states_BTG, mask_BT = stages.glyphs.encode(texts)
-    *prompts, negative = [states_TG[mask_T] for states_TG, mask_T in zip(states_BTG, mask_BT, strict=True)]
+    texts = [tuple(glyph_texts(caption)) for caption in (*request.prompts, request.negative_prompt)]
+    # One by one: padding to another prompt's length would change how they round.
+    states = {text: stages.glyphs.encode([text])[0][0] for text in dict.fromkeys(texts)}
+    *prompts, negative = [states[text] for text in texts]
     return Glyphs(prompts, negative)
 
 
