@@ -90,6 +90,22 @@ def test_a_good_folder_passes(tiny_checkpoint: Path, tmp_path: Path, capsys: pyt
     assert "5 of 5 pictures" in out and "captions from file names" in out and err == ""
 
 
+def test_edits_and_templates_are_looked_at_whole(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side, size in (("source", (900, 90)), ("target", (96, 96))):
+        (tmp_path / side).mkdir()
+        disc(tmp_path / side / "a.png", 5, size)
+    (tmp_path / "target/a.txt").write_text("make it red")
+    arguments = ["dataset", "check", str(tmp_path), "--model", str(tiny_checkpoint), "--resolution", "64"]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    cut = [finding["picture"] for finding in report["findings"] if finding["kind"] == "cut"]
+    assert cut == ["source/a.png"] and report["edits"] == 1
+    assert main([*arguments, "--trigger", "word " * 9000]) == 1
+    assert "a caption of" in capsys.readouterr().err
+
+
 def test_one_picture_and_huge_ones(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +159,7 @@ def test_captions_with_trigger_templates_and_dropout() -> None:
         "my zib",
     ]
     assert CaptionRules("zib").texts([]) == ["zib"] and CaptionRules().texts(["x"]) == ["x"]
+    assert CaptionRules("zib").texts(["a zibble", "一只zib在"]) == ["zib a zibble", "一只zib在"]
     rng = np.random.default_rng(0)
     chosen = [rules.choose(["red"], rng) for _ in range(400)]
     assert 0.18 < chosen.count("") / 400 < 0.32 and set(chosen) == {"", *rules.texts(["red"])}

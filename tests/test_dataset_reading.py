@@ -90,6 +90,20 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         read_dataset(tmp_path, {"picture": "fota"})
 
 
+def test_what_a_table_leaves_out_is_told_and_links_are_followed(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    picture(root / "left.png")
+    (root / "linked.png").symlink_to(picture(tmp_path / "elsewhere.png"))  # as in the hub's cache
+    (root / "metadata.csv").write_text("file_name,text\nlinked.png,a thing,and more\n")
+    found = read_dataset(root)
+    assert told(found) == [("linked.png", ("a thing",))] and found.notes == ("left.png is in no row of metadata.csv",)
+    (root / "metadata.jsonl").write_text(json.dumps({"file_name": "left.png"}))
+    assert set(read_dataset(root).notes) == {
+        "metadata.csv is not read: metadata.jsonl is",
+        "linked.png is in no row of metadata.jsonl",
+    }
+
+
 def test_edit_pairs_in_folders_and_tables(tmp_path: Path) -> None:
     for side in ("source", "target"):
         picture(tmp_path / "pairs" / side / "x.png")
@@ -120,6 +134,9 @@ def test_parquet(tmp_path: Path) -> None:
     assert [example.captions for example in found.examples] == [("a",), ()]
     assert found.examples[0].picture.open().getpixel((0, 0)) == (255, 0, 0)
     assert "x.png" in found.examples[0].label and "row 2" in found.examples[1].label
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data/test-00000.parquet")
+    found = read_dataset(tmp_path)
+    assert len(found.examples) == 2 and found.notes == ("data/test-00000.parquet is not of the train split",)
     (tmp_path / "data/train-00000.parquet").write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(BadInput, match="no parquet file"):
         read_dataset(tmp_path)
@@ -141,6 +158,10 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="holds no pictures .*png"):
         read_dataset(tmp_path / "empty")
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long/metadata.csv").write_text("file_name,text\na.png," + "x" * 200_000)
+    with pytest.raises(BadInput, match="no table that can be read"):
+        read_dataset(tmp_path / "long")
     for content, message in (
         ("", "is empty"),
         ("not json\n", "line 1: no json"),

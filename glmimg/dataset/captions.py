@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,4 +49,6 @@ class CaptionRules(Config):
 
     def _told(self, template: str, caption: str) -> str:
         text = template.replace("{caption}", caption).replace("{trigger}", self.trigger).strip()
-        return text if self.trigger in text else f"{self.trigger} {text}".strip()
+        # as a word of its own; re.ASCII: words of some scripts have no spaces between them
+        known = re.search(rf"(?<!\w){re.escape(self.trigger)}(?!\w)", text, re.ASCII)
+        return text if not self.trigger or known else f"{self.trigger} {text}".strip()

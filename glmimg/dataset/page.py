@@ -58,11 +58,13 @@ def write_page(report: Report, path: str | Path) -> None:
         if key not in ("findings", "buckets")
     )
     buckets = "".join(f"<tr><td>{size}</td><td>{count}</td></tr>" for size, count in told["buckets"].items())
+    left = len(report.usable) - MOST
+    more = f"<p>The first {MOST}; {left} more are not shown.</p>" if left > 0 else ""
     page = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(report.dataset.place)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(report.dataset.place)}</h1><table>{summary}</table><h2>Sizes</h2><table>{buckets}</table>"
         f"<h2>Findings</h2><table>{''.join(rows) or '<tr><td>none</td></tr>'}</table>"
-        f'<h2>Pictures</h2><div class="sheet">{"".join(figures)}</div>'
+        f'<h2>Pictures</h2>{more}<div class="sheet">{"".join(figures)}</div>'
     )
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

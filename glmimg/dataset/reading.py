@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "reference": ("source", "source_image", "reference", "input_image", "original_image", "source_file_name"),
 }
 _CAMERA = re.compile(r"(img|dsc[nf]?|pxl|image|picture|photo|screenshot|p|whatsapp image)?[\s\d\-_.()]*", re.IGNORECASE)
+_TRAIN = re.compile(r"(^|[/\\_.-])train([/\\_.-]|$)", re.IGNORECASE)  # in the path of a split's file
 _DIGEST = re.compile(r"[0-9a-f\-]{16,}", re.IGNORECASE)
 
 
@@ -101,24 +103,30 @@ class Dataset:
 
 def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) -> Dataset:
     """The examples at `place`; BadInput if there are none. `columns`: names other than those of COLUMNS."""
-    root, columns = Path(place).expanduser(), dict(columns or {})
+    root, columns = Path(os.path.abspath(Path(place).expanduser())), dict(columns or {})
     if not root.exists():
         raise BadInput(f"{place}: no such folder; give a folder of pictures, or a metadata.jsonl, .csv or .parquet")
     notes: list[str] = []
     if root.is_file():
         kind, examples = _table(root, root.parent, columns)
     elif (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
-        kind, examples = "Hugging Face datasets folder", list(_saved(root, columns))
+        kind, examples = "Hugging Face datasets folder", list(_saved(root, columns, notes))
     else:
         tables = [root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()]
         parquet = sorted(root.rglob("*.parquet"))
         if tables:
             kind, examples = _table(tables[0], root, columns)
+            notes += [f"{left.name} is not read: {tables[0].name} is" for left in tables[1:]]
+            named = {s.path for e in examples for s in (e.picture, e.reference) if s is not None}
+            notes += [f"{p.relative_to(root)} is in no row of {kind}" for p in _pictures(root) if p not in named]
         elif (root / "source").is_dir() and (root / "target").is_dir():
             kind, examples = "source and target folders", _pairs(root, notes)
         elif parquet:
-            kind = f"{len(parquet)} parquet files"
-            examples = [example for file in parquet for example in _parquet(file, root, columns)]
+            train = [file for file in parquet if _TRAIN.search(str(file.relative_to(root)))] or parquet
+            notes += [f"{file.relative_to(root)} is not of the train split" for file in parquet if file not in train]
+            notes += [f"{p.relative_to(root)} is not in a parquet file" for p in _pictures(root)]
+            kind = f"{len(train)} parquet files"
+            examples = [example for file in train for example in _parquet(file, root, columns)]
         else:
             kind, examples = _folder(root, notes)
     if not examples:
@@ -199,7 +207,10 @@ def _table(file: Path, root: Path, columns: Mapping[str, str]) -> tuple[str, lis
     if kind == ".jsonl":
         rows = list(_json_rows(file, text))
     else:
-        rows = list(csv.DictReader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t"))
+        try:
+            rows = list(csv.DictReader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t"))
+        except csv.Error as error:
+            raise BadInput(f"{file} is no table that can be read ({error}): save it again") from error
     return file.name, list(_rows(rows, root, file, columns))
 
 
@@ -231,14 +242,16 @@ def _parquet(file: Path, root: Path, columns: Mapping[str, str]) -> Iterator[Exa
         raise BadInput(f"{file} is no parquet file that can be read ({error}): download it again") from error
 
 
-def _saved(root: Path, columns: Mapping[str, str]) -> Iterator[Example]:
+def _saved(root: Path, columns: Mapping[str, str], notes: list[str]) -> Iterator[Example]:
     if find_spec("datasets") is None:
         raise MissingExtra.of("datasets", "data", "reading a folder that Hugging Face datasets saved")
     import datasets
 
     loaded: Any = datasets.load_from_disk(str(root))
     if isinstance(loaded, datasets.DatasetDict):
-        loaded = loaded["train" if "train" in loaded else next(iter(loaded))]
+        split = "train" if "train" in loaded else next(iter(loaded))
+        notes += [f"the split {name} is left out: {split} is read" for name in loaded if name != split]
+        loaded = loaded[split]
     for name, feature in loaded.features.items():
         if isinstance(feature, datasets.Image):  # as bytes: decoding and checking is ours
             loaded = loaded.cast_column(name, datasets.Image(decode=False))
@@ -255,7 +268,7 @@ def _rows(
     found: dict[str, str | None] | None = None
     for number, row in enumerate(rows, 1):
         if found is None:
-            found = _columns(list(names or row), place, columns)
+            found = _columns([str(name) for name in names or row if name], place, columns)
         label = f"{place.name}, row {number}"
         picture = _source(row.get(found["picture"] or ""), root, label)
         reference = _source(row.get(found["reference"]), root, label) if found["reference"] else None
@@ -297,7 +310,8 @@ def _source(value: Any, root: Path, label: str) -> Source | None:
         return Source(label, data=bytes(value))
     if not isinstance(value, str) or not value.strip():
         return None
-    path = (root / value).resolve()
-    if root.resolve() not in path.parents:
+    # by name alone: the hub's cache and many data sets hold links to pictures elsewhere
+    path = Path(os.path.abspath(root / value))
+    if root not in path.parents:
         raise BadInput(f"{label}: {value} lies outside {root}; keep a data set's pictures in its folder")
     return Source(value, path)

@@ -55,10 +55,14 @@ def survey(
     most = settings.max_positions - fixed
 
     def count(caption: str) -> int:
-        tokens = len(builder.tokenizer.encode(caption).ids)
-        if tokens <= most:
-            builder.build(caption, (1, 1))  # refuses control tokens
-        return tokens
+        """Of the longest text that it is shown with."""
+        longest = 0
+        for text in config.captions.texts([caption]):
+            tokens = len(builder.tokenizer.encode(text).ids)
+            longest = max(longest, tokens)
+            if tokens <= most:
+                builder.build(text, (1, 1))  # refuses control tokens
+        return longest
 
     return check_dataset(
         dataset,
