@@ -117,14 +117,16 @@ class Adapter:
             a_rK, b_Nr = tensors[parts["lora_A"]], tensors[parts["lora_B"]]
             if a_rK.dim() != 2 or b_Nr.dim() != 2 or a_rK.shape[0] != b_Nr.shape[1]:
                 raise CheckpointError(f"{folder}: the matrices of {name} do not fit each other: download it again")
-            magnitude = parts.get("lora_magnitude_vector")
-            scale = _scale(config, name, a_rK.shape[0])
-            layers[name] = Low(a_rK, b_Nr, tensors[magnitude].flatten() if magnitude else None, scale)
+            scale, magnitude_N = _scale(config, name, a_rK.shape[0]), None
+            if "lora_magnitude_vector" in parts:
+                magnitude_N = tensors[parts["lora_magnitude_vector"]].flatten()
+                if len(magnitude_N) != len(b_Nr):
+                    raise CheckpointError(f"{folder}: the magnitudes of {name} do not fit it: download it again")
+            layers[name] = Low(a_rK, b_Nr, magnitude_N, scale)
         stages = {_stage_of(name) for name in layers}
         if len(stages) != 1 or None in stages:
             raise BadInput(f"{folder} holds no adapter for a stage of GLM-Image: its layers have other names")
-        info = json.loads(weights.metadata.get("glmimg", "{}"))
-        return cls(str(stages.pop()), layers, info)
+        return cls(str(stages.pop()), layers, _info(weights.metadata.get("glmimg", "{}"), folder))
 
     def require_fit(self, shapes: Mapping[str, tuple[int, ...]], codebook: str | None = None, name: str = "") -> None:
         """BadInput unless a model with linear layers of these shapes, (N, K) by name, can take it."""
@@ -158,9 +160,13 @@ def parse_adapter(text: str) -> tuple[str, float]:
             strength = float(number)
         except ValueError:
             path = text
-    if not path or not math.isfinite(strength) or abs(strength) > _STRONGEST:
-        raise BadInput(f"adapter {text!r}: write PATH or PATH:STRENGTH, such as style:0.7, at most {_STRONGEST:.0f}")
+    _require_strength(path, strength, text)
     return path, strength
+
+
+def _require_strength(path: str, strength: float, told: object) -> None:
+    if not path or not math.isfinite(strength) or abs(strength) > _STRONGEST:
+        raise BadInput(f"adapter {told!r}: write PATH or PATH:STRENGTH, such as style:0.7, at most {_STRONGEST:.0f}")
 
 
 def open_adapters(wanted: Iterable[str | Path | tuple[str | Path, float]]) -> list[Stacked]:
@@ -169,6 +175,7 @@ def open_adapters(wanted: Iterable[str | Path | tuple[str | Path, float]]) -> li
     for one in wanted:
         if isinstance(one, tuple):
             name, strength = str(one[0]), float(one[1])
+            _require_strength(name, strength, f"{name}:{strength}")
         else:
             name, strength = parse_adapter(one) if isinstance(one, str) else (str(one), 1.0)
         root = _locate(name)
@@ -228,15 +235,20 @@ def _config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder} has no {CONFIG}: name an adapter's folder") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged ({error!r}): write or download it again") from error
-    unknown = [
-        key for key in ("fan_in_fan_out", "modules_to_save", "lora_bias", "layer_replication") if config.get(key)
-    ]
+    unknown = [key for key in _REFUSED if config.get(key)]
     unknown += ["bias"] if config.get("bias", "none") != "none" else []
     if config.get("peft_type", "LORA") != "LORA" or unknown or rank < 1 or not math.isfinite(alpha):
         raise BadInput(
             f"{folder}: {', '.join(unknown) or config.get('peft_type')} is not known here; LoRA and DoRA are"
         )
     return dict(config)
+
+
+def _info(text: str, folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: its notes are damaged ({error}): download it again") from error
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:

@@ -211,6 +211,8 @@ def test_adapter_texts_that_are_none(text: str) -> None:
 
 
 def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
     model = Checkpoint.open(tiny_checkpoint).decoder()
     with pytest.raises(UnknownName, match="attention"):
         target_names(model, "decoder", ["atention"])
@@ -234,7 +236,25 @@ def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None
     (damaged("rows") / "adapter_config.json").write_text("{")
     file = damaged("cut") / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    for name, error in (("kind", BadInput), ("rows", CheckpointError), ("cut", CheckpointError)):
+    for name, change in (("notes", {"glmimg": "{"}), ("magnitude", {})):
+        file = damaged(name) / "adapter_model.safetensors"
+        tensors = load_file(file)
+        if not change:
+            tensors |= {
+                key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(3)
+                for key in tensors
+                if "lora_A" in key
+            }
+        save_file(tensors, file, change)
+    with pytest.raises(BadInput, match="PATH:STRENGTH"):
+        open_adapters([(good / "decoder", float("nan"))])
+    for name, error in (
+        ("kind", BadInput),
+        ("rows", CheckpointError),
+        ("cut", CheckpointError),
+        ("notes", CheckpointError),
+        ("magnitude", CheckpointError),
+    ):
         with pytest.raises(error, match=name):
             open_adapters([tmp_path / name])
 
