@@ -233,36 +233,45 @@ from glmimg.training.loop import Run, TrainConfig
 class Task:
     def __init__(self):
         torch.manual_seed(0)
-        self.modules = {"line": torch.nn.Linear(3, 1)}
+        self.modules = {"net": torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))}
     def batch(self, position, size):
-        return torch.randn(size, 3, generator=torch.Generator().manual_seed(position))
+        seeds = range(position, position + size)
+        return torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     def loss(self, x, progress, generator):
-        return (self.modules["line"](x) - x.sum(1, keepdim=True)).square().mean(), {}
+        return (self.modules["net"](x) - x.flip(1)).square().mean(), {}
     def evaluate(self):
         return {}
     def sheet(self):
         return None
-size = int(sys.argv[2])
-config = TrainConfig(0.05, size, steps=5, warmup=1, autocast=False, muon=False, threads=1)
-run = Run(Task(), config, Path(sys.argv[1]))
+folder, size, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+run = Run(Task(), TrainConfig(0.05, size, steps=steps, warmup=1, decay=0.0, autocast=False, threads=1), folder)
+run.resume()
 run.train()
-print(json.dumps([run.processes.count, run.position, run.modules["line"].weight.tolist()]))
+weights = torch.cat([p.detach().flatten() for p in run.modules["net"].parameters()])
+print(json.dumps([run.processes.count, run.position, weights.tolist()]))
 """
 
 
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(_TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "run"), "4"], capture_output=True, text=True, cwd=tmp_path, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    (count, position, weight), other = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
-    assert other[2] == weight  # the same model in both
-    assert (count, position) == (2, 5 * 2 * 4)  # each drew its own samples
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert state["modules"]["line"]["weight"].tolist() == weight and state["position"] == position
+
+    def train(folder: str, size: int, steps: int, *launch: str) -> list:
+        command = [sys.executable, *launch, str(script), str(tmp_path / folder), str(size), str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=180)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+        assert all(row == rows[0] for row in rows)  # every process has the same model
+        return rows[0]
+
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    count, position, _ = train("both", 4, 5, *two)
+    assert (count, position) == (2, 5 * 2 * 4)
+    # Momenta of both processes are in the state: one process alone goes on as one that was always alone.
+    _, position, mixed = train("both", 8, 8)
+    _, same_position, alone = train("alone", 8, 8)
+    assert position == same_position
+    assert torch.allclose(torch.tensor(mixed), torch.tensor(alone), atol=2e-3)
 
 
 def test_tokenizer_moves_its_codebook_and_reports(scenes: SceneCache, tmp_path: Path, models: dict) -> None:

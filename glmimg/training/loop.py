@@ -102,6 +102,7 @@ class Run:
             weight_decay=config.weight_decay,
             betas=config.betas,
             muon=config.muon,
+            processes=self.processes,
         )
         self.ema = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
         self.step, self.position, self.elapsed = 0, 0, 0.0
@@ -110,13 +111,14 @@ class Run:
     # State
 
     def save(self) -> None:
-        """Write the whole state atomically."""
+        """Write the whole state atomically. All processes must come here together."""
+        optimizers = self.optimizers.state_dict()
         if not self.processes.main:
             return
         state = {
             "modules": {n: m.state_dict() for n, m in self.modules.items()},
             "ema": self.ema if self.config.ema else None,
-            "optimizers": self.optimizers.state_dict(),
+            "optimizers": optimizers,
             "step": self.step,
             "position": self.position,
             "elapsed": self.elapsed,
@@ -209,7 +211,8 @@ class Run:
             torch.set_num_threads(c.threads)
         for module in self.modules.values():
             module.train()
-        begun = last = last_log = last_save = last_sheet = last_evaluation = time.monotonic()
+        begun = last = last_log = last_sheet = last_evaluation = time.monotonic()
+        last_save = self.elapsed  # the first process' clock: all must save at the same step
         sums: dict[str, float] = {}
         counted = 0
         autocast = torch.autocast(c.device.split(":")[0], dtype=torch.bfloat16, enabled=c.autocast)
@@ -230,8 +233,8 @@ class Run:
                     self.processes.average([p.grad for p in self.optimizers.parameters if p.grad is not None])
                 norm = torch.nn.utils.clip_grad_norm_(self.optimizers.parameters, c.clip)
                 if not torch.isfinite(norm):
-                    for member in self.optimizers.members:
-                        member.zero_grad(set_to_none=True)
+                    for p in self.optimizers.parameters:
+                        p.grad = None
                     self._log({"skipped": "gradient not finite"})
                 else:
                     self.optimizers.step()
@@ -248,9 +251,9 @@ class Run:
                     rate = counted * all_of_them / (now - last_log)
                     self._log({**{k: v / counted for k, v in sums.items()}, "per_s": rate})
                     sums, counted, last_log = {}, 0, now
-                if now - last_save > c.save_minutes * 60:
+                if self.elapsed - last_save > c.save_minutes * 60:
                     self.save()
-                    last_save = time.monotonic()
+                    last_save = self.elapsed
                 if now - last_evaluation > c.evaluate_minutes * 60:
                     sheet = now - last_sheet > c.sheet_minutes * 60
                     self._report(sheet=sheet)

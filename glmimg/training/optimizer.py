@@ -1,14 +1,20 @@
 """Muon for the matrices inside the blocks, AdamW for everything else, with one learning rate.
 
-Muon's update is scaled to AdamW's root mean square (`match_rms_adamw`), so the two share a schedule.
+Muon's update is scaled to AdamW's root mean square (`match_rms_adamw`), so the two share a schedule. Making it
+orthogonal is a third of a training step on processors: of several processes each does its share of the matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+
+from glmimg.training.processes import Processes
+
+_ALONE = Processes()
 
 
 def split_parameters(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -29,7 +35,10 @@ def split_parameters(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], 
 
 
 class Optimizers:
-    """The two optimizers behind one step; `state_dict` round-trips both."""
+    """The two optimizers behind one step; `state_dict` round-trips both, whatever the number of processes.
+
+    Under several processes `step` and `state_dict` exchange tensors: all must call them together.
+    """
 
     def __init__(
         self,
@@ -39,16 +48,18 @@ class Optimizers:
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.95),
         muon: bool = True,
+        processes: Processes = _ALONE,
     ) -> None:
         matrices, rest = split_parameters(modules)
         if not muon:
             matrices, rest = [], [*matrices, *rest]
-        self.parameters = [*matrices, *rest]
+        self.parameters, self.processes = [*matrices, *rest], processes
+        self.matrices = matrices
         self.members: list[torch.optim.Optimizer] = []
         if matrices:
             self.members.append(
                 torch.optim.Muon(
-                    matrices,
+                    self._share(self.matrices, processes.rank),
                     lr=learning_rate,
                     weight_decay=weight_decay,
                     momentum=0.95,
@@ -64,14 +75,46 @@ class Optimizers:
             for group in member.param_groups:
                 group["lr"] = self.learning_rate * factor
 
+    def _share(self, values: Sequence[Any], rank: int) -> list[Any]:
+        return list(values[rank :: self.processes.count])
+
     def step(self) -> None:
         for member in self.members:
             member.step()
-            member.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._exchange(self.matrices)
 
-    def state_dict(self) -> list[dict[str, object]]:
-        return [member.state_dict() for member in self.members]
+    @torch.no_grad()
+    def _exchange(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give every process what its owner made of each tensor."""
+        for rank in range(self.processes.count if self.processes.count > 1 else 0):
+            share = self._share(tensors, rank)
+            if share:
+                self.processes.give(share, rank)
 
-    def load_state_dict(self, state: list[dict[str, object]]) -> None:
-        for member, value in zip(self.members, state, strict=True):
+    def state_dict(self) -> list[dict[str, Any]]:
+        states = [member.state_dict() for member in self.members]
+        if self.processes.count > 1 and self.matrices:
+            momenta = [torch.zeros_like(p) for p in self.matrices]
+            mine = self._share(momenta, self.processes.rank)
+            for index, kept in states[0]["state"].items():
+                mine[index].copy_(kept["momentum_buffer"])
+            self._exchange(momenta)
+            state = {index: {"momentum_buffer": momentum} for index, momentum in enumerate(momenta)}
+            groups = [{**states[0]["param_groups"][0], "params": list(range(len(momenta)))}]
+            states[0] = {"state": state if states[0]["state"] else {}, "param_groups": groups}
+        return states
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        if self.matrices:
+            mine = self._share(list(range(len(self.matrices))), self.processes.rank)
+            states = [_only(states[0], mine), *states[1:]]
+        for member, value in zip(self.members, states, strict=True):
             member.load_state_dict(value)
+
+
+def _only(state: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+    """An optimizer's state of some of its parameters, numbered anew."""
+    kept = {at: state["state"][index] for at, index in enumerate(indices) if index in state["state"]}
+    return {"state": kept, "param_groups": [{**state["param_groups"][0], "params": list(range(len(indices)))}]}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 
 __all__ = ["Processes"]
+
+PATIENCE = timedelta(days=1)  # the first process may draw pictures for hours while the others wait; launchers end all
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,18 @@ class Processes:
     count: int = 1
 
     @classmethod
-    def current(cls) -> Processes:
-        """As the launcher's environment says; connects the processes when first asked."""
+    def current(cls, cpu: bool | None = None) -> Processes:
+        """As the launcher's environment says; connects the processes when first asked.
+
+        `cpu`: whether the tensors to exchange are on processors; None: they are where no accelerator is.
+        """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls()
         from accelerate import PartialState
 
-        # On processors alone accelerate must be told so: it would not connect the processes.
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        # On processors accelerate must be told so: it would not connect the processes.
+        state = PartialState(cpu=not torch.accelerator.is_available() if cpu is None else cpu, timeout=PATIENCE)
         return cls(int(state.process_index), int(state.num_processes))
 
     @property
@@ -50,6 +56,13 @@ class Processes:
             for gradient, part in zip(members, flat.split([g.numel() for g in members]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
+    def give(self, tensors: list[Tensor], rank: int) -> None:
+        """Everyone's tensors become those of the process `rank`."""
+        flat = torch.cat([t.flatten() for t in tensors])
+        torch.distributed.broadcast(flat, rank)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def first(self, number: float) -> float:
         """The first process' number: clocks differ, and all must stop at the same step."""
         if self.count == 1:
@@ -65,13 +78,13 @@ class Processes:
         torch.distributed.all_gather_object(total, number)
         return sum(total) / self.count
 
-    def same(self, names: set[str]) -> set[str]:
-        """What the first process found: all must do the same."""
+    def union(self, names: set[str]) -> set[str]:
+        """What any process found: all must do the same."""
         if self.count == 1:
             return names
-        told = [names]
-        torch.distributed.broadcast_object_list(told)
-        return told[0]
+        told: list[set[str]] = [set()] * self.count
+        torch.distributed.all_gather_object(told, names)
+        return set[str]().union(*told)
 
     def wait(self) -> None:
         if self.count > 1:
