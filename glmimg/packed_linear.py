@@ -135,13 +135,20 @@ def packed_product(x_RK: Tensor, matrix: Tensor, *rest: Any) -> Tensor:
     if len(rest) == 2:
         return torch._weight_int4pack_mm_for_cpu(x_RK, matrix, *rest)
     if matrix.dtype == torch.int8:
-        # The kernel reads sixteen columns at a time, past the end where they do not come out even (torch 2.13).
-        even = x_RK.shape[1] % 16 == 0
-        if even and x_RK.is_cpu and x_RK.shape[0] <= _FEW_ROWS and x_RK.dtype == rest[0].dtype:
-            return torch._weight_int8pack_mm(x_RK.contiguous(), matrix, rest[0])
+        if x_RK.is_cpu and x_RK.shape[0] <= _FEW_ROWS and x_RK.dtype == rest[0].dtype and _kernel_takes(matrix):
+            x_RK = x_RK.contiguous()
+            x_RK = x_RK if x_RK.data_ptr() % 32 == 0 else x_RK.clone()
+            return torch._weight_int8pack_mm(x_RK, matrix, rest[0])
         if x_RK.dtype != torch.float16:  # whose range the unscaled sums may leave
             return torch.mm(x_RK, matrix.T.to(x_RK.dtype)).mul_(rest[0])  # scaling the result touches less memory
     return torch.mm(x_RK, dequantize(matrix, rest[0], x_RK.dtype).T)
+
+
+def _kernel_takes(matrix: Tensor) -> bool:
+    """Whether torch's 8-bit kernel for processors may have it (2.13): it reads sixteen columns at a time, past the end
+    where they do not come out even, and dies in bfloat16 unless weights lie at multiples of 16 bytes, and inputs of 32;
+    what is mapped from a file may not."""
+    return matrix.shape[1] % 16 == 0 and not torch.compiler.is_compiling() and matrix.data_ptr() % 16 == 0
 
 
 def ready(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -163,6 +163,26 @@ def test_packed_layers_take_the_place_of_linear_ones() -> None:
             use_packed(plain, broken, config, "folder")
 
 
+def moved(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """The same numbers, `offset` bytes behind a multiple of 64."""
+    room = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+    start = -room.data_ptr() % 64 + offset
+    found = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    assert found.copy_(tensor).data_ptr() % 64 == offset
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 10])
+@pytest.mark.parametrize(("input_offset", "weight_offset"), [(2, 0), (16, 0), (0, 8), (4, 40)])
+def test_weights_and_inputs_may_lie_anywhere(rows: int, input_offset: int, weight_offset: int) -> None:
+    """Files are mapped at multiples of 8 bytes; the kernel would end the process at some of them."""
+    packed, scale = quantize(random(32, 64, dtype=torch.bfloat16), 8)
+    x = random(rows, 64, seed=2, dtype=torch.bfloat16)
+    exact = x.float() @ dequantize(packed, scale, torch.float32).T
+    product = packed_product(moved(x, input_offset), moved(packed, weight_offset), scale)
+    assert torch.allclose(product.float(), exact, atol=0.02 * float(exact.abs().max()))
+
+
 @pytest.mark.parametrize("inputs", [24, 40, 36])
 def test_odd_widths_keep_clear_of_the_kernel_that_reads_past_them(inputs: int) -> None:
     packed, scale = quantize(random(64, inputs, dtype=torch.bfloat16), 8)
