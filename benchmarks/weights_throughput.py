@@ -1,12 +1,14 @@
 """Passes a large random checkpoint through the weight tools under a memory limit, against plain copies of its files.
 
-    python benchmarks/weights_throughput.py                       # 2.3 GB, made and deleted; needs 10 GB of disk
+    python benchmarks/weights_throughput.py                       # 2.3 GB, made and deleted; needs 12 GB of disk
     python benchmarks/weights_throughput.py --model FOLDER --limit 1000
 
 Each tool runs in a process of its own whose private memory the kernel limits (RLIMIT_DATA: heap and anonymous
 mappings; the libraries' own code is not counted, and an address-space limit would count mappings that use nothing). Its
 highest resident size (VmHWM), which counts everything, is printed beside it. A plain copy is `safetensors` loading and
 saving every file; "disk" copies the bytes alone. Everything ends with an fsync. Linux alone.
+
+Exit status 1 if a tool fails under the limit, or one that only rearranges bytes is slower than half of the disk copy.
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ TOOLS = {
     "decoder to GGUF": ["convert", "{source}", "{work}/decoder.gguf"],
     "verify": ["verify", "{source}"],
     "quantize to 8 bits": ["quantize", "{source}", "{work}/eight", "--bits", "8"],
+    "quantize to 4 bits": ["quantize", "{source}", "{work}/four", "--bits", "4"],
+    "quantize to a budget": ["quantize", "{source}", "{work}/mixed", "--budget", "1500MB"],
+    "average of two": ["merge", "{source}", "{work}/mean", "--average", "{source}:1", "{work}/back:1"],
+    "diff": ["diff", "{source}", "{work}/back"],
 }
+# Those that only rearrange bytes, and the least share of the disk copy's speed that they should reach.
+COPIES, SHARE = ("folder to single file", "single file to folder", "folder to folder, other shards"), 0.5
+USED_AGAIN = ("source", "one.safetensors", "back")
 # How much wider and deeper than the embedded model.
 SCALE = 3.3
 
@@ -58,6 +67,9 @@ def main() -> None:
             f"{row['name']:<34}{row['seconds']:>8.1f}{row['rate']:>7.2f}{row['of plain']:>10.2f}{row['of disk']:>9.2f}"
             f"{row['peak']:>9.0f}"
         )
+    slow = [row["name"] for row in rows if row["name"] in COPIES and float(row["of disk"]) < SHARE]
+    if slow:
+        raise SystemExit(f"slower than {SHARE} of a disk copy: {', '.join(map(str, slow))}")
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> list[dict[str, float | str]]:
@@ -76,6 +88,9 @@ def measure(arguments: argparse.Namespace, work: Path) -> list[dict[str, float |
     for name in arguments.only:
         command = [word.format(source=source, work=work) for word in TOOLS[name]]
         rows.append({"name": name, **run(command, arguments.limit)})
+        for path in work.iterdir():
+            if path.name not in USED_AGAIN:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     seconds_of = {row["name"]: float(row["seconds"]) for row in rows}
     disk, plain = seconds_of["disk copy"], seconds_of["plain safetensors copy"]
     for row in rows:

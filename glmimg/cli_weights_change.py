@@ -133,8 +133,9 @@ def _require_used(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and not used:
             raise BadInput(f"--{name.replace('_', '-')} is for {needed}")
     for name in ("steps", "card_prompts"):
-        if (getattr(arguments, name) or 1) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give 1 or more")
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: give 1 or more")
 
 
 def _quantized_lines(told: dict[str, Any]) -> list[str]:

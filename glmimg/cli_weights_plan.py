@@ -70,8 +70,9 @@ def _plan(arguments: argparse.Namespace) -> int:
             flag = f"--{name.replace('_', '-')}" if name != "n" else "-n"
             raise BadInput(f"{flag} is for plans {'with' if arguments.train is None else 'without'} --train STAGE")
     for name in ("n", "steps", "batch_size", "rank"):
-        if (getattr(arguments, name) or 1) < 1:
-            raise BadInput(f"plan: {name} {getattr(arguments, name)}: give 1 or more")
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise BadInput(f"plan: {name} {value}: give 1 or more")
     for name in ("watts", "price"):
         if (getattr(arguments, name) or 0) < 0:
             raise BadInput(f"plan: {name} {getattr(arguments, name)}: give 0 or more")
