@@ -34,6 +34,7 @@ from glmimg.training import recipes
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.loop import Run, Task, TrainConfig
 from glmimg.training.processes import Processes
+from glmimg.training.record import checkpoint_record, chunks_record
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
@@ -199,7 +200,7 @@ class MiniTraining:
             print(f"{stage}: resumed at step {run.step}", file=sys.stderr)
         elif self.start_from and stage in KEPT:
             # New data from where the checkpoint's own training stopped; the optimizer starts afresh.
-            base = _training_record(self.start_from, stage)
+            base = checkpoint_record(self.start_from, stage)
             run.position = base["position"]
             if run.processes.main:
                 (self.work / stage / "started_from.json").write_text(json.dumps(base))
@@ -359,27 +360,9 @@ class MiniTraining:
                 torch.nn.Module.to(module, torch.bfloat16)
                 save_component(folder, name, module)
             (folder / "ATTRIBUTION.md").write_text(attribution())
-            (folder / "training.json").write_text(json.dumps({stage: self._record(stage) for stage in KEPT}, indent=1))
-
-    def _record(self, stage: str) -> dict[str, Any]:
-        """How far a stage has come over all its chunks: optimizer steps, samples drawn, minutes, held-out figures."""
-        if not (self.work / stage / "state.pt").exists():
-            return _training_record(self.start_from, stage) if self.start_from else dict(_UNTRAINED)
-        begun = self.work / stage / "started_from.json"
-        base = json.loads(begun.read_text()) if begun.exists() else _UNTRAINED
-        state = torch.load(self.work / stage / "state.pt", weights_only=True)
-        return {
-            "steps": base["steps"] + state["step"],
-            "position": state["position"],
-            "minutes": round(base["minutes"] + state["elapsed"] / 60, 1),
-            "held_out": self._held_out(stage),
-        }
-
-    def _held_out(self, stage: str) -> dict[str, float]:
-        """The last held-out figures in a stage's log."""
-        rows = [json.loads(line) for line in (self.work / stage / "log.jsonl").read_text().splitlines()]
-        found = [{k[9:]: v for k, v in row.items() if k.startswith("held_out_")} for row in rows]
-        return next((figures for figures in reversed(found) if figures), {})
+            (folder / "training.json").write_text(
+                json.dumps({stage: chunks_record(self.work / stage, self.start_from) for stage in KEPT}, indent=1)
+            )
 
 
 @torch.no_grad()
@@ -389,15 +372,6 @@ def _spell_codes(table_VD: torch.Tensor, codebook_VE: torch.Tensor, seed: int) -
     turn_ED = torch.randn(codebook_VE.shape[1], table_VD.shape[1], generator=torch.Generator().manual_seed(seed))
     rows_VD = torch.nn.functional.normalize(codebook_VE.float(), dim=-1) @ turn_ED
     table_VD.copy_(rows_VD * float(table_VD.std()))
-
-
-_UNTRAINED: dict[str, Any] = {"steps": 0, "position": 0, "minutes": 0.0}
-
-
-def _training_record(checkpoint: Path, stage: str) -> dict[str, Any]:
-    """What a checkpoint's training.json tells of a stage."""
-    file = checkpoint / "training.json"
-    return dict(json.loads(file.read_text()).get(stage, _UNTRAINED) if file.exists() else _UNTRAINED)
 
 
 STAGES: dict[str, Callable[[MiniTraining], None]] = {
