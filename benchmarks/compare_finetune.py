@@ -4,7 +4,8 @@
 
 Three sides: ours; a plain loop that encodes every picture at every step, as the usual scripts do without caching; and
 the same loop with everything encoded beforehand, the best that it can do. Each runs in a process of its own and prints
-seconds a step (median) and its peak memory. What encoding costs us once is printed beside it.
+seconds a step (median) and its peak memory, which on a processor is the whole process's. What encoding costs once comes
+first, into a folder of this program's own unless --cache names one.
 
 The plain loop uses transformers' and diffusers' own forwards, peft.get_peft_model and torch's AdamW. Run it on a quiet
 machine.
@@ -17,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-SIDES = ("ours", "plain", "plain, encoded once")
+SIDES = ("encoding", "ours", "plain", "plain, encoded once")
 WARM_UP = 2
 
 
@@ -48,17 +50,22 @@ def main() -> None:
         print(json.dumps(measure(arguments)))
         return
     found = {}
-    for side in SIDES:
-        command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-        found[side] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-        told = found[side]
-        print(f"{side:<22}{told['seconds']:.3f} s a step, at most {told['peak'] / 1e9:.2f} GB", end="")
-        print(f", encoding {told['encoding']:.1f} s once" if told["encoding"] else "")
-    for side in SIDES[1:]:
-        print(f"ours is {found[side]['seconds'] / found['ours']['seconds']:.2f} times as fast as {side}")
+    with tempfile.TemporaryDirectory() as folder:
+        for side in SIDES:
+            cache = ["--cache", arguments.cache or folder]
+            command = [sys.executable, __file__, *sys.argv[1:], *cache, "--side", side]
+            told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            if side == "encoding":
+                print(f"{arguments.stage} on {told['place']}, rank {arguments.rank}, batches of {arguments.batch}")
+            unit = "s once" if side == "encoding" else "s a step"
+            print(f"{side:<22}{told['seconds']:.3f} {unit}, at most {told['peak'] / 1e9:.2f} GB", flush=True)
+            found[side] = told
+    for side in SIDES[2:]:
+        faster, less = (found[side][what] / found["ours"][what] for what in ("seconds", "peak"))
+        print(f"against {side}: ours is {faster:.2f} times as fast, its memory {1 / less:.2f} times as much")
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, float]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from glmimg.dataset.captions import CaptionRules
     from glmimg.pipelines.finetune import FineTunePipeline
     from glmimg.training.finetune_config import FineTuneConfig
@@ -76,21 +83,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         arguments.model, arguments.backend, arguments.dtype, config, arguments.cache
     )
     train, _ = pipeline.split(pipeline.usable(pipeline.check(arguments.data), skip_broken=True))
-    began = time.perf_counter()
-    if arguments.side != "plain":
-        train.encode()
-        pipeline.encoder.release()
-    encoding = time.perf_counter() - began if arguments.side == "ours" else 0.0
-    step = ours(pipeline, train) if arguments.side == "ours" else Plain(pipeline, train, arguments.side == "plain").step
     times = []
-    for number in range(WARM_UP + arguments.steps):
-        pipeline.backend.synchronize()
+    if arguments.side == "encoding":
         began = time.perf_counter()
-        step(number)
-        pipeline.backend.synchronize()
+        train.encode()
         times.append(time.perf_counter() - began)
-    peak = float(pipeline.backend.memory().peak)
-    return {"seconds": statistics.median(times[WARM_UP:]), "peak": peak, "encoding": encoding}
+    else:
+        plain = arguments.side != "ours"
+        step = Plain(pipeline, train, arguments.side == "plain").step if plain else ours(pipeline, train)
+        for number in range(WARM_UP + arguments.steps):
+            pipeline.backend.synchronize()
+            began = time.perf_counter()
+            step(number)
+            pipeline.backend.synchronize()
+            times.append(time.perf_counter() - began)
+        del times[:WARM_UP]
+    place = f"{pipeline.backend.device} in {str(pipeline.dtype).removeprefix('torch.')}, {len(train)} pictures"
+    return {"seconds": statistics.median(times), "peak": float(pipeline.backend.memory().peak), "place": place}
 
 
 def ours(pipeline: Any, train: Any) -> Callable[[int], None]:

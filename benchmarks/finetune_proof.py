@@ -5,14 +5,15 @@
 
 style: 40 drawings of the colour icon set "streamline-freehand-color", which is not in the corpus, are learnt as
 "freehand". Reported for each of the four: Frechet distance in the concept judge's features between pictures of held-out
-names and the set's own drawings of them, concept accuracy of prompts that have nothing to do with the set, and copies
-of the 40.
+names and the set's own drawings of them, copies of the 40 (and how many of the set's own drawings would count as such),
+and concept accuracy of prompts that have nothing to do with the set.
 
 subject: 8 pictures of one concept that training never saw, called "zibble". Reported: how often the judge recognises it
 in new places and on other backgrounds, and the same concept accuracy.
 
 Each seed trains both stages once; a row of the table takes one of the adapters, both or none. --work/PROOF gets
-table.json, table.md and page.png. The bank is what `glmimg.pipelines.train_mini` makes of its corpus stage.
+table.json, table.md and page.png. Started again with the same arguments it goes on where it was stopped. The bank is
+what `glmimg.pipelines.train_mini` makes of its corpus stage; style also needs resvg-py and npm.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tarfile
 import time
 from collections.abc import Sequence
@@ -29,15 +31,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from glmimg.atomic_write import atomic_file
 from glmimg.corpus import drawing
 from glmimg.corpus.packages import Package, fetch
 from glmimg.corpus.sheet import contact_sheet
 from glmimg.corpus.splits import is_held_out_concept
 from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import BACKGROUNDS
-from glmimg.evaluation.concepts import CROP, Judge, crops_of
+from glmimg.errors import BadInput
+from glmimg.evaluation.concepts import CROP, Judge, crop, crops_of, thing_boxes
 from glmimg.evaluation.distance import frechet, nearest
 from glmimg.evaluation.prompts import make_prompts
+from glmimg.image_io import save_png
 
 ICONS = Package(
     "@iconify-json/streamline-freehand-color",
@@ -50,6 +55,7 @@ ICONS = Package(
 SIDE = 256
 CONDITIONS = {"none": (), "generator": ("generator",), "decoder": ("decoder",), "both": ("generator", "decoder")}
 STYLE, SUBJECT = "freehand", "zibble"
+SHOWN = 6  # pictures of each row on the page
 
 
 def main() -> None:
@@ -69,38 +75,69 @@ def main() -> None:
     work = arguments.work / arguments.proof
     bank, judge = StickerBank(arguments.bank), Judge.load()
     proof = (Style if arguments.proof == "style" else Subject)(work, bank, judge, arguments.pictures)
-    rows, columns = [], []
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("work", "bank", "seeds")}
+    rows = rows_before(work / "table.json", settings)
     for seed in arguments.seeds:
         out = work / f"seed-{seed}"
-        minutes = train(arguments, proof.data, out, seed, proof.trigger)
-        for name, stages in CONDITIONS.items():
-            made, told = measure(arguments, proof, bank, judge, [out / stage for stage in stages], seed)
+        missing = [name for name in CONDITIONS if not any((r["seed"], r["adapter on"]) == (seed, name) for r in rows)]
+        minutes = train(arguments, proof.data, out, seed, proof.trigger) if missing else 0.0
+        for name in missing:
+            made, told = measure(arguments, proof, bank, judge, [out / stage for stage in CONDITIONS[name]], seed)
+            for number, picture in enumerate(made[:SHOWN]):
+                save_png(Image.fromarray(picture), work / "pictures" / f"{seed}-{name}-{number}.png")
             rows.append({"seed": seed, "adapter on": name, "minutes": round(minutes, 1), **told})
+            with atomic_file(work / "table.json") as temporary:
+                temporary.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
             print(json.dumps(rows[-1]), flush=True)
-            if seed == arguments.seeds[0]:
-                columns.append((name, made[:6]))
-    (work / "table.json").write_text(json.dumps(rows, indent=1))
     (work / "table.md").write_text(table(rows))
-    pictures = [picture for _, made in columns for picture in made]
-    captions = [f"{name}: {prompt}" for name, _ in columns for prompt in proof.prompts[:6]]
-    contact_sheet(pictures, captions, columns=6).save(work / "page.png")
+    shown = proof.prompts[:SHOWN]
+    paths = [
+        work / "pictures" / f"{arguments.seeds[0]}-{name}-{number}.png"
+        for name in CONDITIONS
+        for number in range(len(shown))
+    ]
+    captions = [f"adapter on {name}: {prompt}" for name in CONDITIONS for prompt in shown]
+    contact_sheet([Image.open(path) for path in paths], captions, columns=len(shown)).save(work / "page.png")
     print(table(rows))
 
 
+def rows_before(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that were measured before with the same settings."""
+    if not path.is_file():
+        return []
+    told = json.loads(path.read_text())
+    if told["settings"] != settings:
+        raise BadInput(f"{path} was begun with {told['settings']}: give the same, or another --work")
+    return list(told["rows"])
+
+
 def train(arguments: argparse.Namespace, data: Path, out: Path, seed: int, trigger: str) -> float:
-    """Trains both stages, or goes on where that was stopped; minutes of steps."""
+    """Trains both stages, or goes on where that was stopped; minutes, encoding and all, on the clock."""
     from glmimg.pipelines.finetune import FineTunePipeline
 
+    told = out / "minutes.json"
+    if told.is_file():
+        return float(json.loads(told.read_text()))
+    began = time.monotonic()
     config = {
         "steps": arguments.steps,
         "batch_size": arguments.batch,
         "rank": arguments.rank,
         "learning_rate": arguments.rate,
         "seed": seed,
+        "held_out": 0.0,  # so few pictures are all needed
         "captions": {"trigger": trigger},
     }
     pipeline = FineTunePipeline.from_pretrained(arguments.model, config=config)
-    return pipeline(data, out, resume=(out / "run").is_dir()).seconds / 60
+
+    def progress(step: Any) -> None:
+        if step.step % 25 == 0:
+            print(f"{out.name} {step.stage} {step.step}/{step.total} loss {step.loss:.3f}", file=sys.stderr, flush=True)
+
+    resume = (out / "run").is_dir()
+    steps = pipeline(data, out, resume=resume, callback=progress).seconds  # a stopped run took no less than this
+    told.write_text(json.dumps(max(steps, time.monotonic() - began) / 60))
+    return float(json.loads(told.read_text()))
 
 
 def measure(
@@ -123,7 +160,8 @@ def measure(
     began = time.monotonic()
     made = draw(proof.prompts, [1000 * seed + k for k in range(len(proof.prompts))])
     told = proof.judge(made)
-    records = [r for r in make_prompts(bank, 8 * arguments.pictures) if r.part == "concepts" and r.subset == "seen"]
+    records = make_prompts(bank, 8 * arguments.pictures, size=(SIDE, SIDE), signs=False)
+    records = [record for record in records if record.part == "concepts" and record.subset == "seen"]
     records = records[: arguments.pictures]
     others = draw([record.prompt for record in records], [record.seed for record in records])
     right = []
@@ -165,8 +203,8 @@ class Style:
 
     def judge(self, made: Sequence[np.ndarray]) -> dict[str, float]:
         features = self._features(made)
-        copies = nearest(features, [self.learnt]).copies()
-        return {"Frechet distance": frechet(features, self.real), "copies": statistics.fmean(map(float, copies))}
+        copies, real = (statistics.fmean(nearest(f, [self.learnt]).copies()) for f in (features, self.real))
+        return {"Frechet distance": frechet(features, self.real), "copies": copies, "the set's own": real}
 
 
 class Subject:
@@ -190,7 +228,7 @@ class Subject:
             canvas = drawing.background(SIDE, SIDE, colour)
             box = (left, top, left + side, top + side)
             drawing.paste_sticker(canvas, bank, rows[k % len(rows)], box, None, bool(k % 2))
-            Image.fromarray(canvas).save(path)
+            Image.fromarray(canvas.round().astype(np.uint8)).save(path)
             path.with_suffix(".txt").write_text(f"a {SUBJECT} on a {colour} background\n")
         new = backgrounds[8:] or backgrounds
         places = (
@@ -201,8 +239,6 @@ class Subject:
         self.prompts = [places[k % 3].format(s=SUBJECT, b=new[k % len(new)]) for k in range(count)]
 
     def judge(self, made: Sequence[np.ndarray]) -> dict[str, float]:
-        from glmimg.evaluation.concepts import crop, thing_boxes
-
         crops = [crop(picture, thing_boxes(picture, 1)[0]) for picture in made]
         ranks = self.concepts.rank_of(
             self.concepts.features(crops), [self.concept] * len(crops), self.concepts.things()
