@@ -119,15 +119,15 @@ def test_published_model(published: Costs) -> None:
     """The choice grows with the memory, and less memory is bought in the order of its price."""
     work = TrainWork(1024, 1024, batch=1, rank=16)
     ways = {}
-    for size in (80, 32, 12):
+    for size in (80, 24, 12):
         found = train_options(published, Machine((size * GB,), 64 * GB), work, STAGES, ("lora",))
         for stage in STAGES:
             best = choose_training(found, stage)
             assert best.fits and best.peak <= size * GB
             ways[size, stage] = (best.bits, best.checkpointing)
     assert ways[80, "generator"] == ways[80, "decoder"] == (16, False)
-    assert ways[32, "generator"] == (16, True)
-    assert ways[12, "generator"][0] == 4
+    assert ways[24, "generator"] == (16, True)
+    assert ways[12, "generator"][0] < 16
     found = by_way(train_options(published, Machine((80 * GB,), 64 * GB), work, ("generator",)))
     plain, redone = (found["generator", "lora", 16, way] for way in (False, True))
     assert plain.activations > 4 * redone.activations and redone.seconds == pytest.approx(1.5 * plain.seconds)

@@ -23,7 +23,7 @@ __all__ = ["METHODS", "TrainOption", "TrainWork", "choose_training", "train_opti
 
 METHODS = ("lora", "dora", "full")
 STATE = 16  # bytes of a number that learns: itself, its gradient and two moments in float32
-WRITTEN_OUT = 7  # bytes of a pair of tokens: its weight in float32 and in two bytes, and the mask
+WRITTEN_OUT = 6  # bytes of a pair of tokens: its weight in float32 and in two bytes
 # Where nothing else decides, what changes least about the result comes first: packed weights are further from the model
 # that will be used.
 _BITS = (16, 8, 4)
@@ -146,8 +146,9 @@ def _option(
     copies = {"lora": 0, "dora": 3 * 4 * max(matrices), "full": costs.weights(component)}[method]
     copies += 0 if bits == 16 else 2 * costs.block(component, 16)
     on_host = not machine.devices
-    if on_host and stage == "generator":  # glmimg.training.layers writes attention out there
-        heads = int(costs.configs[component]["text_config"]["num_attention_heads"])
+    if on_host:  # attention is written out there (glmimg.attention, glmimg.training.layers)
+        config = costs.configs[component]
+        heads = int(config.get("text_config", config)["num_attention_heads"])
         pairs = WRITTEN_OUT * heads * sequence**2 // work.batch
         kept += pairs if checkpointing else layers * pairs
     activations = kept + once + copies
