@@ -80,23 +80,27 @@ def _finetune(arguments: argparse.Namespace) -> int:
         raise BadInput(f"no place for the result: glmimg finetune {arguments.data} -o my-adapter")
     from glmimg.cli_progress import Count
     from glmimg.pipelines.finetune import FineTunePipeline
+    from glmimg.training.processes import Processes
 
     pipeline = FineTunePipeline.from_pretrained(
         arguments.model, arguments.backend, arguments.dtype, settings, arguments.cache
     )
-    if pipeline.config.threads:
-        import torch
-
-        torch.set_num_threads(pipeline.config.threads)
-    progress = None if arguments.quiet else Count("encode")
+    main = Processes.current().main  # of several the first one speaks
+    progress = None if arguments.quiet or not main else Count("encode")
     columns = columns_of(arguments)
     if arguments.dry_run or arguments.find_rate:
         report = pipeline.usable(pipeline.check(arguments.data, columns), arguments.skip_broken)
         if arguments.find_rate:
-            return _find_rate(pipeline, report, arguments)
+            return _find_rate(pipeline, report, arguments, main)
         plan = pipeline.plan(report, progress)
-        print(json.dumps(plan.to_dict()) if arguments.json else _told(plan, pipeline))
+        if main:
+            print(json.dumps(plan.to_dict()) if arguments.json else _told(plan, pipeline))
         return 0
+
+    def planned(plan: Plan) -> None:
+        if main:
+            print(_told(plan, pipeline), file=sys.stderr)
+
     result = pipeline(
         arguments.data,
         arguments.output,
@@ -105,9 +109,11 @@ def _finetune(arguments: argparse.Namespace) -> int:
         skip_broken=arguments.skip_broken,
         callback=None if arguments.quiet else _Line(),
         progress=progress,
+        planned=None if arguments.quiet else planned,
     )
     told = {"path": str(result.path), "held_out": result.held_out, "seconds": round(result.seconds, 1)}
-    print(json.dumps(told) if arguments.json else result.path)
+    if main:
+        print(json.dumps(told) if arguments.json else result.path)
     return 0
 
 
@@ -162,13 +168,15 @@ def _told(plan: Plan, pipeline: FineTunePipeline) -> str:
     return "\n".join(lines)
 
 
-def _find_rate(pipeline: FineTunePipeline, report: Any, arguments: argparse.Namespace) -> int:
+def _find_rate(pipeline: FineTunePipeline, report: Any, arguments: argparse.Namespace, main: bool) -> int:
     from glmimg.pipelines.finetune_plan import find_rate
     from glmimg.pipelines.finetune_plot import draw_curve
 
     train, _ = pipeline.split(report)
     for stage in pipeline.config.stages:
         found = find_rate(pipeline, stage, train)
+        if not main:
+            continue
         path = Path(arguments.output) / f"find-rate-{stage}.png"
         draw_curve(found["rates"], found["losses"], path, mark=found["suggestion"])
         if arguments.json:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from glmimg import __version__
 from glmimg.atomic_write import atomic_file
 from glmimg.backends import Backend, pick_backend
@@ -29,13 +31,13 @@ from glmimg.errors import BadInput
 from glmimg.lora import Adapter
 from glmimg.pipelines.finetune_card import write_card
 from glmimg.pipelines.finetune_parts import StageParts
-from glmimg.pipelines.finetune_plan import Plan, make_plan, refuse_what_cannot_fit
+from glmimg.pipelines.finetune_plan import Plan, make_plan, refuse_what_cannot_fit, telling_what_would_fit
 from glmimg.pipelines.finetune_samples import Samples
 from glmimg.pipelines.stages import Stages
 from glmimg.pipelines.text_to_image import TextToImagePipeline
 from glmimg.training.finetune_config import FineTuneConfig, changed_settings
 from glmimg.training.finetune_data import Encoder, Pictures, Progress, survey
-from glmimg.training.finetune_loop import FineTuneLoop, FineTuneStep
+from glmimg.training.finetune_loop import REQUESTS, FineTuneLoop, FineTuneStep
 from glmimg.training.processes import Processes
 
 __all__ = ["FineTunePipeline", "FineTuneResult"]
@@ -66,6 +68,8 @@ class FineTunePipeline:
     ) -> None:
         self.checkpoint, self.config, self.backend = checkpoint, config, backend
         self.dtype = backend.resolve_dtype(dtype)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         self.store = Store(cache or default_store(), checkpoint.hash)
         self.encoder = Encoder(checkpoint, self.store, backend, self.dtype)
 
@@ -135,32 +139,39 @@ class FineTunePipeline:
         skip_broken: bool = False,
         callback: Callable[[FineTuneStep], None] | None = None,
         progress: Progress | None = None,
+        planned: Callable[[Plan], None] | None = None,
     ) -> FineTuneResult:
         """Trains, and writes the folder `output`. `resume` goes on with a run that was stopped there.
 
-        `progress` is told of pictures checked and encoded, `callback` of every step; an exception out of it ends the
-        run where the last save left it.
+        `progress` is told of pictures checked and encoded, `planned` of what a new run will take, for which two steps
+        of each stage are measured first, and `callback` of every step; an exception out of these ends the run where the
+        last save left it. Of several processes the first alone calls `callback`.
         """
-        output, config = Path(output), self.config
+        output, config, processes = Path(output), self.config, Processes.current()
         # 1. What there is to learn from, and whether this is the same run as before.
         report = self.usable(self.check(data, columns, progress=progress), skip_broken)
         train, held_out = self.split(report)
-        self._require_place(output, report, resume)
-        # 2. Whether it can fit at all.
+        begun = self._require_place(output, report, resume)
+        processes.wait()  # nothing is written before all have looked
+        # 2. Whether it can fit, and what it will take.
         for stage in config.stages:
             refuse_what_cannot_fit(stage, self)
+        if planned is not None and not begun:
+            planned(make_plan(self, train, held_out, progress))
         self._record(output, report)
         # 3. What the frozen parts make of the pictures, once; the model's own pictures, if it is not to forget.
-        train.encode(progress=progress)
-        held_out.encode(progress=progress)
         prior = self._prior(output)
+        for pictures in (train, held_out, *([prior] if prior else [])):
+            pictures.encode(range(processes.rank, len(pictures), processes.count), progress)
+        processes.wait()  # each has made a share
         self.encoder.release()
         # 4. Each stage alone in memory.
         samples = Samples(output, self.checkpoint, config, self.backend, self.dtype)
         result: dict[str, tuple[float | None, float | None]] = {}
         seconds = 0.0
         for stage in config.stages:
-            loop = self._train(stage, output, (train, held_out, prior), samples, callback)
+            with telling_what_would_fit(stage, self):
+                loop = self._train(stage, output, (train, held_out, prior), samples, callback)
             if config.method == "full":  # the next stage's pictures are of the new checkpoint
                 trained = Checkpoint.open(output / "checkpoint")
                 samples = Samples(output, trained, config, self.backend, self.dtype)
@@ -170,7 +181,7 @@ class FineTunePipeline:
             gc.collect()
             self.backend.empty_cache()
         # 5. What tells others about it.
-        if Processes.current().main:
+        if processes.main:
             write_card(output, self.checkpoint, config, report, result, seconds)
         return FineTuneResult(output, result, seconds)
 
@@ -231,7 +242,8 @@ class FineTunePipeline:
             save(loop.values)  # a run that was killed between its state and its adapter
         if full and loop.processes.main:
             parts.save_checkpoint(output / "checkpoint", loop.values, self.checkpoint)
-        elif not full:
+        loop.processes.wait()  # what the first has written is read by all
+        if not full:
             samples.finished[stage] = Adapter.open(output / stage)
         return loop
 
@@ -246,7 +258,7 @@ class FineTunePipeline:
         }
 
     def _prior(self, output: Path) -> Pictures | None:
-        """The model's own pictures of the prior prompts, made once, encoded like any others."""
+        """The model's own pictures of the prior prompts, made once."""
         config = self.config
         if not config.prior_weight:
             return None
@@ -263,21 +275,28 @@ class FineTunePipeline:
         plain = replace(config, captions=replace(config.captions, trigger="", templates=("{caption}",)))
         dataset = Dataset(str(folder), "the model's own pictures", tuple(examples))
         report = survey(dataset, self.checkpoint, plain, duplicates=False)
-        pictures = Pictures(report.usable, self.encoder, plain)
-        pictures.encode()
-        return pictures
+        return Pictures(report.usable, self.encoder, plain)
 
     # Records of the run.
 
     def _record(self, output: Path, report: Report) -> None:
         if not Processes.current().main:
             return
+        for name in REQUESTS:  # left over from a run that had ended
+            (output / name).unlink(missing_ok=True)
         for name, told in (("finetune.json", self._settings()), ("data.json", self._data(report))):
             with atomic_file(output / name) as temporary:
                 temporary.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _settings(self) -> dict[str, Any]:
-        return self.config.to_dict() | {
+        config = self.config
+        resolved = {
+            "learning_rate": config.rate,
+            "alpha": config.scale,
+            "resolution": config.resolution or self.checkpoint.settings.default_size[0],
+        }
+        return config.to_dict() | {
+            **resolved,
             "checkpoint": {"name": self.checkpoint.name, "hash": self.checkpoint.hash},
             "dtype": str(self.dtype).removeprefix("torch."),
             "processes": Processes.current().count,
@@ -296,15 +315,17 @@ class FineTunePipeline:
         }
         return told | {"files": pictures}
 
-    def _require_place(self, output: Path, report: Report, resume: bool) -> None:
-        """BadInput if there is a run that this one would overwrite, or does not continue; it says what changed."""
+    def _require_place(self, output: Path, report: Report, resume: bool) -> bool:
+        """Whether a run is gone on with; BadInput if it would be overwritten, or is another, with what changed."""
         states = list((output / "run").glob("*/state.safetensors"))
         if output.exists() and not output.is_dir():
             raise BadInput(f"{output} is a file: name a folder for the result")
         if not states:
-            if output.is_dir() and any(output.iterdir()) and not (output / "finetune.json").is_file():
-                raise BadInput(f"{output} holds other things: name a new folder")
-            return
+            names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+            other = sorted(name for name in names if not name.startswith((".", "find-rate-")))
+            if other and "finetune.json" not in names:
+                raise BadInput(f"{output} holds other things ({', '.join(other[:SHOWN])}): name a new folder")
+            return False
         if not resume:
             raise BadInput(f"{output} holds a run already: add --resume to go on with it, or name another folder")
         try:
@@ -315,23 +336,26 @@ class FineTunePipeline:
         changed = changed_settings(settings, self._settings())
         now = self._data(report)["files"]
         gone, new = sorted(files.keys() - now.keys()), sorted(now.keys() - files.keys())
-        other = sorted(name for name in files.keys() & now.keys() if files[name] != now[name])
-        for what, names in (("missing", gone), ("new", new), ("changed", other)):
-            if names:
+        same = files.keys() & now.keys()
+        other = sorted(name for name in same if files[name] != now[name])
+        for what, found in (("missing", gone), ("new", new), ("changed", other)):
+            if found:
                 changed.append(
-                    f"{len(names)} pictures {what} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
+                    f"{len(found)} pictures {what} ({', '.join(found[:SHOWN])}{', ...' * (len(found) > SHOWN)})"
                 )
         if changed:
             raise BadInput(
                 f"{output} was begun otherwise and would not be the same run: {'; '.join(changed)}. Put that back, or "
                 "name another folder"
             )
-        print(f"glmimg: going on with {output}", file=sys.stderr)
+        if Processes.current().main:
+            print(f"glmimg: going on with {output}", file=sys.stderr)
+        return True
 
 
 def _own_device(place: Backend) -> Backend:
     """Where several processes were launched, each one's device of the kind that was picked."""
-    if Processes.current().count == 1 or not place.has_pinned_memory:
+    if Processes.current(cpu=not place.has_pinned_memory).count == 1 or not place.has_pinned_memory:
         return place
     return pick_backend(f"{place.name}:{os.environ.get('LOCAL_RANK', '0')}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from glmimg.training.finetune_config import FineTuneConfig
 
 __all__ = ["write_card"]
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # hubs refuse cards that name anything else as what they are based on
+
 
 def write_card(
     output: Path,
@@ -30,8 +33,9 @@ def write_card(
 ) -> None:
     """Writes README.md, in the form that hubs show, and before-after.html."""
     full = config.method == "full"
-    trigger = config.captions.trigger
+    kind, trigger = "DoRA" if config.method == "dora" else "LoRA", config.captions.trigger
     model = "" if checkpoint.name == "embedded" or full else f" --model {checkpoint.name}"
+    on_hub = _HUB_ID.fullmatch(checkpoint.name) and not Path(checkpoint.name).exists()
     prompt = json.dumps(f"{trigger} on a table" if trigger else "a fox", ensure_ascii=False)
     use = f"glmimg generate {prompt}{model} " + ("--model checkpoint" if full else "--adapter .")
     told = report.to_dict()
@@ -44,14 +48,14 @@ def write_card(
     text = [
         "---",
         "library_name: glmimg",
-        f"base_model: {checkpoint.name}",
+        *([f"base_model: {checkpoint.name}"] if on_hub else []),
         f"tags: [text-to-image, glm-image, {config.method}]",
         "---",
         f"# {output.name}",
         "",
         f"A fine-tuned GLM-Image checkpoint ({config.stage})."
         if full
-        else f"A {config.method} adapter for GLM-Image ({config.stage}), made with glmimg from `{checkpoint.name}` "
+        else f"A {kind} adapter for GLM-Image ({config.stage}), made with glmimg from `{checkpoint.name}` "
         f"(hash {checkpoint.hash}).",
         "",
         *([f"Trigger: `{trigger}`", ""] if trigger else []),
@@ -70,7 +74,7 @@ def write_card(
         "",
         "## Training",
         "",
-        f"{seconds / 60:.1f} minutes of steps. Held-out loss, on {told['usable']} pictures' held-out part:",
+        f"{seconds / 60:.1f} minutes of steps. Loss on the pictures that were held out:",
         "",
         "| stage | before | after |",
         "|---|---|---|",

@@ -44,7 +44,8 @@ class StageParts:
         """Loads the stage's model alone. Weights that learn are fp32, frozen ones in `dtype`, or packed."""
         full = config.method == "full"
         load = checkpoint.generator if stage == "generator" else checkpoint.decoder
-        model: Any = load(backend.device, torch.float32 if full else dtype)
+        # What is to be packed is packed before it comes to the device, which need not hold it as it was.
+        model: Any = load("cpu" if config.base_bits else backend.device, torch.float32 if full else dtype)
         layers: dict[str, LoraLinear] = {}
         if full:
             learning = model if stage == "decoder" else nn.ModuleList([model.model.language_model, model.lm_head])
@@ -57,6 +58,7 @@ class StageParts:
             model.requires_grad_(False)
             if config.base_bits:
                 _pack(model, stage, config.base_bits)
+                nn.Module.to(model, backend.device)
             layers = attach(
                 model,
                 stage,

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, GlmimgError
 from glmimg.pipelines.finetune_parts import needed_bytes
-from glmimg.training.finetune_data import Pictures, Progress
+from glmimg.training.finetune_config import FineTuneConfig
+from glmimg.training.finetune_data import BatchOrder, Pictures, Progress
+from glmimg.training.processes import Processes
 
 if TYPE_CHECKING:
     from glmimg.pipelines.finetune import FineTunePipeline
 
-__all__ = ["Plan", "StagePlan", "find_rate", "make_plan", "refuse_what_cannot_fit"]
+__all__ = ["Plan", "StagePlan", "find_rate", "make_plan", "refuse_what_cannot_fit", "telling_what_would_fit"]
 
 MEASURED = 2  # steps
 SWEEP = 40  # steps of the search for a learning rate
@@ -53,66 +58,82 @@ class Plan:
         return asdict(self)
 
 
-def ways_out(pipeline: FineTunePipeline) -> str:
-    """Settings that would make it fit, of those not used yet."""
+def ways_out(stage: str, pipeline: FineTunePipeline, free: int | None = None) -> list[str]:
+    """Settings with which the stage would take less; with `free` those whose weights, gradients and optimizer fit."""
     config = pipeline.config
-    ways = []
-    if config.stage == "both" or config.stage == "decoder":
-        ways.append("--stage generator")
+    lora = "" if config.method == "lora" else "--method lora "
+    changes: list[tuple[str, dict[str, Any]]] = []
     if config.method == "full":
-        ways.append("--method lora")
-    if not config.checkpointing:
-        ways.append("--checkpointing")
-    if not config.base_bits and config.method == "lora":
-        ways.append("--base-bits 4 --checkpointing")
-    if config.batch_size > 1:
-        ways.append(f"--batch-size 1 --accumulate {config.batch_size * config.accumulate}")
+        changes.append(("--method lora", {"method": "lora"}))
+    if not config.base_bits:
+        packed = {"method": "lora", "base_bits": 4, "checkpointing": True}
+        changes.append((f"{lora}--base-bits 4 --checkpointing", packed))
     if config.method != "full" and config.rank > 4:
-        ways.append("--rank 4")
-    ways.append("a smaller --resolution")
-    return ", ".join(ways)
+        changes.append(("--rank 4", {"rank": 4}))
+    if free is not None:
+        return [way for way, change in changes if _bytes(stage, pipeline, replace(config, **change))[2] < free]
+    ways = [] if config.checkpointing else ["--checkpointing"]
+    ways += [f"--batch-size 1 --accumulate {config.batch_size * config.accumulate}"] if config.batch_size > 1 else []
+    ways += ["no --sample"] if config.sample_prompts else []
+    return [*ways, "a smaller --resolution", *(way for way, _ in changes)]
+
+
+def _bytes(stage: str, pipeline: FineTunePipeline, config: FineTuneConfig) -> tuple[int, int, int]:
+    return needed_bytes(stage, pipeline.checkpoint, config, pipeline.dtype)
+
+
+@contextmanager
+def telling_what_would_fit(stage: str, pipeline: FineTunePipeline) -> Iterator[None]:
+    """Turns running out of memory into BadInput with the settings that would take less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise BadInput(
+            f"training the {stage} does not fit into the memory of {pipeline.backend.device}. What would take less: "
+            f"{', '.join(ways_out(stage, pipeline))}"
+        ) from error
 
 
 def refuse_what_cannot_fit(stage: str, pipeline: FineTunePipeline) -> tuple[int, int, int]:
     """BadInput if weights, gradients and optimizer alone are more than the device has; else `needed_bytes`."""
-    needed = needed_bytes(stage, pipeline.checkpoint, pipeline.config, pipeline.dtype)
+    needed = _bytes(stage, pipeline, pipeline.config)
     free = pipeline.backend.memory().free
     if 0 < free < needed[2]:
+        ways = ways_out(stage, pipeline, free)
         raise BadInput(
             f"the {stage} needs {needed[2] / 1e9:.1f} GB for weights, gradients and optimizer, and "
-            f"{pipeline.backend.device} has {free / 1e9:.1f} GB free. What would take less: {ways_out(pipeline)}"
+            f"{pipeline.backend.device} has {free / 1e9:.1f} GB free. "
+            + (f"What would fit: {', '.join(ways)}" if ways else "No setting makes it fit: take a larger device")
         )
     return needed
 
 
 def make_plan(pipeline: FineTunePipeline, train: Pictures, held_out: Pictures, progress: Progress | None) -> Plan:
-    """Encodes what two steps need, and takes their time and memory; learns and writes nothing."""
-    config, backend = pipeline.config, pipeline.backend
+    """Encodes what two steps need, and takes their time and memory; nothing that is learnt is kept."""
+    config, backend, count = pipeline.config, pipeline.backend, Processes.current().count
     stages = {}
     with tempfile.TemporaryDirectory() as nowhere:
         for stage in config.stages:
             learning, total, weights = refuse_what_cannot_fit(stage, pipeline)
             backend.empty_cache()
             backend.reset_peak()
-            loop = pipeline.loop(pipeline.parts(stage), Path(nowhere), train, train)
-            wanted = {row for n in range((MEASURED + 1) * config.accumulate) for row in loop.order.rows(n)}
+            prior = train if config.prior_weight else None  # costs the same as the model's own pictures
+            orders = [BatchOrder(train, config.batch_size, config.seed + k) for k in ((0, 1) if prior else (0,))]
+            batches = range((MEASURED + 1) * config.accumulate * count)
+            wanted = {row for order in orders for number in batches for row in order.rows(number)}
             train.encode(sorted(wanted), progress)
             pipeline.encoder.release()
-            try:
+            with telling_what_would_fit(stage, pipeline):
+                loop = pipeline.loop(pipeline.parts(stage), Path(nowhere), train, train, prior=prior)
+                loop.learner.model.train()
                 times = [_timed_step(loop, k) for k in range(MEASURED)]
-            except (MemoryError, RuntimeError) as error:
-                if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-                    raise
-                raise BadInput(
-                    f"a step of the {stage} does not fit into the memory of {backend.device}. What would take less: "
-                    f"{ways_out(pipeline)}"
-                ) from error
             peak = backend.memory().peak
             stages[stage] = StagePlan(learning, total, weights, peak, times[-1], times[-1] * config.steps)
-            per_epoch = loop.order.per_epoch
             del loop
             gc.collect()
-    shown = config.steps * config.accumulate
+    shown, per_epoch = config.steps * config.accumulate * count, orders[0].per_epoch
     return Plan(
         len(train),
         len(held_out),
@@ -129,8 +150,8 @@ def _timed_step(loop: Any, number: int) -> float:
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
         loop.gradients(number, pool)
+    loop.apply(0.0)  # the optimizer's own memory counts
     loop.backend.synchronize()
-    loop.optimizer.zero_grad(set_to_none=True)
     return time.perf_counter() - began
 
 
@@ -146,14 +167,17 @@ def find_rate(pipeline: FineTunePipeline, stage: str, train: Pictures) -> dict[s
     smooth = 0.0
     with tempfile.TemporaryDirectory() as nowhere, ThreadPoolExecutor(1) as pool:
         loop = pipeline.loop(pipeline.parts(stage), Path(nowhere), train, train)
+        loop.learner.model.train()
         for step in range(SWEEP):
             rate = LOWEST * (HIGHEST / LOWEST) ** (step / (SWEEP - 1))
             loss, _ = loop.gradients(step, pool)
-            if loss != loss or (losses and loss > 4 * min(losses)):
+            if not math.isfinite(loss) or (losses and loss > 4 * min(losses)):
                 break
             loop.apply(rate)
             smooth = 0.8 * smooth + 0.2 * loss
             rates.append(rate)
             losses.append(smooth / (1 - 0.8 ** (step + 1)))
+    if not losses:
+        raise GlmimgError(f"the {stage}'s loss is no number before anything is learnt: try --dtype fp32")
     lowest = min(range(len(losses)), key=losses.__getitem__)
     return {"stage": stage, "rates": rates, "losses": losses, "suggestion": float(f"{rates[lowest] / 10:.1g}")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,8 @@ class FineTuneConfig(Config):
     activations to save memory. preview_weight: how much more a preview token counts; token_noise: share of tokens
     shown wrongly, so that mistakes are forgiven. prior_weight: how much the model's own pictures of `prior_prompts`
     count, against forgetting. *_every count steps, 0 for never; pictures are also made before the first step and after
-    the last. diverged: the factor over the first steps' loss at which the run stops.
+    the last. diverged: the factor over the first steps' loss at which the run stops. threads: of the processor, 0
+    for all.
     """
 
     stage: str = "both"
@@ -91,12 +93,20 @@ class FineTuneConfig(Config):
             not self.base_bits or (self.checkpointing and self.method == "lora"),
             "base_bits packs frozen weights: it needs method lora, and checkpointing to unpack one block at a time",
         )
-        for name in ("rank", "steps", "batch_size", "accumulate", "prior_count"):
+        for name in ("rank", "steps", "batch_size", "accumulate", "prior_count", "sample_steps"):
+            if getattr(self, name) is None:
+                continue
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: use 1 or more")
         for name in ("warmup", "sample_every", "evaluate_every", "save_every", "sample_seed", "seed", "threads"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: use 0 or more")
         rate = self.learning_rate
         require(rate is None or 0 < rate <= 1, f"learning_rate {rate}: use more than 0, at most 1; 5e-4 is usual")
+        require(
+            self.alpha is None or 0 < self.alpha < math.inf, f"alpha {self.alpha}: use more than 0; the rank is usual"
+        )
+        require(0 <= self.weight_decay < 1, f"weight_decay {self.weight_decay}: use 0 to less than 1")
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas {self.betas}: use two numbers from 0 to less than 1")
+        require(0 < self.preview_weight <= 100, f"preview_weight {self.preview_weight}: use more than 0, at most 100")
         require(0 <= self.ema < 1, f"ema {self.ema}: use 0 (off) to less than 1, such as 0.99")
         require(0 <= self.held_out <= 0.5, f"held_out {self.held_out}: use 0 to 0.5")
         require(0 <= self.dropout < 1, f"dropout {self.dropout}: use 0 to less than 1")

@@ -34,6 +34,7 @@ from glmimg.training.processes import Processes
 __all__ = ["REQUESTS", "FineTuneLoop", "FineTuneStep"]
 
 REQUESTS = ("save-now", "sample-now", "stop-now")  # files that are looked for in the output folder at every step
+_INTERRUPT = "interrupt"  # what Ctrl-C counts as
 FIRST = 10  # steps whose mean loss is what divergence is measured against
 
 
@@ -86,12 +87,13 @@ class FineTuneLoop:
             list(self.parameters.values()), lr=config.rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema else {}
-        self.step, self.seconds = 0, 0.0
+        self.step, self.saved, self.seconds = 0, -1, 0.0
         self.first: list[float] = []
         self.smooth = 0.0
         self.held_out: float | None = None
         self._stop = False
         self._ahead: Future[Any] | None = None
+        self._board: Any = None
 
     # State.
 
@@ -107,6 +109,7 @@ class FineTuneLoop:
     def save(self) -> None:
         """Writes state and result; an earlier one stays whole if this fails."""
         if not self.processes.main:
+            self.saved = self.step
             return
         from safetensors.torch import save_file
 
@@ -127,11 +130,20 @@ class FineTuneLoop:
             cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             _disk(lambda: save_file(cpu, temporary, {"loop": json.dumps(told)}))
         self.on_save(self.values)
+        self.saved = self.step
 
     def resume(self) -> bool:
-        """Goes on from the folder's state, if there is one."""
-        if not self.file.is_file():
-            return False
+        """Goes on from the folder's state, if there is one; clears away what a killed run left half-written."""
+        found = self.file.is_file()
+        if found:
+            self._read()
+        if self.processes.main:
+            for half in self.folder.glob(f".{self.file.stem}.*"):
+                half.unlink(missing_ok=True)
+            self._cut_log()
+        return found
+
+    def _read(self) -> None:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -142,9 +154,7 @@ class FineTuneLoop:
             raise CheckpointError(f"{self.file} is damaged ({error}): delete it to begin this stage anew") from error
         self._put(tensors)
         self.step, self.seconds, self.first = told["step"], told["seconds"], told["first"]
-        self.smooth, self.held_out = told["smooth"], told["held_out"]
-        self._cut_log()
-        return True
+        self.smooth, self.held_out, self.saved = told["smooth"], told["held_out"], told["step"]
 
     @torch.no_grad()
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
@@ -160,11 +170,11 @@ class FineTuneLoop:
                 self.optimizer.state[parameter] = state
 
     def _cut_log(self) -> None:
-        """Takes out what a killed run wrote after its last state."""
+        """Takes out what a killed run wrote after its last state: all, if that is the first, since it begins anew."""
         log = self.folder / "log.jsonl"
         if log.is_file():
             rows = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in rows if json.loads(line)["step"] <= self.step]
+            kept = [line for line in rows if self.step and json.loads(line)["step"] <= self.step]
             with atomic_file(log) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept))
 
@@ -205,7 +215,11 @@ class FineTuneLoop:
                     loss = loss + config.prior_weight * self.learner.loss(prior, _seed(config.seed, number, 3))
             (loss / config.accumulate).backward()
             total += float(loss.detach()) / config.accumulate
-        processes.average([p.grad for p in self.parameters.values() if p.grad is not None])
+        if processes.count > 1:
+            for parameter in self.parameters.values():  # all must exchange the same list
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            processes.average([p.grad for p in self.parameters.values() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
         return processes.mean(total), float(norm)
 
@@ -259,28 +273,33 @@ class FineTuneLoop:
         """Trains to the end.
 
         Cancelled where Ctrl-C or a stop-now file ends it, with everything saved; GlmimgError where the loss diverges,
-        with the last good state in place.
+        with what was saved last in place.
         """
         config, self._ahead = self.config, None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._board = _board(self.folder / "board") if self.processes.main else None
         self.learner.model.train()
-        if self.step == 0:
-            self.held_out = self.evaluate()
-            self._log({"held_out": self.held_out} if self.held_out is not None else {})
-            self.save()
-            self._sample()
-        with ThreadPoolExecutor(1) as pool, self._interruptible():
-            while self.step < config.steps:
-                began = time.perf_counter()
-                rate = self.learning_rate(self.step)
-                loss, norm = self.gradients(self.step, pool)
-                self._require_sane(loss, norm)
-                self.apply(rate)
-                self.step += 1
-                if self.ema:
-                    self._average()
-                self.seconds += time.perf_counter() - began
-                self._after_step(loss, rate, norm)
-        self.save()
+        try:
+            if self.step == 0:
+                self.held_out = self.evaluate()
+                self._log({"held_out": self.held_out} if self.held_out is not None else {})
+                self.save()
+                self._sample()
+            with ThreadPoolExecutor(1) as pool, self._interruptible():
+                while self.step < config.steps:
+                    began = time.perf_counter()
+                    rate = self.learning_rate(self.step)
+                    loss, norm = self.gradients(self.step, pool)
+                    self._require_sane(loss, norm)
+                    self.apply(rate)
+                    self.step += 1
+                    if self.ema:
+                        self._average()
+                    self.seconds += time.perf_counter() - began
+                    self._after_step(loss, rate, norm)
+        finally:
+            if self._board is not None:
+                _disk(self._board.close)
 
     def _after_step(self, loss: float, rate: float, norm: float) -> None:
         config, last = self.config, self.step == self.config.steps
@@ -292,16 +311,16 @@ class FineTuneLoop:
                 row["held_out"] = held_out
         self._log(row)
         asked = self._asked()
-        stopping = self._stop or "stop-now" in asked
-        if stopping or "save-now" in asked or (config.save_every and self.step % config.save_every == 0):
+        stopping = bool(asked & {"stop-now", _INTERRUPT})
+        if last or stopping or "save-now" in asked or (config.save_every and self.step % config.save_every == 0):
             self.save()
-        wanted = last or (config.sample_every and self.step % config.sample_every == 0) or "sample-now" in asked
-        if wanted and not self._stop:
+        wanted = (config.sample_every and self.step % config.sample_every == 0) or "sample-now" in asked
+        if last or (wanted and _INTERRUPT not in asked):
             self._sample()
         if self.callback is not None and self.processes.main:
             eta = self.seconds / self.step * (config.steps - self.step)
             self.callback(FineTuneStep(self.stage, self.step, config.steps, loss, held_out, self.seconds, eta))
-        if stopping and not last:
+        if stopping:
             raise Cancelled(f"stopped after step {self.step} of {config.steps} of the {self.stage}; --resume goes on")
 
     def _sample(self) -> None:
@@ -317,25 +336,29 @@ class FineTuneLoop:
             self.smooth = loss if not self.first else 0.9 * self.smooth + 0.1 * loss
             if len(self.first) < FIRST:
                 self.first.append(loss)
-            limit = self.config.diverged * sum(self.first) / len(self.first)
-            if self.smooth <= limit or len(self.first) < FIRST:
+            # the very first loss, before anything is learnt, for what diverges so early that it spoils the mean
+            limit = self.config.diverged**2 * self.first[0]
+            if len(self.first) == FIRST:
+                limit = min(limit, self.config.diverged * sum(self.first) / FIRST)
+            if self.smooth <= limit:
                 return
-            why = f"the loss grew to {self.smooth:.3g} from {sum(self.first) / len(self.first):.3g}"
+            why = f"the loss grew to {self.smooth:.3g} from {self.first[0]:.3g}"
         else:
             why = "loss or gradient is no longer finite"
         raise GlmimgError(
-            f"the {self.stage} diverged at step {self.step + 1}: {why}. What was saved last is kept and "
-            f"good to use; train with a lower learning rate than {self.config.rate:g} (--find-rate looks for one)"
+            f"the {self.stage} diverged at step {self.step + 1}: {why}. What was saved after step {self.saved} is "
+            f"kept; train with a lower learning rate than {self.config.rate:g} (--find-rate looks for one)"
         )
 
     def _asked(self) -> set[str]:
-        found = set()
-        if self.requests is not None:
+        """What any process was asked for since the last step; the first one looks for the files."""
+        found = {_INTERRUPT} if self._stop else set()
+        if self.requests is not None and self.processes.main:
             for name in REQUESTS:
                 if (self.requests / name).exists():
                     (self.requests / name).unlink(missing_ok=True)
                     found.add(name)
-        return self.processes.same(found)
+        return self.processes.union(found)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -358,20 +381,17 @@ class FineTuneLoop:
     def _log(self, row: dict[str, Any]) -> None:
         if not self.processes.main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         row = {"step": self.step, **row, "seconds": round(self.seconds, 3)}
         line = json.dumps(row) + "\n"
 
         def write() -> None:
             with open(self.folder / "log.jsonl", "a") as log:
                 log.write(line)
+            for key, value in row.items():
+                if self._board is not None and isinstance(value, float):
+                    self._board.add_scalar(f"{self.stage}/{key}", value, self.step)
 
         _disk(write)
-        if not hasattr(self, "board"):
-            self.board = _board(self.folder / "board")
-        for key, value in row.items():
-            if self.board is not None and isinstance(value, float):
-                self.board.add_scalar(f"{self.stage}/{key}", value, self.step)
 
 
 def _disk(write: Callable[[], None]) -> None:

@@ -49,7 +49,7 @@ class GeneratorLearner:
         ids, positions, first, labels, previews = [], [], [], [], 0
         for row in rows:
             found, captions = pictures.tensors(row), pictures.examples[row].example.captions
-            rules = self.config.captions
+            rules = pictures.config.captions  # the model's own pictures have none of the user's
             text = rules.texts(captions)[0] if rng is None else rules.choose(captions, rng)
             target, preview = found["tokens"].long(), found["preview"].long()
             if "reference_tokens" in found:  # editing announces no preview
@@ -112,7 +112,7 @@ class DecoderLearner:
         found = [pictures.tensors(row) for row in rows]
         ids, texts, dropped = [], [], []
         for row, one in zip(rows, found, strict=True):
-            captions, rules = pictures.examples[row].example.captions, self.config.captions
+            captions, rules = pictures.examples[row].example.captions, pictures.config.captions
             # Guidance's other half knows neither tokens nor text, so a dropped picture shows neither.
             drop = rng is not None and rng.random() < rules.dropout
             text = rules.texts(captions)[0] if rng is None else "" if drop else rules.choose(captions, rng)
