@@ -118,7 +118,10 @@ class WeightFiles:
                         tensor = opened.get_tensor(name)
                         if tensor.is_floating_point():
                             tensor = tensor.to(device=device, dtype=dtype)
-                            sums.append(tensor.sum(dtype=torch.float32))  # NaN and infinity survive a sum
+                            # NaN and infinity survive a sum. In its own dtype: asked for float32, a processor
+                            # copies the tensor first, and such copies scatter as much memory as they take.
+                            total = tensor.sum() if tensor.element_size() > 1 else tensor.float().sum()
+                            sums.append(total.float())
                         else:
                             tensor = tensor.to(device=device)
                         loaded[name] = tensor
