@@ -15,7 +15,7 @@ Run = Callable[[argparse.Namespace], int]
 
 def init(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("directory", metavar="DIR", help="the folder to write; it must not exist yet")
-    parser.add_argument("--preset", help=f"architecture: {', '.join(PRESETS)} (default: tiny)")
+    parser.add_argument("--preset", default="tiny", help=f"architecture: {', '.join(PRESETS)} (default: tiny)")
     parser.add_argument("--like", metavar="PATH", help="instead: the architecture and tokenizer of this checkpoint")
     parser.add_argument("--scale", type=float, help="with --like: times its widths and depths (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
@@ -34,11 +34,9 @@ def _init(arguments: argparse.Namespace) -> int:
             raise BadInput("--scale is for --like PATH: the sizes of a preset are fixed")
         from glmimg.weights_tools.init import init_checkpoint
 
-        made = init_checkpoint(
-            arguments.directory, arguments.preset or "tiny", seed=arguments.seed, dtype=arguments.dtype
-        )
+        made = init_checkpoint(arguments.directory, arguments.preset, seed=arguments.seed, dtype=arguments.dtype)
     else:
-        if arguments.preset is not None:
+        if arguments.preset != "tiny":  # the default, which --like overrides
             raise BadInput("--preset and --like exclude each other: each names an architecture")
         from glmimg.cli_progress import ByteBar
         from glmimg.weights_tools.init_like import init_like

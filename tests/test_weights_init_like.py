@@ -126,7 +126,7 @@ def test_refusals(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
         init_like(tmp_path / "new", tiny_checkpoint / "vae")
     assert main(["weights", "init", str(tmp_path / "new"), "--scale", "2"]) == 2
     assert "--like" in capsys.readouterr().err
-    assert main(["weights", "init", str(tmp_path / "new"), "--like", str(tiny_checkpoint), "--preset", "tiny"]) == 2
+    assert main(["weights", "init", str(tmp_path / "new"), "--like", str(tiny_checkpoint), "--preset", "mini"]) == 2
     assert "exclude each other" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
