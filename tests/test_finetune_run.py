@@ -246,6 +246,12 @@ def test_full_method_writes_a_checkpoint(
     )
 
 
+def test_held_out_loss_in_bf16(pictures: Path, tiny_checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    settings = SMALL | {"stage": "decoder", "steps": 1}
+    result = FineTunePipeline.from_pretrained(tiny_checkpoint, "cpu", "bf16", settings, cache)(pictures, tmp_path / "o")
+    assert None not in result.held_out["decoder"]
+
+
 def test_prior_packed_base_and_edits(
     opened: Callable[..., FineTunePipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

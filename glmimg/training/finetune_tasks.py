@@ -128,7 +128,7 @@ class DecoderLearner:
         lengths_B = torch.tensor([len(states) for states in texts])
         glyphs_BTG = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         batch = PictureBatch(
-            torch.stack([one["latents"] for one in found]).float(),
+            torch.stack([one["latents"].float() for one in found]),
             torch.stack(ids),
             glyphs_BTG,
             torch.arange(glyphs_BTG.shape[1]) < lengths_B[:, None],
@@ -136,7 +136,7 @@ class DecoderLearner:
             torch.tensor(dropped),
         )
         if "reference_tokens" in found[0]:
-            batch.reference_BChw = torch.stack([one["reference_latents"] for one in found]).float()
+            batch.reference_BChw = torch.stack([one["reference_latents"].float() for one in found])
             batch.reference_ids_BHW = torch.stack([one["reference_tokens"] for one in found]).long()
         return batch
 
