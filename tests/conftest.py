@@ -28,6 +28,28 @@ def tiny_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
 
 
+@pytest.fixture(scope="session")
+def write_adapter() -> Any:
+    """Writes a random adapter for both stages: (folder, base checkpoint, seed)."""
+    import torch
+
+    from glmimg.checkpoint import Checkpoint
+    from glmimg.lora import Low, save_adapter, target_names
+
+    def write(folder: Path, base: Path, seed: int) -> None:
+        stream = torch.Generator().manual_seed(seed)
+        for stage in ("generator", "decoder"):
+            model = getattr(Checkpoint.open(base), stage)()
+            layers = {}
+            for name in target_names(model, stage, ["attention"]):
+                outputs, inputs = model.get_submodule(name).weight.shape
+                a_rK, b_Nr = (torch.randn(shape, generator=stream) for shape in ((2, inputs), (outputs, 2)))
+                layers[name] = Low(a_rK, 0.3 * b_Nr, None, 1.0)
+            save_adapter(folder / stage, stage, layers, rank=2, alpha=2)
+
+    return write
+
+
 class Server:
     """The real app of glmimg.serving under the real Uvicorn on a free port, in a thread."""
 

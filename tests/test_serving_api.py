@@ -21,11 +21,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
-from glmimg.checkpoint import Checkpoint
 from glmimg.image_io import read_metadata
-from glmimg.lora import Low, save_adapter, target_names
+from glmimg.lora import Low, save_adapter
 from glmimg.pipelines.text_to_image import TextToImagePipeline
-from glmimg.serving.auth import add_key
 from glmimg.serving.settings import ServerSettings
 
 pytest.importorskip("uvicorn")
@@ -35,22 +33,8 @@ SIZE = "64x64"
 PLAIN = {"prompt": "a cat", "size": SIZE, "steps": 2, "seed": 5}
 
 
-def write_adapter(folder: Path, base: Path, seed: int) -> Path:
-    """One that changes both stages."""
-    stream = torch.Generator().manual_seed(seed)
-    for stage in ("generator", "decoder"):
-        model = getattr(Checkpoint.open(base), stage)()
-        layers = {}
-        for name in target_names(model, stage, ["attention"]):
-            outputs, inputs = model.get_submodule(name).weight.shape
-            a_rK, b_Nr = (torch.randn(shape, generator=stream) for shape in ((2, inputs), (outputs, 2)))
-            layers[name] = Low(a_rK, 0.3 * b_Nr, None, 1.0)
-        save_adapter(folder / stage, stage, layers, rank=2, alpha=2)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def adapters(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, write_adapter: Any) -> Path:
     """The folder of the adapters that may be named, with one that fits, one that does not, and one half-written."""
     folder = tmp_path_factory.mktemp("adapters")
     write_adapter(folder / "ink", tiny_checkpoint, 1)
@@ -245,45 +229,38 @@ def test_what_a_request_may_not_do(http: httpx.Client) -> None:
         assert (response.status_code, set(error)) == (status, {"message", "type", "param", "code"})
         assert part in error["message"], error
 
-    refused(
-        400, "no JSON", http.post("/v1/images/generations", content=b"{", headers={"Content-Type": "application/json"})
-    )
-    refused(400, "missing", http.post("/v1/images/generations", json={}))
-    refused(400, "<sop>", http.post("/v1/images/generations", json=PLAIN | {"prompt": "a <sop>cat"}))
-    refused(400, "less than or equal to 10", http.post("/v1/images/generations", json=PLAIN | {"n": 11}))
-    refused(400, "stream", http.post("/v1/images/generations", json=PLAIN | {"progress": True}))
-    refused(400, "adapter 'x'", http.post("/v1/images/generations", json=PLAIN | {"adapters": [{"name": "x"}]}))
+    generate, edit = (partial(http.post, f"/v1/images/{kind}") for kind in ("generations", "edits"))
+    refused(400, "no JSON", generate(content=b"{", headers={"Content-Type": "application/json"}))
+    refused(400, "missing", generate(json={}))
+    refused(400, "<sop>", generate(json=PLAIN | {"prompt": "a <sop>cat"}))
+    refused(400, "less than or equal to 10", generate(json=PLAIN | {"n": 11}))
+    refused(400, "stream", generate(json=PLAIN | {"progress": True}))
+    refused(400, "adapter 'x'", generate(json=PLAIN | {"adapters": [{"name": "x"}]}))
     refused(404, "nothing under", http.get("/v1/nothing"))
     refused(405, "another method", http.get("/v1/images/generations"))
-    refused(413, "1,048,576 bytes", http.post("/v1/images/generations", content=b"x" * (1 << 21)))
+    refused(413, "1,048,576 bytes", generate(content=b"x" * (1 << 21)))
     chunks = (b"x" * (1 << 18) for _ in range(8))
-    refused(413, "1,048,576 bytes", http.post("/v1/images/generations", content=chunks))
+    refused(413, "1,048,576 bytes", generate(content=chunks))
     form = {"prompt": "the same"}
-    refused(400, "multipart", http.post("/v1/images/edits", json=form))
-    refused(400, "no image", http.post("/v1/images/edits", data=form, files={"x": (None, "y")}))
-    refused(
-        400,
-        "no path or url",
-        http.post("/v1/images/edits", data=form | {"image": "/etc/passwd"}, files={"x": (None, "")}),
-    )
-    refused(400, "PNG, JPEG or WebP", http.post("/v1/images/edits", data=form, files={"image": b"hello"}))
-    refused(400, "damaged", http.post("/v1/images/edits", data=form, files={"image": photo((200, 200))[:150]}))
-    refused(400, "600x600", http.post("/v1/images/edits", data=form, files={"image": photo((600, 600))}))
-    refused(400, "regions", http.post("/v1/images/edits", data=form, files={"image": photo(), "mask": photo()}))
+    refused(400, "multipart", edit(json=form))
+    refused(400, "no image", edit(data=form, files={"x": (None, "y")}))
+    refused(400, "no path or url", edit(data=form | {"image": "/etc/passwd"}, files={"x": (None, "")}))
+    refused(400, "PNG, JPEG or WebP", edit(data=form, files={"image": b"hello"}))
+    refused(400, "damaged", edit(data=form, files={"image": photo((200, 200))[:150]}))
+    refused(400, "600x600", edit(data=form, files={"image": photo((600, 600))}))
+    refused(400, "regions", edit(data=form, files={"image": photo(), "mask": photo()}))
     refused(403, "origins", http.get("/v1/models", headers={"Origin": "https://elsewhere.example"}))
     refused(403, "names", http.get("/v1/models", headers={"Host": "rebound.example"}))
     nested = PLAIN | {"adapters": [{"nam": "x"}]}
-    refused(400, "choose from name, strength; did you mean 'name'", http.post("/v1/images/generations", json=nested))
-    assert "region" not in http.post("/v1/images/generations", json=PLAIN | {"nothing": 1}).json()["error"]["message"]
+    refused(400, "choose from name, strength; did you mean 'name'", generate(json=nested))
+    assert "region" not in generate(json=PLAIN | {"nothing": 1}).json()["error"]["message"]
 
 
 def test_headers_page_and_openapi(http: httpx.Client) -> None:
     for path in ("/", "/docs", "/health", "/v1/models", "/v1/nothing"):
         headers = http.get(path).headers
-        assert (
-            headers["x-content-type-options"] == "nosniff"
-            and "default-src 'self'" in headers["content-security-policy"]
-        )
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'self'" in headers["content-security-policy"]
         assert "access-control-allow-origin" not in headers
     page = http.get("/").text
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
@@ -310,7 +287,7 @@ def test_health_metrics_and_usage(http: httpx.Client) -> None:
 
 
 def test_adapters_are_each_requests_own(
-    http: httpx.Client, server: Any, tiny_checkpoint: Path, adapters: Path, tmp_path: Path
+    http: httpx.Client, server: Any, tiny_checkpoint: Path, adapters: Path, write_adapter: Any, tmp_path: Path
 ) -> None:
     """Asked for at once, with and without; the folder's names are all that can be asked for."""
     assert [one["id"] for one in http.get("/v1/adapters").json()["data"]] == ["ink", "wrong"]
@@ -326,9 +303,7 @@ def test_adapters_are_each_requests_own(
     assert plain["b64_json"] == plain_again["b64_json"] and with_ink["b64_json"] == with_ink_again["b64_json"]
     options = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 5}
     for item, stacked in ((plain, []), (with_ink, [(adapters / "ink", 0.5)])):
-        pipeline = TextToImagePipeline.from_pretrained(
-            tiny_checkpoint, backend="cpu", dtype="fp32", adapters=stacked or None
-        )
+        pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, "cpu", "fp32", adapters=stacked)
         alone = pipeline("a cat", **options)
         assert np.abs(pixels(picture(item["b64_json"])) - pixels(alone.images[0])).max() <= 2
         assert item.get("tokens", alone.tokens[0].to_dict()) == alone.tokens[0].to_dict()
@@ -473,61 +448,3 @@ def test_stopping_takes_nothing_new_and_tells_the_rest(server: Any) -> None:
     assert ready.status_code == 503 and ready.json()["state"] == "draining"
     assert (late.status_code, quick.status_code, slow.status_code) == (503, 200, 503)
     assert late.headers["retry-after"] and "stopped before the picture was done" in slow.json()["error"]["message"]
-
-
-# Without a worker.
-
-
-def test_keys_are_needed_where_there_are_keys(tmp_path: Path) -> None:
-    from glmimg.serving.app import create_app
-
-    key = add_key(tmp_path / "keys.json", "ada")
-    app = create_app(ServerSettings(keys=str(tmp_path / "keys.json"), prompt_rules=f"{__name__}:rules"))
-
-    async def scene() -> None:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://pictures.example") as http:
-            for path in ("/v1/models", "/metrics", "/v1/usage", "/v1/nothing"):
-                refused = await http.get(path)
-                assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
-            wrong = await http.post("/v1/images/generations", json=PLAIN, headers={"Authorization": f"Bearer {key}x"})
-            assert wrong.status_code == 401
-            assert (await http.get("/")).status_code == 200 and (await http.get("/health")).status_code == 200
-            http.headers["Authorization"] = f"Bearer {key}"
-            assert (await http.get("/v1/usage")).json()["client"] == "ada"
-            early = await http.post("/v1/images/generations", json=PLAIN)
-            assert early.status_code == 503 and early.json()["error"]["code"] == "model_loading"
-            bad = await http.post("/v1/images/generations", json=PLAIN | {"prompt": "something forbidden"})
-            assert bad.status_code == 400 and bad.json()["error"]["code"] == "moderation_blocked"
-
-    asyncio.run(scene())
-
-
-def test_without_keys_other_machines_are_refused_and_what_breaks_is_told() -> None:
-    """However the app is run: Ray's proxy, for one, may listen anywhere."""
-    from glmimg.serving.app import create_app
-
-    async def ask(address: str, **settings: Any) -> httpx.Response:
-        app = create_app(ServerSettings(**settings))
-
-        @app.get("/broken")
-        async def broken() -> None:
-            raise RuntimeError("a secret")
-
-        transport = httpx.ASGITransport(app, client=(address, 5000))
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-            return await http.get("/broken")
-
-    refused = asyncio.run(ask("192.0.2.7"))
-    assert refused.status_code == 403 and "--keys" in refused.json()["error"]["message"]
-    for response in (
-        asyncio.run(ask("127.0.0.1")),
-        asyncio.run(ask("::1")),
-        asyncio.run(ask("192.0.2.7", allow_hosts=("x",))),
-    ):
-        assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"
-        assert "secret" not in response.text and response.headers["x-content-type-options"] == "nosniff"
-
-
-def rules(prompt: str) -> str | None:
-    return "not here" if "forbidden" in prompt else None
