@@ -42,7 +42,9 @@ def measure(
         "dtype": dtype,
         "threads": threads,
     }
-    command = [sys.executable, "-m", "glmimg.cli_measure", json.dumps(task)]
+    command = [sys.executable, "-P", "-m", "glmimg.cli_measure", json.dumps(task)]
+    if sys.version_info < (3, 11):
+        command.remove("-P")  # without it a folder named glmimg where this is called would be taken for the package
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]

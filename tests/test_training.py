@@ -248,7 +248,7 @@ run = Run(Task(), TrainConfig(0.05, size, steps=steps, warmup=1, decay=0.0, auto
 run.resume()
 run.train()
 weights = torch.cat([p.detach().flatten() for p in run.modules["net"].parameters()])
-print(json.dumps([run.processes.count, run.position, weights.tolist()]))
+sys.stdout.write(json.dumps([run.processes.count, run.position, weights.tolist()]) + "\\n")  # one write a line
 """
 
 
