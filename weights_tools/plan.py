@@ -7,7 +7,6 @@ the larger of what memory traffic, arithmetic, calls of the device and the link 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -311,15 +310,10 @@ def measure_machine(backend: Backend, seconds: float = 0.4) -> dict[str, float]:
     dtype, and a copy from the host. A processor has no link."""
     import torch
 
+    from glmimg.weights_tools.timing import seconds_of
+
     def rate(amount: float, work: Any) -> float:
-        work()
-        backend.synchronize()
-        began, count = time.perf_counter(), 0
-        while (passed := time.perf_counter() - began) < seconds or not count:
-            work()
-            backend.synchronize()
-            count += 1
-        return amount * count / passed if passed else math.inf
+        return amount / max(seconds_of(work, backend, seconds), 1e-9)
 
     size = 64 << 20
     source = torch.ones(size, dtype=torch.uint8, device=backend.device)

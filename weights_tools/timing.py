@@ -32,7 +32,7 @@ from glmimg.weight_files import WeightFiles
 from glmimg.weights_tools.costs import GLYPH_TOKENS, Costs, Workload
 from glmimg.weights_tools.packing_plan import PACKABLE
 
-__all__ = ["Timed", "measure_work"]
+__all__ = ["Timed", "measure_work", "seconds_of"]
 
 SECONDS = 0.4  # for which each thing is repeated
 SMALL = 256 << 20  # bytes of blocks up to which all of them are built
@@ -87,12 +87,12 @@ def _whole(costs: Costs, component: str, run: Callable[[int], tuple[float, ...]]
     return tuple(first + max(0.0, second - first) * (layers - 1) for first, second in zip(one, two, strict=True))
 
 
-def _repeated(work: Callable[[], Any], backend: Backend) -> float:
-    """Seconds of one call: after a first one, the mean of as many as take SECONDS."""
+def seconds_of(work: Callable[[], Any], backend: Backend, seconds: float = SECONDS) -> float:
+    """Seconds of one call: after a first one, the mean of as many as take `seconds`."""
     work()
     backend.synchronize()
     began, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - began) < SECONDS or not count:
+    while (passed := time.perf_counter() - began) < seconds or not count:
         work()
         backend.synchronize()
         count += 1
@@ -139,8 +139,8 @@ def _tokens(
         uniform_B = torch.rand(work.pictures).to(generator.device)
         logits_BV = generator.step(state, draw(logits_BV, sampling, uniform_B))
 
-    seconds = _repeated(prompt, backend)
-    return seconds * work.prompt_tokens / before, _repeated(step, backend)
+    seconds = seconds_of(prompt, backend)
+    return seconds * work.prompt_tokens / before, seconds_of(step, backend)
 
 
 def _forward(costs: Costs, work: Workload, backend: Backend, layers: int, bits: int) -> tuple[float]:
@@ -157,7 +157,7 @@ def _forward(costs: Costs, work: Workload, backend: Backend, layers: int, bits: 
     predict = decoder.predictor(conditioning, without, batched=backend.has_pinned_memory)
     shape = (1, int(config["in_channels"]), 2 * conditioning.grid[0], 2 * conditioning.grid[1])
     noise_BChw = torch.randn(shape).to(device)
-    return (_repeated(lambda: predict(noise_BChw, 500.0, work.guidance), backend),)
+    return (seconds_of(lambda: predict(noise_BChw, 500.0, work.guidance), backend),)
 
 
 def _vae(costs: Costs, work: Workload, backend: Backend) -> float:
@@ -169,7 +169,7 @@ def _vae(costs: Costs, work: Workload, backend: Backend) -> float:
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     sides = [min(side, _SIDE) // factor for side in (work.height, work.width)]
     latents_BChw = torch.randn(1, int(config["latent_channels"]), *sides).to(backend.device, dtype)
-    seconds = _repeated(lambda: vae.decoder(latents_BChw), backend)
+    seconds = seconds_of(lambda: vae.decoder(latents_BChw), backend)
     return seconds * work.height * work.width / (sides[0] * sides[1] * factor**2)
 
 
@@ -181,7 +181,7 @@ def _mapping(tensors: int, backend: Backend) -> float:
         path = Path(folder) / "block.safetensors"
         save_file({f"{k}.weight": torch.zeros(1, dtype=backend.dtype) for k in range(max(8, tensors // 16))}, path)
         weights = WeightFiles(path)
-        return _repeated(
+        return seconds_of(
             lambda: weights.load(weights.infos, device=backend.device, dtype=backend.dtype, check_finite=False), backend
         )
 

@@ -106,6 +106,12 @@ class Optimizers:
             states[0] = {"state": state if states[0]["state"] else {}, "param_groups": groups}
         return states
 
+    def fit(self, states: list[dict[str, Any]]) -> bool:
+        """Whether these are states of as many parameters."""
+        counts = [sum(len(group["params"]) for group in state["param_groups"]) for state in states]
+        matrices = len(self.matrices)
+        return counts == [n for n in (matrices, len(self.parameters) - matrices) if n]
+
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         if self.matrices:
             mine = self._share(list(range(len(self.matrices))), self.processes.rank)
