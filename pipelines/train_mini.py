@@ -38,27 +38,32 @@ from glmimg.training.record import checkpoint_record, chunks_record
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
-# Beside the square pictures, an eighth as many of each: (height, width) in pixels.
+# Beside the square pictures: (height, width) in pixels.
 OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
 TRAINED_ON = ("scenes", "scenes_common", *OTHER_SIZES)
+COMMON = 0.85  # of the stickers, in all caches but `scenes`
 # What ends up in the checkpoint.
 KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much data a run draws: scenes rendered, tokenized, with latents kept; texts for the tokenizer's merges."""
+    """How much data a run draws: scenes of everything, of common things and of each other size; how many of the first
+    two have latents kept; edit pairs; texts for the text tokenizer's merges.
+    """
 
-    scenes: int = 48_000
-    tokens: int = 0  # 0: all
-    latents: int = 14_000
-    edits: int = 6_000
+    scenes: int = 16_000
+    common: int = 32_000
+    others: int = 3_000
+    latents: int = 3_000
+    common_latents: int = 20_000
+    edits: int = 2_000
     held_out: int = 1_000
     texts: int = 40_000
     concepts: int = 0  # 0: all
 
 
-SMOKE = Scale(scenes=128, latents=64, edits=32, held_out=208, texts=300, concepts=40)
+SMOKE = Scale(scenes=128, common=64, others=16, latents=64, common_latents=64, edits=32, held_out=208, texts=300, concepts=40)
 
 
 class MiniTraining:
@@ -94,10 +99,9 @@ class MiniTraining:
         ):
             render(self.work / name, bank, count, split=split, seed=seed)
         for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
-            count = self.scale.scenes // 8
-            render(self.work / name, bank, count, split="train", seed=4 + k, height=height, width=width)
-        render(self.work / "scenes_common", bank, self.scale.scenes // 2, split="train", seed=6, common=4.0)
-        render_edits(self.work / "edits", bank, self.scale.edits, seed=3)
+            render(self.work / name, bank, self.scale.others, seed=4 + k, height=height, width=width, common=COMMON)
+        render(self.work / "scenes_common", bank, self.scale.common, seed=6, common=COMMON)
+        render_edits(self.work / "edits", bank, self.scale.edits, seed=3, common=COMMON)
 
     @cached_property
     def bank(self) -> StickerBank:
@@ -211,7 +215,13 @@ class MiniTraining:
         from glmimg.training.autoencoder_task import AutoencoderTask
 
         # Latents on disk came from this encoder, and a decoder may have learnt them: it must stay as it is.
-        frozen = (self.work / "scenes" / "encoded" / "latents.npy").exists()
+        latents = self.work / "scenes" / "encoded" / "latents.npy"
+        frozen = latents.exists()
+        if frozen and not self.start_from:
+            raise BadInput(
+                f"{latents} came from a trained VAE: give a checkpoint with that VAE as --start-from ("
+                "folder's state aside) to train what turns latents into pixels, or delete the latents to train it whole"
+            )
         task = AutoencoderTask(self.models["vae"], self.scenes(), self.scenes("scenes_held_out"), freeze_encoder=frozen)
         self._run("autoencoder", task, recipes.autoencoder(self.minutes["autoencoder"], self.threads))
 
@@ -265,26 +275,26 @@ class MiniTraining:
         side = self.preset["generation"]["preview_side"]
         for name, cache in self.caches():
             if not (self.work / name / "encoded" / "tokens.npy").exists():
-                count = self.scale.tokens if name == "scenes" else 0
-                encode_tokens(self.work / name / "encoded", cache, self.semantic_tokenizer, side, count)
+                encode_tokens(self.work / name / "encoded", cache, self.semantic_tokenizer, side)
 
     def encode_latents(self) -> None:
         from glmimg.autoencoder import Autoencoder
 
         self.load("autoencoder")
         vae = Autoencoder(self.models["vae"])
-        counts = {"scenes_held_out": 64, "scenes": self.scale.latents}
-        counts |= dict.fromkeys(OTHER_SIZES, self.scale.latents // 8) | {"scenes_common": self.scale.latents // 2}
+        counts = {"scenes_held_out": 64, "scenes": self.scale.latents, "scenes_common": self.scale.common_latents}
         for name, cache in self.caches():
             if not (self.work / name / "encoded" / "latents.npy").exists():
                 encode_latents(self.work / name / "encoded", cache, vae, counts.get(name, len(cache)))
 
     def bpe(self) -> Any:
-        """The text tokenizer, trained once on captions in all four languages."""
+        """The text tokenizer: the checkpoint's that is continued, or one trained once on captions in all languages."""
         from tokenizers import Tokenizer
 
         from glmimg.weights_tools.init import train_bpe
 
+        if self.start_from:
+            return Tokenizer.from_file(str(self.start_from / "processor" / "tokenizer.json"))
         file = self.work / "tokenizer.json"
         if not file.exists():
             sampler = SceneSampler(self.bank, seed=7)
@@ -396,8 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start-from", type=Path, help="continue the weights of this checkpoint folder")
     parser.add_argument("--preset", default="mini", choices=sorted(PRESETS))
     parser.add_argument("--smoke", action="store_true", help="a few concepts and scenes, to see that the chain works")
-    parser.add_argument("--tokens", type=int, help="scenes to tokenize, instead of all that are rendered")
-    parser.add_argument("--latents", type=int, help="scenes whose latents are kept on disk (32 KB each at 256x256)")
+    parser.add_argument("--latents", type=int, help="common scenes whose latents are kept on disk (32 KB each)")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
@@ -407,11 +416,11 @@ def main(argv: list[str] | None = None) -> int:
             raise UnknownName.of("stage", stage, STAGES)
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
     scale = SMOKE if a.smoke else Scale()
-    scale = replace(scale, tokens=a.tokens or scale.tokens, latents=a.latents or scale.latents)
+    scale = replace(scale, common_latents=a.latents or scale.common_latents)
     processes = Processes.current()
     training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from)
     for stage in wanted:
-        if processes.main or stage in SHARES:
+        if processes.main or stage in SHARES:  # the other stages are one process' work
             print(f"stage {stage}", file=sys.stderr, flush=True)
             STAGES[stage](training)
         processes.wait()

@@ -92,7 +92,9 @@ class EditCache:
         self.directory, self.bank = Path(directory), bank
         self.settings: dict[str, Any] = json.loads((self.directory / "settings.json").read_text())
         size = (self.settings["height"], self.settings["width"])
-        self.sampler = EditSampler(bank, self.settings["split"], seed=self.settings["seed"], sizes=((size, 1.0),))
+        self.sampler = EditSampler(
+            bank, self.settings["split"], seed=self.settings["seed"], sizes=((size, 1.0),), **self.settings["options"]
+        )
         self.pictures = np.load(self.directory / "pictures.npy", mmap_mode="r")
 
     def __len__(self) -> int:
@@ -115,18 +117,20 @@ def render_edits(
     seed: int = 0,
     height: int = 256,
     width: int = 256,
+    **options: Any,
 ) -> EditCache:
     """Draw `count` edit pairs into `directory`; a folder that is there is used as it is."""
     if not (directory / "settings.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
-        sampler = EditSampler(bank, split, seed=seed, sizes=(((height, width), 1.0),))
+        sampler = EditSampler(bank, split, seed=seed, sizes=(((height, width), 1.0),), **options)
         shape = (2 * count, height, width, 3)
         pictures = np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape)
         for k in range(count):
             edit = sampler.sample(k)
             pictures[2 * k], pictures[2 * k + 1] = draw(edit.source, bank), draw(edit.target, bank)
         pictures.flush()
-        (directory / "settings.json").write_text(json.dumps(dict(split=split, seed=seed, height=height, width=width)))
+        settings = dict(split=split, seed=seed, height=height, width=width, options=options)
+        (directory / "settings.json").write_text(json.dumps(settings))
     return EditCache(directory, bank)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from glmimg.corpus import drawing
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept, is_held_out_relation, is_held_out_shape
 from glmimg.corpus.stickers import STYLES, StickerBank
-from glmimg.corpus.words import BACKGROUNDS, COLOURS, SHAPES, SIGNS, sign_words
+from glmimg.corpus.words import BACKGROUNDS, COLOURS, COMMON_THINGS, SHAPES, SIGNS, sign_words
 from glmimg.errors import UnknownName
 
 SPLITS = ("train", "cells", "concepts", "words", "shapes")
@@ -88,8 +88,8 @@ class SceneSampler:
 
     split: "train" leaves out all that `splits` holds out; "cells", "concepts", "words" and "shapes" draw only scenes
     with exactly that held-out part. kinds: probabilities of sticker, shape and sign scenes. sizes: (height, width)
-    with probabilities. max_things bounds the number of stickers or shapes. common: how much oftener concepts of a
-    one-word English name (cat, rocket, pizza: what people ask for first) are drawn.
+    with probabilities. max_things bounds the number of stickers or shapes. common: the share of the stickers that
+    are drawn from `COMMON_THINGS` (cat, rocket, pizza: what people ask for first), beside what chance gives them.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SceneSampler:
         sizes: tuple[tuple[tuple[int, int], float], ...] = (((256, 256), 1.0),),
         max_things: int = 4,
         words: dict[str, list[str]] | None = None,
-        common: float = 1.0,
+        common: float = 0.0,
     ) -> None:
         if split not in SPLITS:
             raise UnknownName.of("split", split, SPLITS)
@@ -111,6 +111,7 @@ class SceneSampler:
         self.words = words or sign_words(bank.concepts.values(), held_out=split == "words")
         rows: dict[str, list[int]] = {style: [] for style in STYLES}
         weights: dict[str, list[float]] = {style: [] for style in STYLES}
+        often: dict[str, list[float]] = {style: [] for style in STYLES}
         for sticker in bank.stickers:
             whole, cell = is_held_out_concept(sticker.concept), is_held_out_cell(sticker.concept, sticker.style)
             wanted = {"cells": cell, "concepts": whole}.get(split, not (whole or cell))
@@ -119,10 +120,15 @@ class SceneSampler:
                 # The five skin tones of one concept share half of the weight of its default drawing.
                 tone = 0.1 if sticker.tone else 1.0
                 concept = bank.concepts[sticker.concept]
-                often = 1.0 if " " in concept.labels["en"] else common
-                weights[sticker.style].append(GROUP_WEIGHT[concept.group] * tone * often)
+                weights[sticker.style].append(GROUP_WEIGHT[concept.group] * tone)
+                often[sticker.style].append(tone * (concept.labels["en"] in COMMON_THINGS))
         self._rows = {style: np.array(value) for style, value in rows.items() if value}
-        self._sums = {style: np.cumsum(weights[style]) / sum(weights[style]) for style in self._rows}
+        self._sums = {}
+        for style in self._rows:
+            share = common if any(often[style]) else 0.0
+            chance = (1 - share) * np.array(weights[style]) / sum(weights[style])
+            sums = np.cumsum(chance + share * np.array(often[style]) / max(1e-9, sum(often[style])))
+            self._sums[style] = sums / sums[-1]
         fonts = sorted(p.name for p in (bank.directory / "fonts").glob("*.latin.woff2"))
         self._fonts = fonts or ["missing"]
 

@@ -1,7 +1,8 @@
 """Training the decoder and its glyph encoder: flow matching on latents, told by semantic tokens and quoted words.
 
-Pictures are trained in crops aligned to the token grid: a crop of 4 x 4 tokens costs a quarter of the whole picture and
-teaches the same drawing; size and crop coordinates tell the decoder where it is, as the published model is told.
+Pictures are trained in crops aligned to the token grid, each the smallest of a few shapes that holds one thing whole: a
+crop of 4 x 4 tokens costs a quarter of the whole picture and teaches the same drawing, and what a thing is can be told
+only by all of its tokens. Size and crop coordinates tell the decoder where it is, as the published model is told.
 
 Legend: B batch, C latent channels, P patches, h x w tokens.
 """
@@ -34,6 +35,7 @@ from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from
 
 _PIXELS_PER_TOKEN = 32
 _LATENTS_PER_TOKEN = 4
+CROPS = ((4, 4), (4, 6), (6, 4), (6, 6), (4, 8))  # rows, columns in tokens; what fits in none takes the whole picture
 
 
 @dataclass
@@ -64,14 +66,46 @@ def start_from_scratch(transformer: Any) -> None:
         torch.nn.init.zeros_(linear.bias)
 
 
+class _Places:
+    """Where each thing of some scenes lies: for every crop shape the things that it is the smallest to hold."""
+
+    def __init__(self, data: EncodedScenes, crops: Sequence[tuple[int, int]]) -> None:
+        h, w = self.whole = data.target
+        shapes = sorted((s for s in crops if s[0] <= h and s[1] <= w and s != data.target), key=lambda s: s[0] * s[1])
+        found: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {s: [] for s in (*shapes, self.whole)}
+        for k in range(len(data.latents) if data.latents is not None else 0):
+            for thing in data.cache.scene(k).things:
+                left, top = (v // _PIXELS_PER_TOKEN for v in thing.box[:2])
+                right, bottom = (-(-v // _PIXELS_PER_TOKEN) for v in thing.box[2:])
+                fits = (s for s in shapes if bottom - top <= s[0] and right - left <= s[1])
+                found[next(fits, self.whole)].append((k, top, left, min(bottom, h), min(right, w)))
+        self.things = {shape: np.array(rows, dtype=np.int32) for shape, rows in found.items() if rows}
+        total = sum(len(rows) for rows in self.things.values())
+        self.chances = [len(rows) / total for rows in self.things.values()]
+
+    def draw_shape(self, rng: np.random.Generator) -> tuple[int, int]:
+        """A shape, as often as there are things of it."""
+        return list(self.things)[int(rng.choice(len(self.chances), p=self.chances))] if self.chances else self.whole
+
+    def draw(self, shape: tuple[int, int], count: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
+        """(scene, top, left) of `count` crops, each somewhere around its thing."""
+        rows = self.things[shape][rng.integers(len(self.things[shape]), size=count)]
+        ends, starts = rows[:, 3:], rows[:, 1:3]
+        low = np.maximum(ends - shape, 0)
+        high = np.maximum(np.minimum(starts, np.array(self.whole) - shape), low)
+        corners = rng.integers(low, high + 1)
+        return [(int(k), int(top), int(left)) for k, (top, left) in zip(rows[:, 0], corners, strict=True)]
+
+
 class DecoderTask:
     """See `glmimg.training.loop.Task`.
 
     train: scenes of one picture size each.
-    crop: side of the crops in tokens; on_things: share of the crops that are laid over one of the scene's things;
-    whole: share of batches that take the whole picture (at a quarter of the batch size). token_noise: the share of
-    tokens replaced by random codes, drawn anew up to this value for each picture, so that the decoder forgives the
-    generator's mistakes.
+    crops: shapes of the crops in tokens; whole: share of batches that take whole pictures whatever is in them (other
+    shapes follow the things). A batch of the size asked for is of crops of 4 x 4 tokens; larger ones are fewer, for
+    equal work. time_mean: of the logit-normal noise levels, above 0 for more noise. token_noise: the share of tokens
+    replaced by random codes, drawn anew up to this value for each picture, so that the decoder forgives the generator's
+    mistakes.
     """
 
     def __init__(
@@ -83,9 +117,9 @@ class DecoderTask:
         held_out: EncodedScenes,
         scheduler: dict[str, Any],
         *,
-        crop: int = 4,
-        on_things: float = 0.75,
-        whole: float = 0.4,
+        crops: Sequence[tuple[int, int]] = CROPS,
+        whole: float = 0.2,
+        time_mean: float = 0.6,
         token_noise: float = 0.1,
         drop: float = 0.1,
         seed: int = 0,
@@ -96,8 +130,8 @@ class DecoderTask:
             raise ValueError("the decoder trains on latents: run encode_latents first")
         self.decoder, self.glyphs, self.vae = Decoder(transformer), GlyphEncoder(text_encoder), vae
         self.train, self.held_out, self.scheduler = train, held_out, scheduler
-        self.crop, self.whole, self.token_noise, self.drop, self.seed = crop, whole, token_noise, drop, seed
-        self.on_things = on_things
+        self.whole, self.time_mean, self.token_noise, self.drop, self.seed = whole, time_mean, token_noise, drop, seed
+        self.places = [_Places(data, crops) for data in train]
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
         self.modules: Mapping[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
@@ -106,25 +140,22 @@ class DecoderTask:
         rng = np.random.default_rng((self.seed, position))
         if self.edits and rng.random() < self.edit_share:
             return self._read_edits(self.edits, rng.integers(self.edits.trained, size=max(1, size // 2)), rng)
-        whole = rng.random() < self.whole
-        count = max(1, size // 4) if whole else size
         data = draw_from(self.train, rng, latents=True)
-        assert data.latents is not None
-        return self._read(data, rng.integers(len(data.latents), size=count), rng, whole=whole)
+        places = self.places[self.train.index(data)]
+        shape = data.target if rng.random() < self.whole else places.draw_shape(rng)
+        count = max(1, round(size * 16 / (shape[0] * shape[1])))
+        if shape == data.target:
+            assert data.latents is not None
+            return self._read(data, [(int(k), 0, 0) for k in rng.integers(len(data.latents), size=count)], shape)
+        return self._read(data, places.draw(shape, count, rng), shape)
 
-    def _read(self, data: EncodedScenes, rows: np.ndarray, rng: np.random.Generator, *, whole: bool) -> DecoderBatch:
-        h, w = data.target
+    def _read(self, data: EncodedScenes, places: Sequence[tuple[int, int, int]], shape: tuple[int, int]) -> DecoderBatch:
+        """Crops of `shape` tokens at places (scene, top, left)."""
+        (h, w), (side_h, side_w) = data.target, shape
         assert data.latents is not None
-        side_h, side_w = (h, w) if whole else (min(self.crop, h), min(self.crop, w))
         latents, ids, words, crops = [], [], [], []
-        for k in rows:
-            scene = data.cache.scene(int(k))
-            top, left = int(rng.integers(h - side_h + 1)), int(rng.integers(w - side_w + 1))
-            if scene.things and rng.random() < self.on_things:
-                x0, y0, x1, y1 = scene.things[int(rng.integers(len(scene.things)))].box
-                middle = np.array([y0 + y1, x0 + x1]) / (2 * _PIXELS_PER_TOKEN) - (side_h / 2, side_w / 2)
-                nudged = np.rint(middle + rng.uniform(-1, 1, 2))
-                top, left = (int(v) for v in np.clip(nudged, 0, (h - side_h, w - side_w)))
+        for k, top, left in places:
+            scene = data.cache.scene(k)
             y, x, f = top * _LATENTS_PER_TOKEN, left * _LATENTS_PER_TOKEN, _LATENTS_PER_TOKEN
             latents.append(data.latents[k, :, y : y + side_h * f, x : x + side_w * f])
             grid = data.tokens[k, data.prompt_offset :].reshape(h, w)
@@ -141,7 +172,7 @@ class DecoderTask:
         )
 
     def _read_edits(self, data: EncodedEdits, rows: np.ndarray, rng: np.random.Generator) -> DecoderBatch:
-        (h, w), side = data.target, min(self.crop, *data.target)
+        (h, w), side = data.target, min(4, *data.target)
         top, left = int(rng.integers(h - side + 1)), int(rng.integers(w - side + 1))
         y, x, f = top * _LATENTS_PER_TOKEN, left * _LATENTS_PER_TOKEN, side * _LATENTS_PER_TOKEN
         latents = torch.from_numpy(data.latents[rows][..., y : y + f, x : x + f]).float()
@@ -172,7 +203,7 @@ class DecoderTask:
         """Squared error of the predicted velocity per picture (B,)."""
         generator = torch.Generator().manual_seed(seed)
         x0 = batch.latents_BCHW
-        timesteps_B = training_timesteps(len(x0), generator)
+        timesteps_B = training_timesteps(len(x0), generator, mean=self.time_mean)
         sigmas_B = training_sigmas(timesteps_B, batch.patches, self.scheduler)
         noise = torch.randn(x0.shape, generator=generator)
         states, mask = self.glyphs.encode(words)
@@ -206,9 +237,8 @@ class DecoderTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        rows = np.arange(48)
-        batch = self._read(self.held_out, rows, np.random.default_rng(0), whole=True)
-        keep = torch.zeros(len(rows), dtype=torch.bool)
+        batch = self._read(self.held_out, [(k, 0, 0) for k in range(48)], self.held_out.target)
+        keep = torch.zeros(48, dtype=torch.bool)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             error = self._velocity_error(batch, batch.ids_Bhw, batch.words, keep, 0)
         said = torch.tensor([bool(w) for w in batch.words])
