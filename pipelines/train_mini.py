@@ -41,7 +41,7 @@ SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 
 # Beside the square pictures: (height, width) in pixels.
 OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
 TRAINED_ON = ("scenes", "scenes_common", *OTHER_SIZES)
-COMMON = 0.85  # of the stickers, in all caches but `scenes`
+COMMON = 0.85  # share of the stickers, in all caches but `scenes` and `scenes_cells`
 # What ends up in the checkpoint.
 KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
 
@@ -63,7 +63,9 @@ class Scale:
     concepts: int = 0  # 0: all
 
 
-SMOKE = Scale(scenes=128, common=64, others=16, latents=64, common_latents=64, edits=32, held_out=208, texts=300, concepts=40)
+SMOKE = Scale(
+    scenes=128, common=64, others=16, latents=64, common_latents=64, edits=32, held_out=208, texts=300, concepts=40
+)
 
 
 class MiniTraining:
@@ -92,12 +94,9 @@ class MiniTraining:
             stickers.build(folder, self.work / "packages", concepts=self.scale.concepts)
         (folder / "ATTRIBUTION.md").write_text(attribution())
         bank = self.bank
-        for name, split, seed, count in (
-            ("scenes", "train", 0, self.scale.scenes),
-            ("scenes_held_out", "train", 1, self.scale.held_out),
-            ("scenes_cells", "cells", 2, min(300, self.scale.held_out)),
-        ):
-            render(self.work / name, bank, count, split=split, seed=seed)
+        render(self.work / "scenes", bank, self.scale.scenes, seed=0)
+        render(self.work / "scenes_held_out", bank, self.scale.held_out, seed=1, common=COMMON)
+        render(self.work / "scenes_cells", bank, min(300, self.scale.held_out), split="cells", seed=2)
         for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
             render(self.work / name, bank, self.scale.others, seed=4 + k, height=height, width=width, common=COMMON)
         render(self.work / "scenes_common", bank, self.scale.common, seed=6, common=COMMON)

@@ -6,7 +6,6 @@ the larger of what memory traffic, arithmetic, calls of the device and the link 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any

@@ -70,9 +70,7 @@ STYLE_NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], 
     "silhouette": (("silhouette",), ("silueta",), ("silhueta",), ("剪影",)),
 }
 # What people ask for first: a small model that draws these well is worth more than one that draws everything badly.
-COMMON_THINGS = frozenset(
-    " ".join(name.split())
-    for name in """
+_COMMON = """
     gorilla; dog; wolf; fox; raccoon; cat; tiger; leopard; horse; unicorn; zebra; deer; cow; pig; ram; camel; giraffe;
     mouse; hamster; hedgehog; bear; panda; sloth; kangaroo; chicken; rooster; penguin; eagle; duck; swan; owl; peacock;
     goose; frog; crocodile; turtle; snake; dragon; t-rex; whale; dolphin; fish; shark; octopus; crab; lobster; snail;
@@ -91,8 +89,8 @@ COMMON_THINGS = frozenset(
     glasses; necktie; dress; scarf; backpack; crown; ring; top hat; bell; microphone; radio; trumpet; guitar; violin;
     drum; telephone; laptop; television; camera; candle; light bulb; books; key; hammer; scissors; pencil; magnet;
     ladder; door; bed; chair; bathtub; toothbrush; gem stone; mobile phone; money bag; old key; bomb; sponge; basket
-    """.split(";")
-)
+"""
+COMMON_THINGS = frozenset(" ".join(name.split()) for name in _COMMON.split(";"))
 LANGUAGE_INDEX = {"en": 0, "es": 1, "pt": 2, "zh": 3}
 
 _LATIN = re.compile(r"[a-záéíóúüñâêôãõçà]{2,10}")

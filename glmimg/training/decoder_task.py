@@ -149,7 +149,9 @@ class DecoderTask:
             return self._read(data, [(int(k), 0, 0) for k in rng.integers(len(data.latents), size=count)], shape)
         return self._read(data, places.draw(shape, count, rng), shape)
 
-    def _read(self, data: EncodedScenes, places: Sequence[tuple[int, int, int]], shape: tuple[int, int]) -> DecoderBatch:
+    def _read(
+        self, data: EncodedScenes, places: Sequence[tuple[int, int, int]], shape: tuple[int, int]
+    ) -> DecoderBatch:
         """Crops of `shape` tokens at places (scene, top, left)."""
         (h, w), (side_h, side_w) = data.target, shape
         assert data.latents is not None

@@ -135,7 +135,7 @@ class Run:
             return False
         state = torch.load(file, weights_only=True)
         if not self.optimizers.fit(state["optimizers"]):
-            raise BadInput(f"{file} is of a run that trained other parameters: move it aside and start from its weights")
+            raise BadInput(f"{file} is of a run that trained other parameters: move it aside, start from its weights")
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         if state["ema"] is not None:
