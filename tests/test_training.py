@@ -106,6 +106,23 @@ def test_common_concepts_are_drawn_oftener(bank: StickerBank, monkeypatch: pytes
     assert drawn[0.8] > 2 * drawn[0.0] > 0
 
 
+@pytest.mark.parametrize("size", [(256, 256), (192, 320), (320, 192)])
+def test_things_on_a_grid_lie_apart_inside_the_picture(bank: StickerBank, size: tuple[int, int]) -> None:
+    sampler = SceneSampler(bank, seed=3, grid=32, single=0.3, sizes=((size, 1.0),))
+    for index in range(150):
+        scene = sampler.sample(index)
+        boxes = [t.box for t in scene.things]
+        for thing, (left, top, right, bottom) in zip(scene.things, boxes, strict=True):
+            assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]
+            assert all(edge % 32 == 0 for edge in thing.box)
+            if thing.kind != "sign":
+                assert right - left == bottom - top
+                if scene.layout == "single:centre":
+                    assert left == size[1] - right and top == size[0] - bottom
+        for k, a in enumerate(boxes):
+            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[:k])
+
+
 def test_captions_name_the_background_and_the_words(bank: StickerBank) -> None:
     sampler, said, words = SceneSampler(bank, seed=1), 0, 0
     for index in range(200):

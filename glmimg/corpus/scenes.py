@@ -89,7 +89,9 @@ class SceneSampler:
     split: "train" leaves out all that `splits` holds out; "cells", "concepts", "words" and "shapes" draw only scenes
     with exactly that held-out part. kinds: probabilities of sticker, shape and sign scenes. sizes: (height, width)
     with probabilities. max_things bounds the number of stickers or shapes. common: the share of the stickers that
-    are drawn from `COMMON_THINGS` (cat, rocket, pizza: what people ask for first), beside what chance gives them.
+    are drawn from `COMMON_THINGS` (cat, rocket, pizza: what people ask for first), beside what chance gives them. grid:
+    things lie on multiples of so many pixels (0: anywhere): a thing then looks the same to the tokens wherever it is.
+    single: share of the sticker scenes that show one alone.
     """
 
     def __init__(
@@ -103,10 +105,14 @@ class SceneSampler:
         max_things: int = 4,
         words: dict[str, list[str]] | None = None,
         common: float = 0.0,
+        grid: int = 0,
+        single: float = 0.55,
     ) -> None:
         if split not in SPLITS:
             raise UnknownName.of("split", split, SPLITS)
         self.bank, self.split, self.seed, self.sizes, self.max_things = bank, split, seed, sizes, max_things
+        self.grid = grid
+        self.numbers = [single, *((1 - single) / 0.45 * p for p in (0.25, 0.1, 0.1))]
         self.kinds = {"words": (0.0, 0.0, 1.0), "shapes": (0.0, 1.0, 0.0)}.get(split, kinds)
         self.words = words or sign_words(bank.concepts.values(), held_out=split == "words")
         rows: dict[str, list[int]] = {style: [] for style in STYLES}
@@ -143,6 +149,9 @@ class SceneSampler:
             scene = self._shapes(rng, height, width)
         else:
             scene = self._sign(rng, height, width)
+        if self.grid:
+            things = tuple(replace(t, box=_snapped(t.box, scene, self.grid)) for t in scene.things)
+            scene = replace(scene, things=things)
         return scene
 
     # Sticker scenes
@@ -160,7 +169,7 @@ class SceneSampler:
         return str(rng.choice(styles, p=weights / weights.sum()))
 
     def _stickers(self, rng: np.random.Generator, height: int, width: int) -> Scene:
-        n = min(int(rng.choice([1, 2, 3, 4], p=[0.55, 0.25, 0.1, 0.1])), self.max_things)
+        n = min(int(rng.choice([1, 2, 3, 4], p=self.numbers)), self.max_things)
         style = self._style(rng)
         if n == 1:
             things = [self._pick(rng, style)]
@@ -273,6 +282,24 @@ def _square(cx: float, cy: float, side: float, height: int, width: int) -> tuple
     left = int(np.clip(cx - s / 2, 0, max(width - s, 0)))
     top = int(np.clip(cy - s / 2, 0, max(height - s, 0)))
     return left, top, left + s, top + s
+
+
+def _snapped(box: tuple[int, int, int, int], scene: Scene, grid: int) -> tuple[int, int, int, int]:
+    """The box on multiples of `grid`: no larger, single things in the middle exactly so and others off the border."""
+    single = scene.layout.startswith("single") and box[2] - box[0] == box[3] - box[1]
+    centre = single and scene.layout == "single:centre"
+    edges = []
+    for start, end, length in ((box[0], box[2], scene.width), (box[1], box[3], scene.height)):
+        step = 2 * grid if centre and length % (2 * grid) == 0 else grid  # so that equal margins are multiples too
+        side = max(step, (end - start) // grid * grid)
+        if centre:
+            most = max(step, min(scene.height, scene.width) - step)
+            side = min(max(step, round((end - start) / step) * step), most)
+        margin = grid if single and length - side >= 2 * grid else 0
+        at = (length - side) // 2 if centre else round(start / grid) * grid
+        at = min(max(at, margin), max(0, length - side - margin))
+        edges.append((at, min(at + side, length)))
+    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
 
 
 def _single(rng: np.random.Generator, height: int, width: int) -> tuple[str, list[tuple[int, int, int, int]]]:

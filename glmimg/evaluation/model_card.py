@@ -20,6 +20,7 @@ _HEADLINES = {
     "text/unseen words up to 6 letters/word": "Written words never shown, up to 6 letters",
     "text/random strings/word": "Random strings of 3 to 8 letters",
     "text/chinese trained/word": "Chinese words",
+    "concepts/common/top5": "Common things (cat, rocket, pizza), top-5",
     "concepts/seen/top5": "Concepts seen in training, top-5",
     "concepts/held-out cells/top5": "Held-out concept and style cells, top-5",
     "concepts/held-out concepts/top5": "Concepts never seen, top-5",

@@ -28,15 +28,16 @@ SHARES: dict[tuple[str, str], float] = {
     ("layout", "position"): 0.07,
     ("layout", "held-out pairs"): 0.07,
     ("layout", "held-out relations"): 0.05,
-    ("text", "trained words"): 0.12,
-    ("text", "unseen words"): 0.11,
-    ("text", "random strings"): 0.07,
+    ("text", "trained words"): 0.09,
+    ("text", "unseen words"): 0.09,
+    ("text", "random strings"): 0.05,
     ("text", "chinese trained"): 0.03,
     ("text", "chinese unseen"): 0.02,
-    ("concepts", "seen"): 0.13,
+    ("concepts", "seen"): 0.10,
     ("concepts", "held-out cells"): 0.07,
     ("concepts", "held-out concepts"): 0.05,
     ("concepts", "pairs"): 0.05,
+    ("concepts", "common"): 0.10,
 }
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _LATIN = ("en", "es", "pt")
@@ -184,9 +185,10 @@ def _signs(kind: str) -> Scenes:
     return scenes
 
 
-def _stickers(split: str, count: int) -> Scenes:
+def _stickers(split: str, count: int, common: float = 0.0) -> Scenes:
     def scenes(bank: StickerBank, seed: int, size: tuple[int, int]) -> Iterator[Scene]:
-        sampler = SceneSampler(bank, split, seed=seed, kinds=(1.0, 0.0, 0.0), sizes=((size, 1.0),), max_things=count)
+        options: dict[str, Any] = {"kinds": (1.0, 0.0, 0.0), "sizes": ((size, 1.0),), "common": common}
+        sampler = SceneSampler(bank, split, seed=seed, max_things=count, **options)
         return _drawn(sampler, lambda scene: len(scene.things) == count)
 
     return scenes
@@ -206,4 +208,5 @@ _SOURCES: dict[tuple[str, str], Scenes] = {
     ("concepts", "held-out cells"): _stickers("cells", 1),
     ("concepts", "held-out concepts"): _stickers("concepts", 1),
     ("concepts", "pairs"): _stickers("train", 2),
+    ("concepts", "common"): _stickers("train", 1, common=1.0),
 }

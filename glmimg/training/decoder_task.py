@@ -9,6 +9,7 @@ Legend: B batch, C latent channels, P patches, h x w tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +59,11 @@ def upsample_ids(ids_Bhw: torch.Tensor) -> torch.Tensor:
     return ids_Bhw.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
 
 
+def _meets(box: tuple[int, int, int, int], corner: tuple[int, int], edges: tuple[int, int]) -> bool:
+    """Whether a box (left, top, right, bottom) reaches into the crop between (top, left) and (bottom, right)."""
+    return box[0] < edges[1] and box[2] > corner[1] and box[1] < edges[0] and box[3] > corner[0]
+
+
 def start_from_scratch(transformer: Any) -> None:
     """Every block an identity and every velocity zero at first: zero modulation and output, as in DiT."""
     linears = [block.norm1.linear for block in transformer.transformer_blocks]
@@ -80,11 +86,12 @@ class _Places:
                 fits = (s for s in shapes if bottom - top <= s[0] and right - left <= s[1])
                 found[next(fits, self.whole)].append((k, top, left, min(bottom, h), min(right, w)))
         self.things = {shape: np.array(rows, dtype=np.int32) for shape, rows in found.items() if rows}
-        total = sum(len(rows) for rows in self.things.values())
-        self.chances = [len(rows) / total for rows in self.things.values()]
+        # Large things are fewer in a batch: in between equal work for every shape and equal chances for every thing.
+        weights = [len(rows) * math.sqrt(h * w) for (h, w), rows in self.things.items()]
+        self.chances = [weight / sum(weights) for weight in weights]
 
     def draw_shape(self, rng: np.random.Generator) -> tuple[int, int]:
-        """A shape, as often as there are things of it."""
+        """A shape, the oftener the more things there are of it."""
         return list(self.things)[int(rng.choice(len(self.chances), p=self.chances))] if self.chances else self.whole
 
     def draw(self, shape: tuple[int, int], count: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
@@ -124,7 +131,7 @@ class DecoderTask:
         drop: float = 0.1,
         seed: int = 0,
         edits: EncodedEdits | None = None,
-        edit_share: float = 0.2,
+        edit_share: float = 0.1,
     ) -> None:
         if any(data.latents is None for data in (*train, held_out)):
             raise ValueError("the decoder trains on latents: run encode_latents first")
@@ -162,8 +169,10 @@ class DecoderTask:
             latents.append(data.latents[k, :, y : y + side_h * f, x : x + side_w * f])
             grid = data.tokens[k, data.prompt_offset :].reshape(h, w)
             ids.append(grid[top : top + side_h, left : left + side_w])
-            words.append([t.word for t in scene.things if t.word])
-            crops.append((top * _PIXELS_PER_TOKEN, left * _PIXELS_PER_TOKEN))
+            corner = (top * _PIXELS_PER_TOKEN, left * _PIXELS_PER_TOKEN)
+            edges = (corner[0] + side_h * _PIXELS_PER_TOKEN, corner[1] + side_w * _PIXELS_PER_TOKEN)
+            words.append([t.word for t in scene.things if t.word and _meets(t.box, corner, edges)])
+            crops.append(corner)
         return DecoderBatch(
             torch.from_numpy(np.stack(latents)).float(),
             torch.from_numpy(np.stack(ids).astype(np.int64)),
