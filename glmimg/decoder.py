@@ -196,7 +196,7 @@ class Decoder:
         empty_BTG = latents_BCHW.new_zeros(batch, 0, self.model.config.text_embed_dim)
         conditioning = self.condition(prior_ids_BP, empty_BTG, size=size, crop=crop, grid=(rows // 2, columns // 2))
         written: list[tuple[Tensor, Tensor]] = []
-        self._run(latents_BCHW, 0.0, conditioning, written)
+        self._run(latents_BCHW, 0.0, (conditioning,), written)
         keys, values = (tuple(part) for part in zip(*written, strict=True))
         return ReferenceCache(keys, values, torch.ones_like(prior_ids_BP, dtype=torch.bool))
 
@@ -210,12 +210,15 @@ class Decoder:
 
     def velocity(self, latents_BCHW: Tensor, timestep: float | Tensor, conditioning: Conditioning) -> Tensor:
         """d latents / d sigma in fp32. `timestep`: the model's, in [0, 999], for all or (B,) (see `diffusion`)."""
-        return self._run(latents_BCHW, timestep, conditioning, None)
+        return self._run(latents_BCHW, timestep, (conditioning,), None)[0]
 
     def predictor(
         self, with_prompt: Conditioning, without: Conditioning | None = None, *, batched: bool = True
     ) -> Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]:
-        """What `diffusion.guided` wants: both velocities from one forward of twice the batch, or from two forwards."""
+        """What `diffusion.guided` wants: both velocities from one forward of twice the batch, or from two side by side.
+
+        Side by side, each block does the one and then the other: streamed blocks come once a step either way.
+        """
         joined = join([with_prompt, without]) if batched and without is not None else None
 
         def predict(latents_BCHW: Tensor, timestep: float, both: bool) -> tuple[Tensor, Tensor | None]:
@@ -224,8 +227,8 @@ class Decoder:
             if without is None:
                 raise BadInput("guidance needs a conditioning without the prompt; give one, or guidance 1")
             if joined is None:
-                first = self.velocity(latents_BCHW, timestep, with_prompt)
-                return first, self.velocity(latents_BCHW, timestep, without)
+                first, second = self._run(latents_BCHW, timestep, (with_prompt, without), None)
+                return first, second
             pair = self.velocity(torch.cat([latents_BCHW] * 2), timestep, joined)
             return pair[: with_prompt.batch], pair[with_prompt.batch :]
 
@@ -235,37 +238,39 @@ class Decoder:
         self,
         latents_BCHW: Tensor,
         timestep: float | Tensor,
-        conditioning: Conditioning,
+        conditionings: Sequence[Conditioning],
         written: list[tuple[Tensor, Tensor]] | None,
-    ) -> Tensor:
-        model, (rows, columns) = self.model, conditioning.grid
+    ) -> list[Tensor]:
+        """The velocity under each of the conditionings."""
+        model = self.model
         batch, _, height, width = latents_BCHW.shape
-        if (batch, height, width) != (conditioning.batch, 2 * rows, 2 * columns):
-            raise BadInput(
-                f"latents {tuple(latents_BCHW.shape)} for a conditioning of {conditioning.batch} pictures of "
-                f"{2 * rows} x {2 * columns} latents"
-            )
+        for c in conditionings:
+            if (batch, height, width) != (c.batch, 2 * c.grid[0], 2 * c.grid[1]):
+                need = f"{c.batch} pictures of {2 * c.grid[0]} x {2 * c.grid[1]} latents"
+                raise BadInput(f"latents {tuple(latents_BCHW.shape)} for a conditioning of {need}")
         embed = model.time_condition_embed
         timestep_B = torch.as_tensor(timestep, device=latents_BCHW.device, dtype=torch.float32).expand(batch)
         time_BE = embed.timestep_embedder(embed.time_proj(timestep_B).to(self.dtype))
-        time_BE = F.silu(time_BE + conditioning.size_BE)
-
-        x_BPD = model.image_projector(latents_BCHW.to(self.dtype)) + conditioning.prior_BPD
-        text_BTD = conditioning.glyphs_BTD
-        cache = conditioning.references
+        times = [F.silu(time_BE + c.size_BE) for c in conditionings]
+        x_BPD = model.image_projector(latents_BCHW.to(self.dtype))
+        streams = [(x_BPD + c.prior_BPD, c.glyphs_BTD) for c in conditionings]
         saving_memory = torch.is_grad_enabled() and model.gradient_checkpointing
         for index, block in enumerate(self.blocks()):
-            past = None if cache is None else (cache.keys[index], cache.values[index])
-            run = partial(self._block, block, index == self.last, conditioning, past, written)
-            if saving_memory:
-                x_BPD, text_BTD = checkpoint(run, x_BPD, text_BTD, time_BE, use_reentrant=False)
-            else:
-                x_BPD, text_BTD = run(x_BPD, text_BTD, time_BE)
+            for k, c in enumerate(conditionings):
+                past = None if c.references is None else (c.references.keys[index], c.references.values[index])
+                run = partial(self._block, block, index == self.last, c, past, written)
+                if saving_memory:
+                    streams[k] = checkpoint(run, *streams[k], times[k], use_reentrant=False)
+                else:
+                    streams[k] = run(*streams[k], times[k])
 
-        scale_B1D, shift_B1D = model.norm_out.linear(time_BE)[:, None].chunk(2, -1)
-        x_BPD = model.proj_out(torch.addcmul(shift_B1D, _norm(x_BPD), 1 + scale_B1D))
-        x = x_BPD.reshape(batch, rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return x.reshape(batch, -1, height, width).float()
+        velocities = []
+        for (x_BPD, _), time, c in zip(streams, times, conditionings, strict=True):
+            scale_B1D, shift_B1D = model.norm_out.linear(time)[:, None].chunk(2, -1)
+            x_BPD = model.proj_out(torch.addcmul(shift_B1D, _norm(x_BPD), 1 + scale_B1D))
+            x = x_BPD.reshape(batch, *c.grid, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+            velocities.append(x.reshape(batch, -1, height, width).float())
+        return velocities
 
     def _block(
         self,

@@ -235,6 +235,9 @@ def test_blocks_may_be_streamed(model: GlmImageTransformer2DModel) -> None:
     latents, conditioning = example(decoder)
     assert torch.equal(decoder.velocity(latents, 500, conditioning), expected)
     assert seen == [0, 1]
+    halves = decoder.predictor(conditioning, conditioning, batched=False)(latents, 500.0, True)
+    assert torch.equal(halves[0], expected) and torch.equal(halves[1], expected)
+    assert seen == [0, 1, 0, 1], "guidance streams the blocks once a step"
 
 
 def test_bad_input(model: GlmImageTransformer2DModel) -> None:

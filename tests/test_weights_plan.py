@@ -116,7 +116,7 @@ def test_options_cost_what_they_do(published: Costs) -> None:
     weights = published.weights("vision_language_encoder") + published.weights("transformer")
     assert stage.moved == weights + published.weights("text_encoder") + published.vae_bytes()
     blocks = (published.blocks("vision_language_encoder", 16), published.blocks("transformer", 16))
-    assert block.moved == blocks[0] * 1280 + blocks[1] * 100 and block.ram == sum(blocks) + plan_module.PROCESS
+    assert block.moved == blocks[0] * 1280 + blocks[1] * 50 and block.ram == sum(blocks) + plan_module.PROCESS
     assert by[4, "none"].weights < by[8, "none"].weights < none.weights
     assert none.watt_hours == pytest.approx(0.1 * none.total) and none.cost == pytest.approx(0.002 * none.total)
     guided, plain = (

@@ -229,7 +229,7 @@ def _option(
     moved = 0
     for place, blocks, runs in (
         (generator, version.generator_blocks, costs.tokens(work)),
-        (decoder, version.decoder_blocks, costs.forwards(work) * work.pictures),
+        (decoder, version.decoder_blocks, work.steps * work.pictures),
     ):
         if place != HOST and offload == "block":
             pinned, moved = pinned + blocks, moved + blocks * runs
@@ -287,15 +287,14 @@ def _seconds(
     bandwidth, flops = _speeds(machine, decoder)
     forwards = costs.forwards(work) * work.pictures
     forward = costs.forward_flops(work) / flops + version.unpacked / bandwidth / batch
-    if decoder != HOST and offload == "block":
-        forward = max(forward, version.decoder_blocks / machine.link)
+    halves = 2 if work.guidance else 1  # of a step: streamed blocks come once for both
+    streaming = version.decoder_blocks / machine.link / halves if decoder != HOST and offload == "block" else 0.0
     vae = costs.vae_flops(work) / flops
     timed = machine.timed.get(decoder != HOST, {}).get((version.bits, offload == "block"))
     if timed is not None:
-        streaming = version.decoder_blocks / machine.link if decoder != HOST and offload == "block" else 0.0
-        halves = 2 if work.guidance else 1
-        forward, vae = max(timed.forward / halves, streaming), timed.vae
-    return {"tokens": prompt + step * tokens, "decoder": forward * forwards, "vae": vae * work.pictures}
+        forward, vae = timed.forward / halves, timed.vae
+    seconds = max(forward, streaming) * forwards
+    return {"tokens": prompt + step * tokens, "decoder": seconds, "vae": vae * work.pictures}
 
 
 def _speeds(machine: Machine, place: int | str) -> tuple[float, float]:
