@@ -36,6 +36,7 @@ from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from
 
 _PIXELS_PER_TOKEN = 32
 _LATENTS_PER_TOKEN = 4
+_ROWS = 40  # of patches, at most
 CROPS = ((4, 4), (4, 6), (6, 4), (6, 6), (4, 8))  # rows, columns in tokens; what fits in none takes the whole picture
 
 
@@ -70,6 +71,20 @@ def start_from_scratch(transformer: Any) -> None:
     for linear in (*linears, transformer.norm_out.linear, transformer.proj_out):
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
+
+
+class _Watched(Decoder):
+    """A decoder that keeps the patches' states (B, P, D) after one of its blocks."""
+
+    def __init__(self, model: Any, number: int) -> None:
+        super().__init__(model)
+        self.watched, self.states_BPD = model.transformer_blocks[number], torch.empty(0)
+
+    def _block(self, block: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x_BPD, text_BTD = super()._block(block, *rest)
+        if block is self.watched:
+            self.states_BPD = x_BPD
+        return x_BPD, text_BTD
 
 
 class _Places:
@@ -127,6 +142,7 @@ class DecoderTask:
         crops: Sequence[tuple[int, int]] = CROPS,
         whole: float = 0.2,
         time_mean: float = 0.6,
+        where: float = 0.1,
         token_noise: float = 0.1,
         drop: float = 0.1,
         seed: int = 0,
@@ -135,13 +151,20 @@ class DecoderTask:
     ) -> None:
         if any(data.latents is None for data in (*train, held_out)):
             raise ValueError("the decoder trains on latents: run encode_latents first")
-        self.decoder, self.glyphs, self.vae = Decoder(transformer), GlyphEncoder(text_encoder), vae
+        layers = int(transformer.config.num_layers)
+        self.decoder, self.glyphs, self.vae = _Watched(transformer, layers // 4), GlyphEncoder(text_encoder), vae
         self.train, self.held_out, self.scheduler = train, held_out, scheduler
         self.whole, self.time_mean, self.token_noise, self.drop, self.seed = whole, time_mean, token_noise, drop, seed
         self.places = [_Places(data, crops) for data in train]
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
-        self.modules: Mapping[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
+        self.where = nn.Linear(self.decoder.heads * self.decoder.head_dim, 2 * _ROWS)
+        self.where_weight = where
+        self.modules: Mapping[str, nn.Module] = {
+            "transformer": transformer,
+            "text_encoder": text_encoder,
+            "where": self.where,
+        }
 
     def batch(self, position: int, size: int) -> DecoderBatch:
         rng = np.random.default_rng((self.seed, position))
@@ -244,7 +267,18 @@ class DecoderTask:
         # Guidance needs both halves empty together: a dropped prior comes without glyphs, and some glyphs go alone.
         silent = drop_B.numpy() | (rng.random(len(ids)) < self.drop)
         words = [[] if quiet else word for word, quiet in zip(batch.words, silent, strict=True)]
-        return self._velocity_error(batch, ids, words, drop_B, int(rng.integers(2**62))).mean(), {}
+        error = self._velocity_error(batch, ids, words, drop_B, int(rng.integers(2**62))).mean()
+        lost, right = self._where(batch.ids_Bhw.shape[1:])
+        return error + self.where_weight * lost, {"velocity": float(error.detach()), "where": right}
+
+    def _where(self, tokens: Sequence[int]) -> tuple[torch.Tensor, float]:
+        """Cross-entropy of reading each patch's row and column off its state, and the share read right."""
+        grid = [2 * n for n in tokens]
+        logits_BPN = self.where(self.decoder.states_BPD.to(self.where.weight.dtype)).float().unflatten(-1, (2, _ROWS))
+        places_P2 = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).flatten(0, 1)
+        places_BP2 = places_P2.expand(len(logits_BPN), -1, 2)
+        lost = nn.functional.cross_entropy(logits_BPN.flatten(0, 2), places_BP2.flatten())
+        return lost, float((logits_BPN.argmax(-1) == places_BP2).float().mean())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
