@@ -5,7 +5,8 @@
 The work folder is that of `train_mini` (stages corpus, encode_tokens, encode_latents); its held-out scenes are read.
 The error of the estimate at level 1 is split in three: between tokens (means of 32 x 32 pixels), between the four
 patches of a token, and within patches. The probe is a ridge regression from the patches' states to "odd row", fitted on
-three quarters of the scenes: chance is 50 %.
+three quarters of the scenes: chance is 50 %. Last, how far the tokens of one thing, alone in the middle, agree between
+two training scenes.
 
 Legend: B scenes, C latent channels, D width, P patches.
 """
@@ -48,6 +49,27 @@ def parity(states_BPD: Tensor, columns: int) -> float:
     return float(((x @ weights).sign() == y)[~fitted].float().mean())
 
 
+def agreement(data: EncodedScenes) -> dict[str, list[float]]:
+    """Shares of equal tokens of the same thing in the same box, on the same and on another background."""
+    h, w = data.target
+    last: dict[tuple[object, ...], tuple[tuple[str, ...], np.ndarray]] = {}
+    found: dict[str, list[float]] = {"the same": [], "another": []}
+    for k in range(len(data.tokens)):
+        scene = data.cache.scene(k)
+        if len(scene.things) != 1 or scene.things[0].kind != "sticker" or scene.layout != "single:centre":
+            continue
+        thing = scene.things[0]
+        left, top, right, bottom = (edge // 32 for edge in thing.box)
+        ids_hw = data.tokens[k, data.prompt_offset :].reshape(h, w)[top:bottom, left:right]
+        key = (thing.row, thing.mirror, thing.colour, thing.box)
+        if key in last:
+            background, others_hw = last[key]
+            which = "the same" if background == scene.background else "another"
+            found[which].append(float((ids_hw == others_hw).mean()))
+        last[key] = (scene.background, ids_hw)
+    return found
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,6 +107,9 @@ def main() -> None:
             f"{name:16} variance {float(part.var()):.3f}, explained {1 - float(error.square().mean() / part.var()):.0%}"
         )
     print("odd rows told by a probe after each block: " + " ".join(f"{parity(s, 2 * w):.0%}" for s in states))
+    common = SceneCache(a.work / "scenes_common", scenes.bank)
+    for which, shares in agreement(EncodedScenes(a.work / "scenes_common" / "encoded", common)).items():
+        print(f"tokens of a thing on {which} background: {np.mean(shares):.0%} agree, n {len(shares)}")
 
 
 if __name__ == "__main__":

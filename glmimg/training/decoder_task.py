@@ -158,7 +158,7 @@ class DecoderTask:
         self.places = [_Places(data, crops) for data in train]
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
-        self.where = nn.Linear(self.decoder.heads * self.decoder.head_dim, 2 * _ROWS)
+        self.where = nn.Linear(self.decoder.heads * self.decoder.head_dim, 2 * (_ROWS + 2))
         self.where_weight = where
         self.modules: Mapping[str, nn.Module] = {
             "transformer": transformer,
@@ -272,13 +272,16 @@ class DecoderTask:
         return error + self.where_weight * lost, {"velocity": float(error.detach()), "where": right}
 
     def _where(self, tokens: Sequence[int]) -> tuple[torch.Tensor, float]:
-        """Cross-entropy of reading each patch's row and column off its state, and the share read right."""
+        """Cross-entropy of reading each patch's row and column, and whether they are odd (which half of its token it
+        is), off its state; and the share of rows and columns read right."""
         grid = [2 * n for n in tokens]
-        logits_BPN = self.where(self.decoder.states_BPD.to(self.where.weight.dtype)).float().unflatten(-1, (2, _ROWS))
+        logits_BP2n = self.where(self.decoder.states_BPD.to(self.where.weight.dtype)).float().unflatten(-1, (2, -1))
+        which, odd = logits_BP2n[..., :_ROWS], logits_BP2n[..., _ROWS:]
         places_P2 = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).flatten(0, 1)
-        places_BP2 = places_P2.expand(len(logits_BPN), -1, 2)
-        lost = nn.functional.cross_entropy(logits_BPN.flatten(0, 2), places_BP2.flatten())
-        return lost, float((logits_BPN.argmax(-1) == places_BP2).float().mean())
+        places_BP2 = places_P2.expand(len(logits_BP2n), -1, 2)
+        lost = nn.functional.cross_entropy(which.flatten(0, 2), places_BP2.flatten())
+        lost = lost + nn.functional.cross_entropy(odd.flatten(0, 2), places_BP2.flatten() % 2)
+        return lost, float((which.argmax(-1) == places_BP2).float().mean())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

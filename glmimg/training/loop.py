@@ -215,7 +215,7 @@ class Run:
             module.train()
         begun = last = last_log = last_sheet = last_evaluation = time.monotonic()
         last_save = self.elapsed  # the first process' clock: all must save at the same step
-        sums: dict[str, float] = {}
+        sums: dict[str, list[float]] = {}  # what each step told; not every batch tells everything
         counted = 0
         autocast = torch.autocast(c.device.split(":")[0], dtype=torch.bfloat16, enabled=c.autocast)
         with ThreadPoolExecutor(1) as pool:
@@ -244,14 +244,14 @@ class Run:
                 if c.ema:
                     self._update_ema()
                 for key, value in {"loss": float(loss.detach()), **metrics}.items():
-                    sums[key] = sums.get(key, 0.0) + value
+                    sums.setdefault(key, []).append(value)
                 counted += 1
                 now = time.monotonic()
                 self.elapsed = self.processes.first(self.elapsed + now - last)
                 last = now
                 if now - last_log > 20:
                     rate = counted * all_of_them / (now - last_log)
-                    self._log({**{k: v / counted for k, v in sums.items()}, "per_s": rate})
+                    self._log({**{k: sum(v) / len(v) for k, v in sums.items()}, "per_s": rate})
                     sums, counted, last_log = {}, 0, now
                 if self.elapsed - last_save > c.save_minutes * 60:
                     self.save()

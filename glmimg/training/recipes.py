@@ -49,7 +49,7 @@ def generator(minutes: float, threads: int = 0) -> TrainConfig:
     """Language model and head from nothing."""
     return TrainConfig(
         learning_rate=1.2e-3,
-        batch_size=24,
+        batch_size=32,
         minutes=minutes,
         warmup=100,
         decay=0.3,
