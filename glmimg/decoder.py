@@ -260,9 +260,8 @@ class Decoder:
                 past = None if c.references is None else (c.references.keys[index], c.references.values[index])
                 run = partial(self._block, block, index == self.last, c, past, written)
                 if saving_memory:
-                    streams[k] = checkpoint(run, *streams[k], times[k], use_reentrant=False)
-                else:
-                    streams[k] = run(*streams[k], times[k])
+                    run = partial(checkpoint, run, use_reentrant=False)
+                streams[k] = run(*streams[k], times[k])
 
         velocities = []
         for (x_BPD, _), time, c in zip(streams, times, conditionings, strict=True):
