@@ -377,6 +377,7 @@ def test_no_reply_is_mixed_up(server: Any, tiny_checkpoint: Path) -> None:
 def test_a_full_queue_and_clients_that_go_away(server: Any) -> None:
     slow = PLAIN | {"steps": 1000, "n": 8}
     dispatcher = server.service.dispatcher
+    booked = httpx.get(f"{server.url}/v1/usage").json()
 
     async def scene() -> tuple[httpx.Response, int]:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
@@ -403,6 +404,10 @@ def test_a_full_queue_and_clients_that_go_away(server: Any) -> None:
     full, after = asyncio.run(scene())
     assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1 and after == 200
     assert full.json()["error"]["code"] == "queue_full"
+    # What nobody waited for was work as well: beside the one picture at the end there are tokens of others.
+    usage = httpx.get(f"{server.url}/v1/usage").json()
+    assert usage["pictures"] == booked["pictures"] + 1 and usage["requests"] > booked["requests"] + 1
+    assert usage["tokens"] > booked["tokens"] + 4 and usage["seconds"] > booked["seconds"]
 
 
 def test_a_killed_worker_costs_nobody_the_picture(server: Any) -> None:

@@ -17,7 +17,6 @@ from glmimg.serving import schemas
 from glmimg.serving.auth import Client
 from glmimg.serving.dispatcher import Ticket
 from glmimg.serving.jobs import Job
-from glmimg.serving.metrics import Totals
 from glmimg.serving.service import Service
 from glmimg.serving.settings import problem_of
 
@@ -33,7 +32,7 @@ async def answer(service: Service, request: Request, job: Job, body: schemas.Tok
     if body.stream:
         return await EventStream.of(service, client, job, body, kind)
     async with service.ticket(job, client) as ticket:
-        working = asyncio.create_task(_all(service, client, ticket, body, str(request.base_url)))
+        working = asyncio.create_task(_all(service, ticket, body, str(request.base_url)))
         gone = asyncio.create_task(_disconnected(request.receive))
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
@@ -44,22 +43,21 @@ async def answer(service: Service, request: Request, job: Job, body: schemas.Tok
 
 
 async def _all(
-    service: Service, client: Client, ticket: Ticket, body: schemas.TokenFields, url: str
+    service: Service, ticket: Ticket, body: schemas.TokenFields, url: str
 ) -> schemas.ImagesReply | schemas.LayoutReply:
     images: dict[int, schemas.Image] = {}
-    total = Totals()
     async for message in ticket:
         if message["type"] != "picture":
             continue
         await service.judge(message["data"])
-        service.account(client, ticket, message, total)
+        service.account(ticket, message)
         image = _image(message, body)
         if image.b64_json and getattr(body, "response_format", None) == "url":
             assert message["data"] is not None
             name = service.files.put(message["data"], f"image/{ticket.job.output_format}")
             image.b64_json, image.url = None, f"{url}v1/files/{name}"
         images[message["picture"]] = image
-    data, usage = [images[k] for k in sorted(images)], service.usage(total, ticket.about)
+    data, usage = [images[k] for k in sorted(images)], service.usage(ticket.booked, ticket.about)
     created, size = int(time.time()), data[0].size
     if not isinstance(body, schemas.ImageRequest):
         return schemas.LayoutReply(created=created, data=data, size=size, usage=usage)
@@ -100,7 +98,7 @@ class EventStream(Response):
         """In the queue already: what can be refused is refused before the answer begins."""
         entered = service.ticket(job, client)
         ticket = await entered.__aenter__()
-        return cls(service, entered, _events(service, client, ticket, body, kind))
+        return cls(service, entered, _events(service, ticket, body, kind))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         working = asyncio.create_task(self._write(send))
@@ -140,10 +138,7 @@ class EventStream(Response):
         await out({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _events(
-    service: Service, client: Client, ticket: Ticket, body: schemas.TokenFields, kind: str
-) -> AsyncIterator[bytes]:
-    total = Totals()
+async def _events(service: Service, ticket: Ticket, body: schemas.TokenFields, kind: str) -> AsyncIterator[bytes]:
     try:
         async for message in ticket:
             event = message.pop("type")
@@ -171,7 +166,7 @@ async def _events(
             if event == "partial":
                 yield _event(f"{kind}.partial_image", {**fields, "partial_image_index": message["number"]})
                 continue
-            usage = service.account(client, ticket, message, total)
+            usage = service.account(ticket, message)
             fields |= {"seed": message["seed"], "usage": usage.model_dump(mode="json", exclude_none=True)}
             if message["data"] is None or getattr(body, "return_tokens", False):
                 fields["tokens"] = message["tokens"]

@@ -18,6 +18,7 @@ from glmimg.errors import Cancelled, GlmimgError
 from glmimg.serving import worker
 from glmimg.serving.fair_queue import FairQueue
 from glmimg.serving.jobs import Job
+from glmimg.serving.metrics import Totals
 from glmimg.serving.settings import Problem, ServerSettings
 
 __all__ = ["Dispatcher", "Ticket"]
@@ -42,6 +43,7 @@ class Ticket:
         self.retried = False
         self.over = False  # nothing more will be put
         self.given_up: float | None = None  # when it was cancelled at the worker
+        self.booked = Totals()  # of its pictures so far
         self._events: deque[Message | Problem] = deque()
         self._wake = asyncio.Event()
 
@@ -349,6 +351,8 @@ class Dispatcher:
             ticket.put(message)
         elif kind == "ended":
             self.running.pop(ticket.job.id, None)
+            if ticket.given_up is not None:
+                self.watch("abandoned", (ticket, message))
             ticket.put(message)
             self._pump()
         else:

@@ -318,8 +318,10 @@ class Engine:
         try:
             if self.turns:
                 self.stages.enter("decoder")
-            images = first_look(self.stages, work, pictures) if look else self._decode(work, pictures)
-            work.seconds += time.perf_counter() - began
+            try:
+                images = first_look(self.stages, work, pictures) if look else self._decode(work, pictures)
+            finally:
+                work.seconds += time.perf_counter() - began
             if not look:
                 work.decoded += len(pictures)
             for number, image in zip(pictures, images, strict=True):
@@ -340,6 +342,7 @@ class Engine:
         due = work.partial_steps()
 
         def told(done: int, total: int, preview: Callable[[], list[Image.Image]]) -> None:
+            work.steps += len(pictures)
             for k in pictures if work.job.progress else ():
                 self.send(messages.decoder_progress(work, k, done, total))
             if done in due and done < total:
@@ -394,7 +397,7 @@ class Engine:
             self.active.pop(work.job.id, None)
             self.limit = min(self.max_batch, self.limit + 1)  # back up by and by after memory was short
             self._changed.notify_all()
-        self.send({"type": "ended", "id": work.job.id})
+        self.send(messages.ended(work))
 
     def _free(self) -> None:
         for backend in self.stages.backends.values():

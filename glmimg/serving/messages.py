@@ -14,7 +14,7 @@ from glmimg.serving.jobs import Job
 from glmimg.serving.token_batch import Drawing
 from glmimg.serving.work import Work, picture_file
 
-__all__ = ["decoder_progress", "out_of_memory", "partial", "picture", "refusal", "token_progress"]
+__all__ = ["decoder_progress", "ended", "out_of_memory", "partial", "picture", "refusal", "token_progress"]
 
 Message = dict[str, Any]
 
@@ -57,6 +57,17 @@ def partial(work: Work, number: int, image: Image.Image) -> Message:
         "data": picture_file(image, work.job),
         "width": image.width,
         "height": image.height,
+    }
+
+
+def ended(work: Work) -> Message:
+    """Nothing works on it any more; what it has taken in all, finished or not."""
+    return {
+        "type": "ended",
+        "id": work.job.id,
+        "seconds": round(work.seconds, 4),
+        "drawn": work.drawn,
+        "steps": work.steps,
     }
 
 

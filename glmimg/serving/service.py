@@ -64,7 +64,7 @@ class Service:
         self.started = int(time.time())
         self.metrics = Metrics()
         self.ledger = Ledger(None if settings.usage_file is None else Path(settings.usage_file))
-        self.dispatcher = Dispatcher(settings, watch=self.metrics.watch)
+        self.dispatcher = Dispatcher(settings, watch=self._watch)
         self.keys = None if settings.keys is None else KeyFile(settings.keys)
         self.limits = Limits()
         self.files = Files(settings.url_seconds, settings.url_memory)
@@ -201,9 +201,9 @@ class Service:
 
     # The accounts.
 
-    def account(self, client: Client, ticket: Ticket, message: dict[str, Any], before: Totals) -> schemas.Usage:
-        """Books a finished picture; `before` is what this request's others came to, and is brought up to date."""
-        about, n = ticket.about, ticket.job.n
+    def account(self, ticket: Ticket, message: dict[str, Any]) -> schemas.Usage:
+        """Books a finished picture."""
+        about, n, before = ticket.about, ticket.job.n, ticket.booked
         amount = Totals(
             requests=int(not before.requests),
             pictures=int(message["data"] is not None),
@@ -212,16 +212,39 @@ class Service:
             steps=message["steps"],
             seconds=max(0.0, message["seconds"] - before.seconds),
         )
+        self._book(ticket, amount)
+        return self.usage(amount, about)
+
+    def _watch(self, name: str, value: Any) -> None:
+        """For the dispatcher."""
+        if name == "abandoned":
+            self._account_rest(*value)
+        else:
+            self.metrics.watch(name, value)
+
+    def _account_rest(self, ticket: Ticket, ended: dict[str, Any]) -> None:
+        """Books what a request had taken, beside its pictures, when nobody waited for it any more."""
+        done = ticket.booked
+        amount = Totals(
+            tokens=max(0, ended.get("drawn", 0) - done.tokens),
+            steps=max(0, ended.get("steps", 0) - done.steps),
+            seconds=max(0.0, ended.get("seconds", 0.0) - done.seconds),
+        )
+        if amount.tokens or amount.steps:
+            amount.requests = int(not done.requests)
+            amount.prompt_tokens = 0 if done.requests else ticket.about["prompt_tokens"]
+            self._book(ticket, amount)
+
+    def _book(self, ticket: Ticket, amount: Totals) -> None:
         if self.settings.watts is not None:
             amount.energy_wh = amount.seconds * self.settings.watts / 3600
             amount.cost = amount.energy_wh / 1000 * (self.settings.price or 0.0)
-        before.add(amount)
-        self.ledger.add(client.name, amount)
+        ticket.booked.add(amount)
+        self.ledger.add(ticket.client, amount)
         self.metrics.pictures.inc(amount.pictures)
         self.metrics.tokens.inc(amount.tokens)
         self.metrics.steps.inc(amount.steps)
         self.metrics.busy.inc(amount.seconds)
-        return self.usage(amount, about)
 
     def usage(self, amount: Totals, about: dict[str, Any]) -> schemas.Usage:
         pictures = min(amount.prompt_tokens, about["reference_tokens"])

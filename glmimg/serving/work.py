@@ -48,6 +48,7 @@ class Work:
     reference_cache: ReferenceCache | None = None
     seconds: float = 0.0  # of the machine
     drawn: int = 0  # tokens
+    steps: int = 0  # of the decoder
     decoded: int = 0
     sent: int = 0
     partials: dict[int, int] = field(default_factory=dict)
