@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +23,9 @@ from torch import Tensor
 
 from glmimg.corpus.cache import SceneCache
 from glmimg.corpus.stickers import StickerBank
-from glmimg.decoder import Decoder
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.pipelines.train_mini import MiniTraining, Scale
-from glmimg.training.decoder_task import upsample_ids
+from glmimg.training.decoder_task import WatchedDecoder, upsample_ids
 from glmimg.training.encoded import EncodedScenes
 
 
@@ -87,15 +85,8 @@ def main() -> None:
     ids_Bhw = torch.from_numpy(data.tokens[:count, data.prompt_offset :].astype(np.int64)).view(-1, h, w)
     words = [[t.word for t in scenes.scene(k).things if t.word] for k in range(count)]
 
-    states: list[Tensor] = []
-
-    class Watched(Decoder):
-        def _block(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-            out = super()._block(*inputs)
-            states.append(out[0])
-            return out
-
-    decoder = Watched(models["transformer"].eval())
+    blocks = len(models["transformer"].transformer_blocks)
+    decoder = WatchedDecoder(models["transformer"].eval(), range(blocks))
     noise = torch.randn(latents_BCHW.shape, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         glyphs, mask = GlyphEncoder(models["text_encoder"].eval()).encode(words)
@@ -106,7 +97,10 @@ def main() -> None:
         print(
             f"{name:16} variance {float(part.var()):.3f}, explained {1 - float(error.square().mean() / part.var()):.0%}"
         )
-    print("odd rows told by a probe after each block: " + " ".join(f"{parity(s, 2 * w):.0%}" for s in states))
+    print(
+        "odd rows told by a probe after each block: "
+        + " ".join(f"{parity(decoder.states_BPD[k], 2 * w):.0%}" for k in range(blocks))
+    )
     common = SceneCache(a.work / "scenes_common", scenes.bank)
     for which, shares in agreement(EncodedScenes(a.work / "scenes_common" / "encoded", common)).items():
         print(f"tokens of a thing on {which} background: {np.mean(shares):.0%} agree, n {len(shares)}")

@@ -41,9 +41,17 @@ SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 
 # Beside the square pictures: (height, width) in pixels.
 OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
 TRAINED_ON = ("scenes", "scenes_common", *OTHER_SIZES)
-# What a small model can learn by heart: mostly common things, alone, on whole tokens (32 pixels). `scenes` and
-# `scenes_cells` are of everything, anywhere.
-PLAIN: dict[str, Any] = {"common": 0.85, "grid": 32, "single": 0.75}
+# What a small model can learn by heart: mostly common things, alone in the middle of a light background, on whole
+# tokens (32 pixels), two styles of five in most of them. `scenes` and `scenes_cells` are of everything, anywhere.
+PLAIN: dict[str, Any] = {
+    "kinds": (0.78, 0.08, 0.14),
+    "common": 0.95,
+    "grid": 32,
+    "single": 0.85,
+    "centre": 0.85,
+    "styles": {"3d": 4.0, "flat": 2.5, "cartoon": 1.2, "simple": 0.8, "silhouette": 0.8},
+    "pale": 0.85,
+}
 # What ends up in the checkpoint.
 KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.cache import SceneCache, render, render_edits
 from glmimg.corpus.captions import caption
-from glmimg.corpus.scenes import SceneSampler, draw
+from glmimg.corpus.scenes import _PALE, SceneSampler, draw
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept
 from glmimg.corpus.stickers import SIDE, STYLES, StickerBank
 from glmimg.errors import BadInput
@@ -104,6 +104,14 @@ def test_common_concepts_are_drawn_oftener(bank: StickerBank, monkeypatch: pytes
         for common in (0.0, 0.8)
     }
     assert drawn[0.8] > 2 * drawn[0.0] > 0
+
+
+def test_plain_scenes_are_of_what_was_asked(bank: StickerBank) -> None:
+    sampler = SceneSampler(bank, kinds=(1.0, 0.0, 0.0), single=1.0, centre=0.9, styles={"flat": 50.0}, pale=0.9)
+    scenes = [sampler.sample(i) for i in range(200)]
+    assert sum(s.layout == "single:centre" for s in scenes) > 150
+    assert sum(s.things[0].style == "flat" for s in scenes) > 160
+    assert sum(s.background[0] in _PALE for s in scenes) > 150 and all(len(s.things) == 1 for s in scenes)
 
 
 @pytest.mark.parametrize("size", [(256, 256), (192, 320), (320, 192)])
@@ -373,6 +381,15 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
     after = decoder.evaluate()
     assert after["loss"] < before["loss"] and after["edit_loss"] < before["edit_loss"]
     assert decoder.sheet().size[0] > 100
+    # Places are read right where a state says nothing but its place, and only there.
+    decoder.where.weight.data.zero_()
+    decoder.where.weight.data[[0, 1, 40, 41, 42, 43, 82, 83], range(8)] = 9.0
+    told = torch.tensor([[0, 2, 4, 6], [0, 2, 5, 7], [1, 3, 4, 6], [1, 3, 5, 7]])
+    for shift, right in ((0, 1.0), (2, 0.5)):  # moved by two patches every row is wrong
+        states = torch.nn.functional.one_hot(told.roll(shift, 0), decoder.where.in_features).sum(1).float()
+        decoder.decoder.states_BPD[decoder.watched] = states[None]
+        lost, share = decoder._where((1, 1))
+        assert share == right and (float(lost.detach()) < 0.1) == (right == 1.0)
 
 
 def test_crops_hold_their_thing_whole(tmp_path: Path, bank: StickerBank, models: dict) -> None:

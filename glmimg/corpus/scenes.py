@@ -6,6 +6,7 @@ integer. Legend: h, w pixels of the canvas.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -91,7 +92,9 @@ class SceneSampler:
     with probabilities. max_things bounds the number of stickers or shapes. common: the share of the stickers that
     are drawn from `COMMON_THINGS` (cat, rocket, pizza: what people ask for first), beside what chance gives them. grid:
     things lie on multiples of so many pixels (0: anywhere): a thing then looks the same to the tokens wherever it is.
-    single: share of the sticker scenes that show one alone.
+    single: share of the sticker scenes that show one alone; centre: share of things alone that lie in the middle.
+    styles: how often each of `STYLES` is drawn, by name (others: 1). pale: share of the backgrounds that are drawn from
+    white and the light colours only.
     """
 
     def __init__(
@@ -107,11 +110,15 @@ class SceneSampler:
         common: float = 0.0,
         grid: int = 0,
         single: float = 0.55,
+        centre: float = 0.65,
+        styles: Mapping[str, float] | None = None,
+        pale: float = 0.5,
     ) -> None:
         if split not in SPLITS:
             raise UnknownName.of("split", split, SPLITS)
         self.bank, self.split, self.seed, self.sizes, self.max_things = bank, split, seed, sizes, max_things
-        self.grid = grid
+        self.grid, self.centre, self.pale = grid, centre, pale
+        self.styles = {"3d": 1.5, "silhouette": 0.6} if styles is None else styles
         self.numbers = [single, *((1 - single) / 0.45 * p for p in (0.25, 0.1, 0.1))]
         self.kinds = {"words": (0.0, 0.0, 1.0), "shapes": (0.0, 1.0, 0.0)}.get(split, kinds)
         self.words = words or sign_words(bank.concepts.values(), held_out=split == "words")
@@ -165,7 +172,7 @@ class SceneSampler:
 
     def _style(self, rng: np.random.Generator) -> str:
         styles = list(self._rows)
-        weights = np.array([{"3d": 1.5, "silhouette": 0.6}.get(s, 1.0) for s in styles])
+        weights = np.array([self.styles.get(s, 1.0) for s in styles])
         return str(rng.choice(styles, p=weights / weights.sum()))
 
     def _stickers(self, rng: np.random.Generator, height: int, width: int) -> Scene:
@@ -173,7 +180,7 @@ class SceneSampler:
         style = self._style(rng)
         if n == 1:
             things = [self._pick(rng, style)]
-            layout, boxes = _single(rng, height, width)
+            layout, boxes = _single(rng, height, width, self.centre)
         elif n == 2:
             things = [self._pick(rng, style), self._pick(rng, style if rng.random() < 0.85 else self._style(rng))]
             layout, boxes = _pair(rng, height, width)
@@ -201,7 +208,7 @@ class SceneSampler:
         while True:
             things = [self._coloured_shape(rng) for _ in range(n)]
             if n == 1:
-                layout, boxes = _single(rng, height, width)
+                layout, boxes = _single(rng, height, width, self.centre)
             elif n == 2:
                 layout, boxes = _pair(rng, height, width)
                 relation = layout.split(":")[1]
@@ -270,9 +277,9 @@ class SceneSampler:
         limit = 150 if taken else 0
         names = [n for n, (rgb, _) in BACKGROUNDS.items() if all(_distance(rgb, c) > limit for c in taken)]
         pale = [n for n in names if n in _PALE]
-        pool = pale if pale and rng.random() < 0.5 else names
+        pool = pale if pale and rng.random() < self.pale else names
         first = str(rng.choice(pool))
-        if not plain and rng.random() < 0.12:
+        if not plain and rng.random() < 0.24 * (1 - self.pale):
             return first, str(rng.choice([n for n in names if n != first]))
         return (first,)
 
@@ -302,8 +309,10 @@ def _snapped(box: tuple[int, int, int, int], scene: Scene, grid: int) -> tuple[i
     return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
 
 
-def _single(rng: np.random.Generator, height: int, width: int) -> tuple[str, list[tuple[int, int, int, int]]]:
-    place = "centre" if rng.random() < 0.65 else str(rng.choice(_PLACES[1:]))
+def _single(
+    rng: np.random.Generator, height: int, width: int, centre: float
+) -> tuple[str, list[tuple[int, int, int, int]]]:
+    place = "centre" if rng.random() < centre else str(rng.choice(_PLACES[1:]))
     low, high = (0.6, 0.92) if place == "centre" else (0.38, 0.52)
     side = min(height, width) * rng.uniform(low, high)
     cx, cy = width / 2, height / 2

@@ -10,7 +10,7 @@ Legend: B batch, C latent channels, P patches, h x w tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,17 +73,18 @@ def start_from_scratch(transformer: Any) -> None:
         torch.nn.init.zeros_(linear.bias)
 
 
-class _Watched(Decoder):
-    """A decoder that keeps the patches' states (B, P, D) after one of its blocks."""
+class WatchedDecoder(Decoder):
+    """A decoder that keeps the patches' states (B, P, D) of its last pass after some of its blocks, by their number."""
 
-    def __init__(self, model: Any, number: int) -> None:
+    def __init__(self, model: Any, numbers: Iterable[int]) -> None:
         super().__init__(model)
-        self.watched, self.states_BPD = model.transformer_blocks[number], torch.empty(0)
+        self._numbers = {id(model.transformer_blocks[number]): number for number in numbers}
+        self.states_BPD: dict[int, torch.Tensor] = {}
 
     def _block(self, block: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         x_BPD, text_BTD = super()._block(block, *rest)
-        if block is self.watched:
-            self.states_BPD = x_BPD
+        if id(block) in self._numbers:
+            self.states_BPD[self._numbers[id(block)]] = x_BPD
         return x_BPD, text_BTD
 
 
@@ -141,7 +142,7 @@ class DecoderTask:
         *,
         crops: Sequence[tuple[int, int]] = CROPS,
         whole: float = 0.2,
-        time_mean: float = 0.6,
+        time_mean: float = 1.3,
         where: float = 0.1,
         token_noise: float = 0.1,
         drop: float = 0.1,
@@ -151,8 +152,9 @@ class DecoderTask:
     ) -> None:
         if any(data.latents is None for data in (*train, held_out)):
             raise ValueError("the decoder trains on latents: run encode_latents first")
-        layers = int(transformer.config.num_layers)
-        self.decoder, self.glyphs, self.vae = _Watched(transformer, layers // 4), GlyphEncoder(text_encoder), vae
+        self.watched = int(transformer.config.num_layers) // 4
+        self.decoder = WatchedDecoder(transformer, [self.watched])
+        self.glyphs, self.vae = GlyphEncoder(text_encoder), vae
         self.train, self.held_out, self.scheduler = train, held_out, scheduler
         self.whole, self.time_mean, self.token_noise, self.drop, self.seed = whole, time_mean, token_noise, drop, seed
         self.places = [_Places(data, crops) for data in train]
@@ -274,8 +276,8 @@ class DecoderTask:
     def _where(self, tokens: Sequence[int]) -> tuple[torch.Tensor, float]:
         """Cross-entropy of reading each patch's row and column, and whether they are odd (which half of its token it
         is), off its state; and the share of rows and columns read right."""
-        grid = [2 * n for n in tokens]
-        logits_BP2n = self.where(self.decoder.states_BPD.to(self.where.weight.dtype)).float().unflatten(-1, (2, -1))
+        grid, states_BPD = [2 * n for n in tokens], self.decoder.states_BPD[self.watched]
+        logits_BP2n = self.where(states_BPD.to(self.where.weight.dtype)).float().unflatten(-1, (2, -1))
         which, odd = logits_BP2n[..., :_ROWS], logits_BP2n[..., _ROWS:]
         places_P2 = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).flatten(0, 1)
         places_BP2 = places_P2.expand(len(logits_BP2n), -1, 2)

@@ -114,7 +114,7 @@ class GeneratorTask:
         noise: float = 0.03,
         seed: int = 0,
         edits: EncodedEdits | None = None,
-        edit_share: float = 0.2,
+        edit_share: float = 0.1,
         paint: Callable[[Any], Image.Image] | None = None,
     ) -> None:
         self.model, self.builder, self.train, self.held_out = model, builder, train, held_out
@@ -210,7 +210,8 @@ class GeneratorTask:
         if self.edits:
             rows = np.arange(self.edits.trained, len(self.edits.tokens))
             batch = self._read_edits(self.edits, rows, np.random.default_rng(0))
-            out["edit_bits"] = float(self._losses(batch)[:, :-1].mean() / np.log(2))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out["edit_bits"] = float(self._losses(batch)[:, :-1].mean() / np.log(2))
         return out
 
     @torch.no_grad()
