@@ -28,6 +28,7 @@ from glmimg.corpus.captions import caption
 from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
+from glmimg.corpus.words import FIRST_THINGS
 from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS, Preset
 from glmimg.training import recipes
@@ -40,7 +41,7 @@ from glmimg.training.record import checkpoint_record, chunks_record
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
 # Beside the square pictures: (height, width) in pixels.
 OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
-TRAINED_ON = ("scenes", "scenes_common", *OTHER_SIZES)
+TRAINED_ON = ("scenes", "scenes_common", "scenes_first", *OTHER_SIZES)
 # What a small model can learn by heart: mostly common things, alone in the middle of a light background, on whole
 # tokens (32 pixels), two styles of five in most of them. `scenes` and `scenes_cells` are of everything, anywhere.
 PLAIN: dict[str, Any] = {
@@ -52,21 +53,27 @@ PLAIN: dict[str, Any] = {
     "styles": {"3d": 4.0, "flat": 2.5, "cartoon": 1.2, "simple": 0.8, "silhouette": 0.8},
     "pale": 0.85,
 }
+# Of fewer things still: most of what is trained on.
+FIRST = {**PLAIN, "names": FIRST_THINGS, "centre": 0.9, "styles": {**PLAIN["styles"], "3d": 5.0}}
 # What ends up in the checkpoint.
 KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much data a run draws: scenes of everything, of common things and of each other size; how many of the first
-    two have latents kept; edit pairs; texts for the text tokenizer's merges.
+    """How much data a run draws: scenes of everything (VAE and tokenizer take all of them), of common things, of the
+    first things and of each other size; of how many of the first three tokens and latents are kept, and so how often
+    they are drawn; edit pairs; texts for the text tokenizer's merges.
     """
 
     scenes: int = 16_000
-    common: int = 24_000
-    others: int = 1_500
-    latents: int = 1_500
-    common_latents: int = 10_000
+    tokens: int = 1_500
+    common: int = 3_000
+    first: int = 10_000
+    others: int = 300
+    latents: int = 400
+    common_latents: int = 1_000
+    first_latents: int = 3_200
     edits: int = 2_000
     held_out: int = 1_000
     texts: int = 40_000
@@ -74,7 +81,17 @@ class Scale:
 
 
 SMOKE = Scale(
-    scenes=128, common=64, others=16, latents=64, common_latents=64, edits=32, held_out=208, texts=300, concepts=40
+    scenes=128,
+    common=64,
+    first=64,
+    others=16,
+    latents=64,
+    common_latents=64,
+    first_latents=64,
+    edits=32,
+    held_out=208,
+    texts=300,
+    concepts=40,
 )
 
 
@@ -110,6 +127,7 @@ class MiniTraining:
         for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
             render(self.work / name, bank, self.scale.others, seed=4 + k, height=height, width=width, **PLAIN)
         render(self.work / "scenes_common", bank, self.scale.common, seed=6, **PLAIN)
+        render(self.work / "scenes_first", bank, self.scale.first, seed=9, **FIRST)
         render_edits(self.work / "edits", bank, self.scale.edits, seed=3, **PLAIN)
 
     @cached_property
@@ -284,14 +302,17 @@ class MiniTraining:
         side = self.preset["generation"]["preview_side"]
         for name, cache in self.caches():
             if not (self.work / name / "encoded" / "tokens.npy").exists():
-                encode_tokens(self.work / name / "encoded", cache, self.semantic_tokenizer, side)
+                count = self.scale.tokens if name == "scenes" else 0
+                encode_tokens(self.work / name / "encoded", cache, self.semantic_tokenizer, side, count)
 
     def encode_latents(self) -> None:
         from glmimg.autoencoder import Autoencoder
 
         self.load("autoencoder")
         vae = Autoencoder(self.models["vae"])
-        counts = {"scenes_held_out": 64, "scenes": self.scale.latents, "scenes_common": self.scale.common_latents}
+        scale = self.scale
+        counts = {"scenes_held_out": 64, "scenes": scale.latents}
+        counts |= {"scenes_common": scale.common_latents, "scenes_first": scale.first_latents}
         for name, cache in self.caches():
             if not (self.work / name / "encoded" / "latents.npy").exists():
                 encode_latents(self.work / name / "encoded", cache, vae, counts.get(name, len(cache)))
@@ -415,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start-from", type=Path, help="continue the weights of this checkpoint folder")
     parser.add_argument("--preset", default="mini", choices=sorted(PRESETS))
     parser.add_argument("--smoke", action="store_true", help="a few concepts and scenes, to see that the chain works")
-    parser.add_argument("--latents", type=int, help="common scenes whose latents are kept on disk (32 KB each)")
+    parser.add_argument("--latents", type=int, help="scenes of the first things with latents on disk (32 KB each)")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
@@ -425,7 +446,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UnknownName.of("stage", stage, STAGES)
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
     scale = SMOKE if a.smoke else Scale()
-    scale = replace(scale, common_latents=a.latents or scale.common_latents)
+    scale = replace(scale, first_latents=a.latents or scale.first_latents)
     processes = Processes.current()
     training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from)
     for stage in wanted:

@@ -19,6 +19,7 @@ from glmimg.corpus.captions import caption
 from glmimg.corpus.scenes import _PALE, SceneSampler, draw
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept
 from glmimg.corpus.stickers import SIDE, STYLES, StickerBank
+from glmimg.corpus.words import COMMON_THINGS, FIRST_THINGS
 from glmimg.errors import BadInput
 from glmimg.pipelines.train_mini import MiniTraining, Scale
 from glmimg.presets import PRESETS
@@ -107,6 +108,11 @@ def test_common_concepts_are_drawn_oftener(bank: StickerBank, monkeypatch: pytes
 
 
 def test_plain_scenes_are_of_what_was_asked(bank: StickerBank) -> None:
+    assert len(set(FIRST_THINGS)) == len(FIRST_THINGS) and set(FIRST_THINGS) < COMMON_THINGS
+    label = next(iter(bank.concepts.values())).labels["en"]
+    named = SceneSampler(bank, kinds=(1.0, 0.0, 0.0), common=0.9, names=[label])
+    shown = [bank.concepts[t.concept].labels["en"] == label for i in range(100) for t in named.sample(i).things]
+    assert sum(shown) > 0.7 * len(shown)
     sampler = SceneSampler(bank, kinds=(1.0, 0.0, 0.0), single=1.0, centre=0.9, styles={"flat": 50.0}, pale=0.9)
     scenes = [sampler.sample(i) for i in range(200)]
     assert sum(s.layout == "single:centre" for s in scenes) > 150

@@ -6,7 +6,7 @@ integer. Legend: h, w pixels of the canvas.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -90,7 +90,7 @@ class SceneSampler:
     split: "train" leaves out all that `splits` holds out; "cells", "concepts", "words" and "shapes" draw only scenes
     with exactly that held-out part. kinds: probabilities of sticker, shape and sign scenes. sizes: (height, width)
     with probabilities. max_things bounds the number of stickers or shapes. common: the share of the stickers that
-    are drawn from `COMMON_THINGS` (cat, rocket, pizza: what people ask for first), beside what chance gives them. grid:
+    are drawn from `names` (by default cat, rocket, pizza: what people ask for first), beside what chance gives. grid:
     things lie on multiples of so many pixels (0: anywhere): a thing then looks the same to the tokens wherever it is.
     single: share of the sticker scenes that show one alone; centre: share of things alone that lie in the middle.
     styles: how often each of `STYLES` is drawn, by name (others: 1). pale: share of the backgrounds that are drawn from
@@ -108,6 +108,7 @@ class SceneSampler:
         max_things: int = 4,
         words: dict[str, list[str]] | None = None,
         common: float = 0.0,
+        names: Iterable[str] = COMMON_THINGS,
         grid: int = 0,
         single: float = 0.55,
         centre: float = 0.65,
@@ -121,6 +122,7 @@ class SceneSampler:
         self.styles = {"3d": 1.5, "silhouette": 0.6} if styles is None else styles
         self.numbers = [single, *((1 - single) / 0.45 * p for p in (0.25, 0.1, 0.1))]
         self.kinds = {"words": (0.0, 0.0, 1.0), "shapes": (0.0, 1.0, 0.0)}.get(split, kinds)
+        names = frozenset(names)
         self.words = words or sign_words(bank.concepts.values(), held_out=split == "words")
         rows: dict[str, list[int]] = {style: [] for style in STYLES}
         weights: dict[str, list[float]] = {style: [] for style in STYLES}
@@ -134,7 +136,7 @@ class SceneSampler:
                 tone = 0.1 if sticker.tone else 1.0
                 concept = bank.concepts[sticker.concept]
                 weights[sticker.style].append(GROUP_WEIGHT[concept.group] * tone)
-                often[sticker.style].append(tone * (concept.labels["en"] in COMMON_THINGS))
+                often[sticker.style].append(tone * (concept.labels["en"] in names))
         self._rows = {style: np.array(value) for style, value in rows.items() if value}
         self._sums = {}
         for style in self._rows:
