@@ -1,12 +1,13 @@
 """What a decoder knows at pure noise: how much of the latents its tokens explain, and whether patches know their place.
 
-    python benchmarks/decoder_detail.py --work runs [--model FOLDER] [-n 48]
+    python benchmarks/decoder_detail.py --work runs [--model FOLDER] [--scenes scenes_held_out] [-n 48]
 
-The work folder is that of `train_mini` (stages corpus, encode_tokens, encode_latents); its held-out scenes are read.
-The error of the estimate at level 1 is split in three: between tokens (means of 32 x 32 pixels), between the four
-patches of a token, and within patches. The probe is a ridge regression from the patches' states to "odd row", fitted on
-three quarters of the scenes: chance is 50 %. Last, how far the tokens of one thing, alone in the middle, agree between
-two training scenes.
+The work folder is that of `train_mini` (stages corpus, encode_tokens, encode_latents); its held-out scenes are read, or
+`--scenes scenes_first`, things alone in the middle that it was trained on. The error of the estimate at level 1 is
+split in three: between tokens (means of 32 x 32 pixels), between the four patches of a token, and within patches. Below
+it stands what a table would explain that holds the mean latents of each code and knows no neighbours. The probe is a
+ridge regression from the patches' states to "odd row", fitted on three quarters of the scenes: chance is 50 %. Last,
+how far the tokens of one thing, alone in the middle, agree between two training scenes.
 
 Legend: B scenes, C latent channels, D width, P patches.
 """
@@ -14,6 +15,7 @@ Legend: B scenes, C latent channels, D width, P patches.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +49,43 @@ def parity(states_BPD: Tensor, columns: int) -> float:
     return float(((x @ weights).sign() == y)[~fitted].float().mean())
 
 
+def by_code(data: EncodedScenes, latents_BCHW: Tensor, ids_Bhw: Tensor) -> Tensor:
+    """Latents (B, C, H, W) that are the mean of each token's code over the scenes of `data`."""
+
+    def cut(latents: Tensor) -> Tensor:  # (B, C, 4h, 4w) -> (B h w, C 4 4)
+        return latents.unflatten(2, (-1, 4)).unflatten(4, (-1, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+
+    assert data.latents is not None
+    B, C, H, W = latents_BCHW.shape
+    sums, counts = torch.zeros(int(data.tokens.max()) + 1, C * 16), torch.zeros(int(data.tokens.max()) + 1)
+    for start in range(0, len(data.latents), 256):
+        rows = slice(start, min(start + 256, len(data.latents)))
+        codes = torch.from_numpy(data.tokens[rows, data.prompt_offset :].astype(np.int64)).flatten()
+        sums.index_add_(0, codes, cut(torch.from_numpy(data.latents[rows].astype(np.float32))))
+        counts.index_add_(0, codes, torch.ones(len(codes)))
+    means = (sums / counts.clamp(min=1)[:, None])[ids_Bhw.clamp(max=len(sums) - 1)]
+    return means.unflatten(-1, (C, 4, 4)).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+
+
+def explained(latents_BCHW: Tensor, estimate_BCHW: Tensor) -> str:
+    both = zip(parts(latents_BCHW).items(), parts(latents_BCHW - estimate_BCHW).values(), strict=True)
+    return ", ".join(f"{name} {1 - float(error.square().mean() / part.var()):.0%}" for (name, part), error in both)
+
+
+def alone_in_the_middle(scenes: SceneCache, k: int) -> bool:
+    scene = scenes.scene(k)
+    return len(scene.things) == 1 and scene.things[0].kind == "sticker" and scene.layout == "single:centre"
+
+
 def agreement(data: EncodedScenes) -> dict[str, list[float]]:
     """Shares of equal tokens of the same thing in the same box, on the same and on another background."""
     h, w = data.target
     last: dict[tuple[object, ...], tuple[tuple[str, ...], np.ndarray]] = {}
     found: dict[str, list[float]] = {"the same": [], "another": []}
     for k in range(len(data.tokens)):
-        scene = data.cache.scene(k)
-        if len(scene.things) != 1 or scene.things[0].kind != "sticker" or scene.layout != "single:centre":
+        if not alone_in_the_middle(data.cache, k):
             continue
+        scene = data.cache.scene(k)
         thing = scene.things[0]
         left, top, right, bottom = (edge // 32 for edge in thing.box)
         ids_hw = data.tokens[k, data.prompt_offset :].reshape(h, w)[top:bottom, left:right]
@@ -73,17 +103,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs"))
     parser.add_argument("--model", type=Path, default=Path("glmimg/assets/mini"))
-    parser.add_argument("-n", type=int, default=48, help="held-out scenes")
+    parser.add_argument("--scenes", default="scenes_held_out", help="folder of the work folder")
+    parser.add_argument("-n", type=int, default=48, help="scenes")
     a = parser.parse_args()
     models = MiniTraining(a.work, "mini", Scale(), {}, 0, 0, a.model).models
-    scenes = SceneCache(a.work / "scenes_held_out", StickerBank(a.work / "corpus"))
-    data = EncodedScenes(a.work / "scenes_held_out" / "encoded", scenes)
+    scenes = SceneCache(a.work / a.scenes, StickerBank(a.work / "corpus"))
+    data = EncodedScenes(a.work / a.scenes / "encoded", scenes)
     assert data.latents is not None
-    count = min(a.n, len(data.latents))
-    latents_BCHW = torch.from_numpy(np.array(data.latents[:count], dtype=np.float32))
+    wanted: Sequence[int] = range(len(data.latents))
+    if a.scenes != "scenes_held_out":
+        wanted = [k for k in wanted if alone_in_the_middle(scenes, k)]
+    rows = list(wanted[: a.n])
+    latents_BCHW = torch.from_numpy(data.latents[rows].astype(np.float32))
     h, w = data.target
-    ids_Bhw = torch.from_numpy(data.tokens[:count, data.prompt_offset :].astype(np.int64)).view(-1, h, w)
-    words = [[t.word for t in scenes.scene(k).things if t.word] for k in range(count)]
+    ids_Bhw = torch.from_numpy(data.tokens[rows, data.prompt_offset :].astype(np.int64)).view(-1, h, w)
+    words = [[t.word for t in scenes.scene(k).things if t.word] for k in rows]
 
     blocks = len(models["transformer"].transformer_blocks)
     decoder = WatchedDecoder(models["transformer"].eval(), range(blocks))
@@ -92,11 +126,10 @@ def main() -> None:
         glyphs, mask = GlyphEncoder(models["text_encoder"].eval()).encode(words)
         told = decoder.condition(upsample_ids(ids_Bhw), glyphs, mask, size=(32 * h, 32 * w))
         estimate = noise - decoder.velocity(noise, 999.0, told)
-    print(f"{a.model}, {count} held-out scenes, noise level 1")
-    for (name, part), error in zip(parts(latents_BCHW).items(), parts(latents_BCHW - estimate).values(), strict=True):
-        print(
-            f"{name:16} variance {float(part.var()):.3f}, explained {1 - float(error.square().mean() / part.var()):.0%}"
-        )
+    print(f"{a.model}, {len(rows)} of {a.scenes}, noise level 1, share of the variance explained:")
+    print("decoder: " + explained(latents_BCHW, estimate))
+    first = EncodedScenes(a.work / "scenes_first" / "encoded", SceneCache(a.work / "scenes_first", scenes.bank))
+    print("codes alone: " + explained(latents_BCHW, by_code(first, latents_BCHW, ids_Bhw)))
     print(
         "odd rows told by a probe after each block: "
         + " ".join(f"{parity(decoder.states_BPD[k], 2 * w):.0%}" for k in range(blocks))
