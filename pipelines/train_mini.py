@@ -69,7 +69,7 @@ class Scale:
     scenes: int = 16_000
     tokens: int = 1_500
     common: int = 3_000
-    first: int = 10_000
+    first: int = 18_000
     others: int = 300
     latents: int = 400
     common_latents: int = 1_000

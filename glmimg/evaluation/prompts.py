@@ -18,7 +18,7 @@ from glmimg.corpus.edits import EDIT_WEIGHTS, EditSampler, instruction
 from glmimg.corpus.scenes import Scene, SceneSampler, Thing
 from glmimg.corpus.splits import is_held_out_relation
 from glmimg.corpus.stickers import LANGUAGES, StickerBank
-from glmimg.corpus.words import sign_words
+from glmimg.corpus.words import FIRST_THINGS, sign_words
 from glmimg.errors import UnknownName
 
 FIRST_SEED = 900_000
@@ -38,6 +38,7 @@ SHARES: dict[tuple[str, str], float] = {
     ("concepts", "held-out concepts"): 0.05,
     ("concepts", "pairs"): 0.05,
     ("concepts", "common"): 0.10,
+    ("concepts", "first"): 0.25,
 }
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _LATIN = ("en", "es", "pt")
@@ -185,9 +186,9 @@ def _signs(kind: str) -> Scenes:
     return scenes
 
 
-def _stickers(split: str, count: int, common: float = 0.0) -> Scenes:
+def _stickers(split: str, count: int, **more: Any) -> Scenes:
     def scenes(bank: StickerBank, seed: int, size: tuple[int, int]) -> Iterator[Scene]:
-        options: dict[str, Any] = {"kinds": (1.0, 0.0, 0.0), "sizes": ((size, 1.0),), "common": common}
+        options: dict[str, Any] = {"kinds": (1.0, 0.0, 0.0), "sizes": ((size, 1.0),), **more}
         sampler = SceneSampler(bank, split, seed=seed, max_things=count, **options)
         return _drawn(sampler, lambda scene: len(scene.things) == count)
 
@@ -209,4 +210,5 @@ _SOURCES: dict[tuple[str, str], Scenes] = {
     ("concepts", "held-out concepts"): _stickers("concepts", 1),
     ("concepts", "pairs"): _stickers("train", 2),
     ("concepts", "common"): _stickers("train", 1, common=1.0),
+    ("concepts", "first"): _stickers("train", 1, common=1.0, names=FIRST_THINGS),
 }
