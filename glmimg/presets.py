@@ -171,7 +171,7 @@ PRESETS: dict[str, Preset] = {
         glyph_layers=4,
         vae_channels=(16, 48, 96, 128),
         # By eye: surer than at 1.0, while the published nucleus would leave out things in favour of plain background.
-        temperature=0.7,
+        temperature=0.4,
         top_p=0.95,
     ),
     # For tests: every part of the architecture, a second to run.
