@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ import torch
 from glmimg.corpus import stickers
 from glmimg.corpus.cache import EditCache, SceneCache, render, render_edits
 from glmimg.corpus.captions import caption
+from glmimg.corpus.mini import FIRST, OTHER_SIZES, PLAIN, SMOKE, TRAINED_ON, Scale
 from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
-from glmimg.corpus.words import FIRST_THINGS
 from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS, Preset
 from glmimg.training import recipes
@@ -39,60 +39,8 @@ from glmimg.training.record import checkpoint_record, chunks_record
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
-# Beside the square pictures: (height, width) in pixels.
-OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
-TRAINED_ON = ("scenes", "scenes_common", "scenes_first", *OTHER_SIZES)
-# What a small model can learn by heart: mostly common things, alone in the middle of a light background, on whole
-# tokens (32 pixels), two styles of five in most of them. `scenes` and `scenes_cells` are of everything, anywhere.
-PLAIN: dict[str, Any] = {
-    "kinds": (0.78, 0.08, 0.14),
-    "common": 0.95,
-    "grid": 32,
-    "single": 0.85,
-    "centre": 0.85,
-    "styles": {"3d": 4.0, "flat": 2.5, "cartoon": 1.2, "simple": 0.8, "silhouette": 0.8},
-    "pale": 0.85,
-}
-# Of fewer things still: most of what is trained on.
-FIRST = {**PLAIN, "names": FIRST_THINGS, "centre": 0.9, "styles": {**PLAIN["styles"], "3d": 5.0}}
 # What ends up in the checkpoint.
 KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much data a run draws: scenes of everything (VAE and tokenizer take all of them), of common things, of the
-    first things and of each other size; of how many of the first three tokens and latents are kept, and so how often
-    they are drawn; edit pairs; texts for the text tokenizer's merges.
-    """
-
-    scenes: int = 16_000
-    tokens: int = 1_500
-    common: int = 3_000
-    first: int = 18_000
-    others: int = 300
-    latents: int = 400
-    common_latents: int = 1_000
-    first_latents: int = 3_200
-    edits: int = 2_000
-    held_out: int = 1_000
-    texts: int = 40_000
-    concepts: int = 0  # 0: all
-
-
-SMOKE = Scale(
-    scenes=128,
-    common=64,
-    first=64,
-    others=16,
-    latents=64,
-    common_latents=64,
-    first_latents=64,
-    edits=32,
-    held_out=208,
-    texts=300,
-    concepts=40,
-)
 
 
 class MiniTraining:
