@@ -1,13 +1,13 @@
 """What a decoder knows at pure noise: how much of the latents its tokens explain, and whether patches know their place.
 
-    python benchmarks/decoder_detail.py --work runs [--model FOLDER] [--scenes scenes_held_out] [-n 48]
+    python benchmarks/decoder_detail.py --work runs [--model FOLDER] [--scenes FOLDER [--alone]] [-n 48]
 
 The work folder is that of `train_mini` (stages corpus, encode_tokens, encode_latents); its held-out scenes are read, or
-`--scenes scenes_first`, things alone in the middle that it was trained on. The error of the estimate at level 1 is
-split in three: between tokens (means of 32 x 32 pixels), between the four patches of a token, and within patches. Below
-it stands what a table would explain that holds the mean latents of each code and knows no neighbours. The probe is a
-ridge regression from the patches' states to "odd row", fitted on three quarters of the scenes: chance is 50 %. Last,
-how far the tokens of one thing, alone in the middle, agree between two training scenes.
+others: `--scenes scenes_first --alone` are things alone in the middle that it was trained on. The error of the estimate
+at level 1 is split in three: between tokens (means of 32 x 32 pixels), between the four patches of a token, and within
+patches. Below it stands what a table would explain that holds the mean latents of each code in `scenes_first` and knows
+no neighbours. The probe is a ridge regression from the patches' states to "odd row", fitted on three quarters of the
+scenes: chance is 50 %. Last, how far the tokens of one thing, alone in the middle, agree between two training scenes.
 
 Legend: B scenes, C latent channels, D width, P patches.
 """
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs"))
     parser.add_argument("--model", type=Path, default=Path("glmimg/assets/mini"))
     parser.add_argument("--scenes", default="scenes_held_out", help="folder of the work folder")
+    parser.add_argument("--alone", action="store_true", help="only scenes of one thing in the middle")
     parser.add_argument("-n", type=int, default=48, help="scenes")
     a = parser.parse_args()
     models = MiniTraining(a.work, "mini", Scale(), {}, 0, 0, a.model).models
@@ -111,7 +112,7 @@ def main() -> None:
     data = EncodedScenes(a.work / a.scenes / "encoded", scenes)
     assert data.latents is not None
     wanted: Sequence[int] = range(len(data.latents))
-    if a.scenes != "scenes_held_out":
+    if a.alone:
         wanted = [k for k in wanted if alone_in_the_middle(scenes, k)]
     rows = list(wanted[: a.n])
     latents_BCHW = torch.from_numpy(data.latents[rows].astype(np.float32))

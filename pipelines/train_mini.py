@@ -69,14 +69,28 @@ class MiniTraining:
             stickers.build(folder, self.work / "packages", concepts=self.scale.concepts)
         (folder / "ATTRIBUTION.md").write_text(attribution())
         bank = self.bank
-        render(self.work / "scenes", bank, self.scale.scenes, seed=0)
+        render(self.work / "scenes", bank, self.scale.scenes, seed=0, start=self.seen)
         render(self.work / "scenes_held_out", bank, self.scale.held_out, seed=1, **PLAIN)
         render(self.work / "scenes_cells", bank, min(300, self.scale.held_out), split="cells", seed=2)
         for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
-            render(self.work / name, bank, self.scale.others, seed=4 + k, height=height, width=width, **PLAIN)
-        render(self.work / "scenes_common", bank, self.scale.common, seed=6, **PLAIN)
-        render(self.work / "scenes_first", bank, self.scale.first, seed=9, **FIRST)
+            render(
+                self.work / name,
+                bank,
+                self.scale.others,
+                seed=4 + k,
+                start=self.seen,
+                height=height,
+                width=width,
+                **PLAIN,
+            )
+        render(self.work / "scenes_common", bank, self.scale.common, seed=6, start=self.seen, **PLAIN)
+        render(self.work / "scenes_first", bank, self.scale.first, seed=9, start=self.seen, **FIRST)
         render_edits(self.work / "edits", bank, self.scale.edits, seed=3, **PLAIN)
+
+    @property
+    def seen(self) -> int:
+        """Samples that the checkpoint which is continued was trained on: its next scenes begin there."""
+        return max(checkpoint_record(self.start_from, stage)["position"] for stage in ("generator", "decoder"))
 
     @cached_property
     def bank(self) -> StickerBank:

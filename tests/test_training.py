@@ -438,8 +438,11 @@ def test_codes_start_anew_only_with_another_tokenizer(tmp_path: Path, models: di
         state = {"visual": model.visual.state_dict(), "vqmodel": model.vqmodel.state_dict()}
         torch.save({"ema": None, "modules": state}, work / "tokenizer" / "state.pt")
         training = MiniTraining(work, "tiny", Scale(), {}, 1, 0, checkpoint)
+        assert training.seen == 0
         table = training.models["transformer"].prior_token_embedding.weight
         before = table.detach().clone()
         training._spell("decoder", table)
         assert torch.equal(before, table) == kept
         assert float(table.detach().std()) == pytest.approx(float(before.std()), rel=0.2)
+    (checkpoint / "training.json").write_text('{"decoder": {"position": 7}}')
+    assert training.seen == 7  # where scenes begin that it was not trained on
