@@ -93,9 +93,10 @@ def encode_glyphs(stages: Stages, request: Request) -> Glyphs:
 
 
 def batches(stages: Stages, request: Request) -> Iterator[tuple[int, ...]]:
-    """Which pictures the decoder makes together: one after the other, unless they are too small to fill the device."""
+    """Which pictures the decoder makes together: on processors one after the other, so that each is what it is alone
+    whatever the others' words pad; on accelerators as many as fill the device."""
     size = 1
-    if stages.guidance_batched and not request.references:
+    if stages.backends["decoder"].has_pinned_memory and stages.guidance_batched and not request.references:
         size = max(1, BATCH_PATCHES // request.patches)
     for start in range(0, request.pictures, size):
         yield tuple(range(start, min(start + size, request.pictures)))

@@ -255,9 +255,9 @@ def _option(
 
 def _batch(work: Workload, decoder: int | str, offload: str) -> tuple[int, int]:
     """Rows of one forward of the decoder, and pictures decoded together."""
-    if decoder == HOST or offload == "block":
+    if offload == "block":
         return 1, 1
-    together = min(work.pictures, max(1, BATCH_PATCHES // work.patches))
+    together = 1 if decoder == HOST else min(work.pictures, max(1, BATCH_PATCHES // work.patches))
     return together * (2 if work.guidance else 1), together
 
 

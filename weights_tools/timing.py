@@ -61,7 +61,6 @@ def measure_work(
         mapping = 0.0 if backend.has_pinned_memory else _mapping(len(costs.shapes[_GENERATOR]) // 8, backend)
         for some in bits:
             (forward,) = _whole(costs, _DECODER, lambda count, b=some: _forward(costs, work, backend, count, b))  # type: ignore[misc]
-            halves = 1 if not work.guidance or backend.has_pinned_memory else 2
             for streamed in (False, True):
                 prompt, step = _whole(
                     costs,
@@ -72,7 +71,7 @@ def measure_work(
                 found[some, streamed] = Timed(
                     prompt + extra * costs.layers(_GENERATOR),
                     step + extra * costs.layers(_GENERATOR),
-                    forward + extra * costs.layers(_DECODER) * halves,
+                    forward + extra * costs.layers(_DECODER),  # once for both halves
                     vae,
                 )
     return found
@@ -154,7 +153,7 @@ def _forward(costs: Costs, work: Workload, backend: Backend, layers: int, bits: 
     size = (work.height, work.width)
     conditioning = decoder.condition(ids_BP, glyphs_BTG, size=size)
     without = decoder.condition(ids_BP, glyphs_BTG, size=size, drop_prior=True) if work.guidance else None
-    predict = decoder.predictor(conditioning, without, batched=backend.has_pinned_memory)
+    predict = decoder.predictor(conditioning, without)
     shape = (1, int(config["in_channels"]), 2 * conditioning.grid[0], 2 * conditioning.grid[1])
     noise_BChw = torch.randn(shape).to(device)
     return (seconds_of(lambda: predict(noise_BChw, 500.0, work.guidance), backend),)
