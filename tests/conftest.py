@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from glmimg.corpus.stickers import StickerBank
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches anything
 
@@ -80,3 +86,41 @@ def serve() -> Any:
     """Starts a server of given ServerSettings; whoever starts one stops it."""
     pytest.importorskip("uvicorn")
     return Server
+
+
+CODES = ["1f98a", "1f431", "1f34e", "1f680", "26bd", "1f600", "1f4a1", "1f697", "1f436", "1f347", "1f355", "2708"]
+
+
+@pytest.fixture(scope="session")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> StickerBank:
+    """Twelve concepts in five styles: coloured discs and bars, and Pillow's own font."""
+    from glmimg.corpus.stickers import SIDE, STYLES, StickerBank
+
+    folder = tmp_path_factory.mktemp("bank")
+    stickers, pixels = [], []
+    for i, code in enumerate(CODES):
+        for j, style in enumerate(STYLES):
+            image = Image.new("RGBA", (SIDE, SIDE))
+            shade = (20 * i, 40 * j, 255 - 20 * i, 255)
+            ImageDraw.Draw(image).ellipse((10 + 5 * i, 10, 180, 120 + 10 * j), fill=shade)
+            pixels.append(np.asarray(image))
+            stickers.append({"concept": code, "style": style, "tone": 0})
+    np.save(folder / "bank.npy", np.stack(pixels))
+    names = {lang: f"thing {i}" for lang in ("en", "es", "pt", "zh") for i in (1,)}
+    concepts = {
+        code: {
+            "group": "animals",
+            "labels": {lang: f"{name}{i}" for lang, name in names.items()},
+            "tags": {"en": ["hello", "open", "fox", "words"], "es": ["hola"], "pt": ["casa"], "zh": ["狐狸"]},
+        }
+        for i, code in enumerate(CODES)
+    }
+    (folder / "index.json").write_text(json.dumps({"side": SIDE, "stickers": stickers, "concepts": concepts}))
+    (folder / "fonts").mkdir()
+    font = ImageFont.load_default(20)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    for name in ("plain.latin.woff2", "inter.latin.woff2", "cjk.ttc"):
+        (folder / "fonts" / name).write_bytes(font.font_bytes)
+    vectors = np.random.default_rng(0).normal(size=(len(CODES) + 13, 512)).astype(np.float32)
+    np.save(folder / "name_vectors.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    return StickerBank(folder)

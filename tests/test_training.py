@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.cache import SceneCache, render, render_edits
-from glmimg.corpus.captions import caption
-from glmimg.corpus.scenes import _PALE, SceneSampler, draw
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept
-from glmimg.corpus.stickers import SIDE, STYLES, StickerBank
-from glmimg.corpus.words import COMMON_THINGS, FIRST_THINGS
+from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput
 from glmimg.pipelines.train_mini import MiniTraining, Scale
 from glmimg.presets import PRESETS
@@ -36,41 +31,6 @@ from glmimg.training.teacher_task import TeacherTask
 from glmimg.training.tokenizer_task import TokenizerTask, token_targets
 from glmimg.weights_tools.init import build_models, init_checkpoint, train_bpe
 
-CODES = ["1f98a", "1f431", "1f34e", "1f680", "26bd", "1f600", "1f4a1", "1f697", "1f436", "1f347", "1f355", "2708"]
-
-
-@pytest.fixture(scope="session")
-def bank(tmp_path_factory: pytest.TempPathFactory) -> StickerBank:
-    """Twelve concepts in five styles: coloured discs and bars, and Pillow's own font."""
-    folder = tmp_path_factory.mktemp("bank")
-    stickers, pixels = [], []
-    for i, code in enumerate(CODES):
-        for j, style in enumerate(STYLES):
-            image = Image.new("RGBA", (SIDE, SIDE))
-            shade = (20 * i, 40 * j, 255 - 20 * i, 255)
-            ImageDraw.Draw(image).ellipse((10 + 5 * i, 10, 180, 120 + 10 * j), fill=shade)
-            pixels.append(np.asarray(image))
-            stickers.append({"concept": code, "style": style, "tone": 0})
-    np.save(folder / "bank.npy", np.stack(pixels))
-    names = {lang: f"thing {i}" for lang in ("en", "es", "pt", "zh") for i in (1,)}
-    concepts = {
-        code: {
-            "group": "animals",
-            "labels": {lang: f"{name}{i}" for lang, name in names.items()},
-            "tags": {"en": ["hello", "open", "fox", "words"], "es": ["hola"], "pt": ["casa"], "zh": ["狐狸"]},
-        }
-        for i, code in enumerate(CODES)
-    }
-    (folder / "index.json").write_text(json.dumps({"side": SIDE, "stickers": stickers, "concepts": concepts}))
-    (folder / "fonts").mkdir()
-    font = ImageFont.load_default(20)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    for name in ("plain.latin.woff2", "inter.latin.woff2", "cjk.ttc"):
-        (folder / "fonts" / name).write_bytes(font.font_bytes)
-    vectors = np.random.default_rng(0).normal(size=(len(CODES) + 13, 512)).astype(np.float32)
-    np.save(folder / "name_vectors.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-    return StickerBank(folder)
-
 
 @pytest.fixture(scope="session")
 def scenes(bank: StickerBank, tmp_path_factory: pytest.TempPathFactory) -> SceneCache:
@@ -85,85 +45,6 @@ def models() -> dict[str, torch.nn.Module]:
 def config(**changes: object) -> TrainConfig:
     values: dict[str, object] = dict(learning_rate=1e-3, batch_size=4, steps=4, warmup=1, autocast=False)
     return TrainConfig(**(values | changes))  # type: ignore[arg-type]
-
-
-def test_scene_is_a_pure_function_of_seed_and_index(bank: StickerBank) -> None:
-    first, second = SceneSampler(bank, seed=5), SceneSampler(bank, seed=5)
-    for index in (0, 7, 1000):
-        assert first.sample(index) == second.sample(index)
-        assert np.array_equal(draw(first.sample(index), bank), draw(second.sample(index), bank))
-    assert first.sample(1) != first.sample(2)
-
-
-def test_common_concepts_are_drawn_oftener(bank: StickerBank, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = CODES[2]
-    monkeypatch.setitem(
-        bank.concepts, short, replace(bank.concepts[short], labels={**bank.concepts[short].labels, "en": "fox"})
-    )
-    drawn = {
-        common: sum(t.concept == short for i in range(300) for t in SceneSampler(bank, common=common).sample(i).things)
-        for common in (0.0, 0.8)
-    }
-    assert drawn[0.8] > 2 * drawn[0.0] > 0
-
-
-def test_plain_scenes_are_of_what_was_asked(bank: StickerBank) -> None:
-    assert len(set(FIRST_THINGS)) == len(FIRST_THINGS) and set(FIRST_THINGS) < COMMON_THINGS
-    label = next(iter(bank.concepts.values())).labels["en"]
-    named = SceneSampler(bank, kinds=(1.0, 0.0, 0.0), common=0.9, names=[label])
-    shown = [bank.concepts[t.concept].labels["en"] == label for i in range(100) for t in named.sample(i).things]
-    assert sum(shown) > 0.7 * len(shown)
-    sampler = SceneSampler(bank, kinds=(1.0, 0.0, 0.0), single=1.0, centre=0.9, styles={"flat": 50.0}, pale=0.9)
-    scenes = [sampler.sample(i) for i in range(200)]
-    assert sum(s.layout == "single:centre" for s in scenes) > 150
-    assert sum(s.things[0].style == "flat" for s in scenes) > 160
-    assert sum(s.background[0] in _PALE for s in scenes) > 150 and all(len(s.things) == 1 for s in scenes)
-
-
-@pytest.mark.parametrize("size", [(256, 256), (192, 320), (320, 192)])
-def test_things_on_a_grid_lie_apart_inside_the_picture(bank: StickerBank, size: tuple[int, int]) -> None:
-    sampler = SceneSampler(bank, seed=3, grid=32, single=0.3, sizes=((size, 1.0),))
-    for index in range(150):
-        scene = sampler.sample(index)
-        boxes = [t.box for t in scene.things]
-        for thing, (left, top, right, bottom) in zip(scene.things, boxes, strict=True):
-            assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]
-            assert all(edge % 32 == 0 for edge in thing.box)
-            if thing.kind != "sign":
-                assert right - left == bottom - top
-                if scene.layout == "single:centre":
-                    assert left == size[1] - right and top == size[0] - bottom
-        for k, a in enumerate(boxes):
-            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[:k])
-
-
-def test_captions_name_the_background_and_the_words(bank: StickerBank) -> None:
-    sampler, said, words = SceneSampler(bank, seed=1), 0, 0
-    for index in range(200):
-        scene = sampler.sample(index)
-        text = caption(scene, bank, np.random.default_rng(index), "en")
-        said += scene.background[0] in text
-        for thing in scene.things:
-            if thing.word:
-                words += 1
-                assert f'"{thing.word}"' in text
-    assert said > 150 and words > 10
-
-
-def test_every_language_has_captions(bank: StickerBank) -> None:
-    scene = SceneSampler(bank, seed=1).sample(0)
-    texts = {lang: caption(scene, bank, np.random.default_rng(0), lang) for lang in ("en", "es", "pt", "zh")}
-    assert len(set(texts.values())) == 4
-
-
-def test_render_resumes_and_refuses_other_settings(bank: StickerBank, tmp_path: Path) -> None:
-    made = render(tmp_path / "a", bank, 10, seed=3, height=64, width=64)
-    kept = made.picture(9).copy()
-    (tmp_path / "a" / "done").write_text("5")
-    again = render(tmp_path / "a", bank, 10, seed=3, height=64, width=64)
-    assert len(again) == 10 and np.array_equal(kept, again.picture(9))
-    with pytest.raises(BadInput, match="other settings"):
-        render(tmp_path / "a", bank, 10, seed=4, height=64, width=64)
 
 
 def test_token_targets_name_what_the_boxes_hold(bank: StickerBank, scenes: SceneCache, models: dict) -> None:

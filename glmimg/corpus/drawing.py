@@ -132,8 +132,35 @@ WORD_AREA: dict[str, tuple[float, float, float, float]] = {
 }
 
 
-def paste_sign(canvas: np.ndarray, sign: str, board: str, ink: str, word: str, font: Path, box: Box) -> None:
-    """A board of the named kind and colour with the word on it."""
+def letter_cells(sign: str, word: str, box: Box) -> list[Box]:
+    """Where each letter of a spaced word stands: twice as high as wide, 32 pixels wide, or 16 where those do not fit,
+    on multiples of 16 pixels across and of its own width down, so that letters look the same to the tokens."""
+    left, top, right, bottom = box
+    x0, y0, x1, y1 = (f * s for f, s in zip(WORD_AREA[sign], (right - left, bottom - top) * 2, strict=True))
+    wide = 32 if len(word) * 32 <= x1 - x0 else 16
+    x = round((left + (x0 + x1) / 2 - len(word) * wide / 2) / 16) * 16
+    y = round((top + (y0 + y1) / 2 - wide) / wide) * wide
+    return [(x + k * wide, y, x + (k + 1) * wide, y + 2 * wide) for k in range(len(word))]
+
+
+@lru_cache(maxsize=2048)
+def _letter(font: Path, letter: str, width: int, height: int) -> Image.Image:
+    """One letter as an opacity mask of a cell, on the baseline that all letters share, squeezed if it is too wide."""
+    face = _font(font, round(height * 0.84))
+    a, _, c, _ = face.getbbox(letter, anchor="ls")
+    wide = max(1, math.ceil(c - a))
+    image = Image.new("L", (wide, height))
+    ImageDraw.Draw(image).text((-a, height * 0.84), letter, font=face, fill=255, anchor="ls")
+    squeezed = image.resize((min(wide, round(width * 0.92)), height), Image.Resampling.BOX)
+    cell = Image.new("L", (width, height))
+    cell.paste(squeezed, ((width - squeezed.width) // 2, 0))
+    return cell
+
+
+def paste_sign(
+    canvas: np.ndarray, sign: str, board: str, ink: str, word: str, font: Path, box: Box, spaced: bool = False
+) -> None:
+    """A board of the named kind and colour with the word on it; `spaced`: each letter in a cell of its own."""
     left, top, right, bottom = box
     w, h = right - left, bottom - top
     o = 2
@@ -159,9 +186,22 @@ def paste_sign(canvas: np.ndarray, sign: str, board: str, ink: str, word: str, f
         draw.polygon([(0, H * 0.2), (W * 0.16, H * 0.2), (W * 0.16, H), (0, H), (W * 0.07, H * 0.6)], fill=edge)
         draw.polygon([(W, H * 0.2), (W * 0.84, H * 0.2), (W * 0.84, H), (W, H), (W * 0.93, H * 0.6)], fill=edge)
         draw.rectangle((W * 0.09, 0, W * 0.91, H * 0.84), fill=fill)
+    if spaced:
+        for letter, (x, y, end, low) in zip(word, letter_cells(sign, word, box), strict=True):
+            mask = _letter(font, letter, (end - x) * o, (low - y) * o)
+            image.paste((*COLOURS[ink][0], 255), ((x - left) * o, (y - top) * o), mask)
+        _paste_image(canvas, image, box)
+        return
     x0, y0, x1, y1 = (f * s for f, s in zip(WORD_AREA[sign], (W, H, W, H), strict=True))
     face, (a, b, c, d) = _fit_font(font, word, int(x1 - x0), int(y1 - y0))
     at = ((x0 + x1 - (c - a)) / 2 - a, (y0 + y1 - (d - b)) / 2 - b)
     draw.text(at, word, font=face, fill=(*COLOURS[ink][0], 255))
-    rgba = np.asarray(image.convert("RGBa").resize((w, h), Image.Resampling.BOX).convert("RGBA"), dtype=np.float32)
+    _paste_image(canvas, image, box)
+
+
+def _paste_image(canvas: np.ndarray, image: Image.Image, box: Box) -> None:
+    """An oversampled RGBA image brought to its box."""
+    left, top, right, bottom = box
+    small = image.convert("RGBa").resize((right - left, bottom - top), Image.Resampling.BOX).convert("RGBA")
+    rgba = np.asarray(small, dtype=np.float32)
     paste(canvas, rgba[..., :3], rgba[..., 3] / 255, left, top)

@@ -11,15 +11,17 @@ from glmimg.corpus.words import FIRST_THINGS
 OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
 TRAINED_ON = ("scenes", "scenes_common", "scenes_first", *OTHER_SIZES)
 # What a small model can learn by heart: mostly common things, alone in the middle of a light background, on whole
-# tokens (32 pixels), two styles of five in most of them. `scenes` and `scenes_cells` are of everything, anywhere.
+# tokens (32 pixels), two styles of five in most of them, most words in one font and on patches. `scenes` and
+# `scenes_cells` are of everything, anywhere.
 PLAIN: dict[str, Any] = {
-    "kinds": (0.78, 0.08, 0.14),
+    "kinds": (0.66, 0.12, 0.22),
     "common": 0.95,
     "grid": 32,
     "single": 0.85,
     "centre": 0.85,
     "styles": {"3d": 4.0, "flat": 2.5, "cartoon": 1.2, "simple": 0.8, "silhouette": 0.8},
     "pale": 0.85,
+    "spaced": 0.9,
 }
 # Of fewer things still: most of what is trained on.
 FIRST = {**PLAIN, "names": FIRST_THINGS, "centre": 0.9, "styles": {**PLAIN["styles"], "3d": 5.0}}

@@ -53,6 +53,7 @@ class Thing:
     ink: str = ""
     font: str = ""
     language: str = ""
+    spaced: bool = False  # each letter of the word in a cell of its own (drawing.letter_cells)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def draw(scene: Scene, bank: StickerBank) -> np.ndarray:
             drawing.paste_shape(canvas, thing.shape, thing.colour, thing.box)
         else:
             font = bank.directory / "fonts" / thing.font
-            drawing.paste_sign(canvas, thing.sign, thing.colour, thing.ink, thing.word, Path(font), thing.box)
+            looks = (thing.sign, thing.colour, thing.ink, thing.word, Path(font), thing.box, thing.spaced)
+            drawing.paste_sign(canvas, *looks)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -94,7 +96,8 @@ class SceneSampler:
     things lie on multiples of so many pixels (0: anywhere): a thing then looks the same to the tokens wherever it is.
     single: share of the sticker scenes that show one alone; centre: share of things alone that lie in the middle.
     styles: how often each of `STYLES` is drawn, by name (others: 1). pale: share of the backgrounds that are drawn from
-    white and the light colours only.
+    white and the light colours only. spaced: share of the signs in Latin letters that have one font, black or white
+    letters and each of those in a cell of its own, on patches.
     """
 
     def __init__(
@@ -114,11 +117,12 @@ class SceneSampler:
         centre: float = 0.65,
         styles: Mapping[str, float] | None = None,
         pale: float = 0.5,
+        spaced: float = 0.0,
     ) -> None:
         if split not in SPLITS:
             raise UnknownName.of("split", split, SPLITS)
         self.bank, self.split, self.seed, self.sizes, self.max_things = bank, split, seed, sizes, max_things
-        self.grid, self.centre, self.pale = grid, centre, pale
+        self.grid, self.centre, self.pale, self.spaced = grid, centre, pale, spaced
         self.styles = {"3d": 1.5, "silhouette": 0.6} if styles is None else styles
         self.numbers = [single, *((1 - single) / 0.45 * p for p in (0.25, 0.1, 0.1))]
         self.kinds = {"words": (0.0, 0.0, 1.0), "shapes": (0.0, 1.0, 0.0)}.get(split, kinds)
@@ -146,6 +150,7 @@ class SceneSampler:
             self._sums[style] = sums / sums[-1]
         fonts = sorted(p.name for p in (bank.directory / "fonts").glob("*.latin.woff2"))
         self._fonts = fonts or ["missing"]
+        self._spaced_font = next((name for name in self._fonts if name.startswith("anton")), self._fonts[0])
 
     def sample(self, index: int) -> Scene:
         """Scene number `index` of this sampler's seed."""
@@ -159,7 +164,7 @@ class SceneSampler:
         else:
             scene = self._sign(rng, height, width)
         if self.grid:
-            things = tuple(replace(t, box=_snapped(t.box, scene, self.grid)) for t in scene.things)
+            things = tuple(t if t.spaced else replace(t, box=_snapped(t.box, scene, self.grid)) for t in scene.things)
             scene = replace(scene, things=things)
         return scene
 
@@ -242,6 +247,8 @@ class SceneSampler:
         board = str(rng.choice(colours))
         ink = str(rng.choice([c for c in colours if _distance(COLOURS[c][0], COLOURS[board][0]) > 260]))
         beside = self.split == "train" and rng.random() < 0.3
+        if language != "zh" and self.spaced and rng.random() < self.spaced:
+            return self._spaced_sign(rng, height, width, beside, sign=sign, word=word, language=language)
         wide = sign in ("sign", "banner", "bubble")
         w = int(width * rng.uniform(0.78, 0.95)) if wide else int(min(width, height) * rng.uniform(0.7, 0.92))
         h = int(w * rng.uniform(0.42, 0.6)) if wide else w
@@ -269,6 +276,32 @@ class SceneSampler:
             x = int((width - side) * rng.uniform(0.3, 0.7))
             things = [replace(sticker, box=(x, 4, x + side, 4 + side)), board_thing]
             layout = "pair:above"
+        return Scene(height, width, self._background(rng, tuple(things), plain=True), layout, tuple(things))
+
+    def _spaced_sign(
+        self, rng: np.random.Generator, height: int, width: int, beside: bool, *, sign: str, word: str, language: str
+    ) -> Scene:
+        """A sign whose letters lie on patches; a thing above it if `beside`."""
+        board = str(rng.choice(["white", *COLOURS]))
+        ink = max("black", "white", key=lambda c: _distance(COLOURS[c][0], COLOURS[board][0]))
+        if beside:
+            sign = "sign"
+        w = {"mug": 192}.get(sign, 224)
+        h = {"sign": 96 if beside else 128, "bubble": 160, "banner": 160}.get(sign, w)
+        w, h = min(w, width - 32), min(h, height - 32)
+        left, top = (width - w) // 2, (height - h) // 2
+        if beside:
+            top = height - h - 16
+        elif sign in ("sign", "bubble", "banner"):
+            top = top // 32 * 32 + 32 * int(rng.integers(-1 if h == 128 else 0, 2))
+        box = (left, top, left + w, top + h)
+        looks = {"sign": sign, "word": word, "language": language, "colour": board, "ink": ink}
+        things = [Thing("sign", box, font=self._spaced_font, spaced=True, **looks)]
+        if beside:
+            side = min(128, top // 32 * 32)
+            x = (width - side) // 2
+            things = [replace(self._pick(rng, self._style(rng)), box=(x, 0, x + side, side)), *things]
+        layout = "pair:above" if beside else "single:centre"
         return Scene(height, width, self._background(rng, tuple(things), plain=True), layout, tuple(things))
 
     def _background(

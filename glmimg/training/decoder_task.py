@@ -20,6 +20,8 @@ from PIL import Image
 from torch import nn
 
 from glmimg.autoencoder import Autoencoder
+from glmimg.corpus.drawing import letter_cells
+from glmimg.corpus.scenes import Scene
 from glmimg.decoder import Decoder, ReferenceCache
 from glmimg.diffusion import (
     Schedule,
@@ -128,7 +130,8 @@ class DecoderTask:
     shapes follow the things). A batch of the size asked for is of crops of 4 x 4 tokens; larger ones are fewer, for
     equal work. time_mean: of the logit-normal noise levels, above 0 for more noise. token_noise: the share of tokens
     replaced by random codes, drawn anew up to this value for each picture, so that the decoder forgives the generator's
-    mistakes.
+    mistakes. trade: share of the words in spaced letters under which tokens trade places along the row, so that letters
+    come from the glyphs.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class DecoderTask:
         time_mean: float = 1.3,
         where: float = 0.1,
         token_noise: float = 0.1,
+        trade: float = 0.5,
         drop: float = 0.1,
         seed: int = 0,
         edits: EncodedEdits | None = None,
@@ -157,6 +161,7 @@ class DecoderTask:
         self.glyphs, self.vae = GlyphEncoder(text_encoder), vae
         self.train, self.held_out, self.scheduler = train, held_out, scheduler
         self.whole, self.time_mean, self.token_noise, self.drop, self.seed = whole, time_mean, token_noise, drop, seed
+        self.trade = trade
         self.places = [_Places(data, crops) for data in train]
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
@@ -178,13 +183,17 @@ class DecoderTask:
         count = max(1, round(size * 16 / (shape[0] * shape[1])))
         if shape == data.target:
             assert data.latents is not None
-            return self._read(data, [(int(k), 0, 0) for k in rng.integers(len(data.latents), size=count)], shape)
-        return self._read(data, places.draw(shape, count, rng), shape)
+            return self._read(data, [(int(k), 0, 0) for k in rng.integers(len(data.latents), size=count)], shape, rng)
+        return self._read(data, places.draw(shape, count, rng), shape, rng)
 
     def _read(
-        self, data: EncodedScenes, places: Sequence[tuple[int, int, int]], shape: tuple[int, int]
+        self,
+        data: EncodedScenes,
+        places: Sequence[tuple[int, int, int]],
+        shape: tuple[int, int],
+        rng: np.random.Generator | None = None,
     ) -> DecoderBatch:
-        """Crops of `shape` tokens at places (scene, top, left)."""
+        """Crops of `shape` tokens at places (scene, top, left); with `rng` some words' tokens trade places."""
         (h, w), (side_h, side_w) = data.target, shape
         assert data.latents is not None
         latents, ids, words, crops = [], [], [], []
@@ -193,6 +202,8 @@ class DecoderTask:
             y, x, f = top * _LATENTS_PER_TOKEN, left * _LATENTS_PER_TOKEN, _LATENTS_PER_TOKEN
             latents.append(data.latents[k, :, y : y + side_h * f, x : x + side_w * f])
             grid = data.tokens[k, data.prompt_offset :].reshape(h, w)
+            if rng is not None:
+                grid = self._traded(grid, scene, rng)
             ids.append(grid[top : top + side_h, left : left + side_w])
             corner = (top * _PIXELS_PER_TOKEN, left * _PIXELS_PER_TOKEN)
             edges = (corner[0] + side_h * _PIXELS_PER_TOKEN, corner[1] + side_w * _PIXELS_PER_TOKEN)
@@ -206,6 +217,18 @@ class DecoderTask:
             torch.tensor(crops, dtype=torch.float32),
             4 * h * w,
         )
+
+    def _traded(self, grid_hw: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        """The tokens with those under spaced letters shuffled along their row, in a share of the scenes."""
+        for thing in scene.things:
+            if thing.spaced and rng.random() < self.trade:
+                cells = letter_cells(thing.sign, thing.word, thing.box)
+                (left, top, *_), (*_, right, bottom) = cells[0], cells[-1]
+                columns = np.arange(left // _PIXELS_PER_TOKEN, -(-right // _PIXELS_PER_TOKEN))
+                grid_hw = grid_hw.copy()
+                for row in range(top // _PIXELS_PER_TOKEN, -(-bottom // _PIXELS_PER_TOKEN)):
+                    grid_hw[row, columns] = grid_hw[row, rng.permutation(columns)]
+        return grid_hw
 
     def _read_edits(self, data: EncodedEdits, rows: np.ndarray, rng: np.random.Generator) -> DecoderBatch:
         (h, w), side = data.target, min(4, *data.target)

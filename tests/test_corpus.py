@@ -1,0 +1,122 @@
+"""Scenes of a synthetic corpus: what is drawn, where, and what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from glmimg.corpus.cache import render
+from glmimg.corpus.captions import caption
+from glmimg.corpus.drawing import letter_cells
+from glmimg.corpus.scenes import _PALE, SceneSampler, draw
+from glmimg.corpus.stickers import StickerBank
+from glmimg.corpus.words import COMMON_THINGS, FIRST_THINGS, SIGNS
+from glmimg.errors import BadInput
+from glmimg.training.decoder_task import DecoderTask
+
+
+def test_scene_is_a_pure_function_of_seed_and_index(bank: StickerBank) -> None:
+    first, second = SceneSampler(bank, seed=5), SceneSampler(bank, seed=5)
+    for index in (0, 7, 1000):
+        assert first.sample(index) == second.sample(index)
+        assert np.array_equal(draw(first.sample(index), bank), draw(second.sample(index), bank))
+    assert first.sample(1) != first.sample(2)
+
+
+def test_common_concepts_are_drawn_oftener(bank: StickerBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = list(bank.concepts)[2]
+    monkeypatch.setitem(
+        bank.concepts, short, replace(bank.concepts[short], labels={**bank.concepts[short].labels, "en": "fox"})
+    )
+    drawn = {
+        common: sum(t.concept == short for i in range(300) for t in SceneSampler(bank, common=common).sample(i).things)
+        for common in (0.0, 0.8)
+    }
+    assert drawn[0.8] > 2 * drawn[0.0] > 0
+
+
+def test_plain_scenes_are_of_what_was_asked(bank: StickerBank) -> None:
+    assert len(set(FIRST_THINGS)) == len(FIRST_THINGS) and set(FIRST_THINGS) < COMMON_THINGS
+    label = next(iter(bank.concepts.values())).labels["en"]
+    named = SceneSampler(bank, kinds=(1.0, 0.0, 0.0), common=0.9, names=[label])
+    shown = [bank.concepts[t.concept].labels["en"] == label for i in range(100) for t in named.sample(i).things]
+    assert sum(shown) > 0.7 * len(shown)
+    sampler = SceneSampler(bank, kinds=(1.0, 0.0, 0.0), single=1.0, centre=0.9, styles={"flat": 50.0}, pale=0.9)
+    scenes = [sampler.sample(i) for i in range(200)]
+    assert sum(s.layout == "single:centre" for s in scenes) > 150
+    assert sum(s.things[0].style == "flat" for s in scenes) > 160
+    assert sum(s.background[0] in _PALE for s in scenes) > 150 and all(len(s.things) == 1 for s in scenes)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (192, 320), (320, 192)])
+def test_things_on_a_grid_lie_apart_inside_the_picture(bank: StickerBank, size: tuple[int, int]) -> None:
+    sampler = SceneSampler(bank, seed=3, grid=32, single=0.3, sizes=((size, 1.0),))
+    for index in range(150):
+        scene = sampler.sample(index)
+        boxes = [t.box for t in scene.things]
+        for thing, (left, top, right, bottom) in zip(scene.things, boxes, strict=True):
+            assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]
+            assert all(edge % 32 == 0 for edge in thing.box)
+            if thing.kind != "sign":
+                assert right - left == bottom - top
+                if scene.layout == "single:centre":
+                    assert left == size[1] - right and top == size[0] - bottom
+        for k, a in enumerate(boxes):
+            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[:k])
+
+
+def test_spaced_letters_lie_on_patches_and_their_tokens_trade_places(bank: StickerBank) -> None:
+    sampler = SceneSampler(bank, kinds=(0.0, 0.0, 1.0), spaced=1.0, grid=32)
+    things = [(s, t) for s in map(sampler.sample, range(80)) for t in s.things if t.word and t.language != "zh"]
+    assert {t.sign for _, t in things} == set(SIGNS) and all(t.spaced for _, t in things)
+    for _, thing in things:
+        cells = letter_cells(thing.sign, thing.word, thing.box)
+        wide = cells[0][2] - cells[0][0]
+        assert len(cells) == len(thing.word) and wide in (16, 32)
+        for k, (left, top, right, bottom) in enumerate(cells):
+            assert left == cells[0][0] + k * wide and left % 16 == 0 and top % wide == 0 and bottom - top == 2 * wide
+            assert thing.box[0] <= left < right <= thing.box[2] and thing.box[1] <= top < bottom <= thing.box[3]
+    scene, thing = next((s, t) for s, t in things if t.sign == "sign" and len(t.word) in (4, 6))
+    cells = letter_cells(thing.sign, thing.word, thing.box)
+    rows, columns = slice(cells[0][1] // 32, cells[0][3] // 32), slice(cells[0][0] // 32, cells[-1][2] // 32)
+    grid = np.arange(64).reshape(8, 8)
+    for trade in (0.0, 1.0):
+        task = SimpleNamespace(trade=trade)
+        traded = DecoderTask._traded(task, grid, scene, np.random.default_rng(1))  # type: ignore[arg-type]
+        assert (traded != grid).any() == (trade == 1.0)
+        assert (np.sort(traded[rows, columns]) == grid[rows, columns]).all()
+        traded[rows, columns] = grid[rows, columns]
+        assert (traded == grid).all()
+
+
+def test_captions_name_the_background_and_the_words(bank: StickerBank) -> None:
+    sampler, said, words = SceneSampler(bank, seed=1), 0, 0
+    for index in range(200):
+        scene = sampler.sample(index)
+        text = caption(scene, bank, np.random.default_rng(index), "en")
+        said += scene.background[0] in text
+        for thing in scene.things:
+            if thing.word:
+                words += 1
+                assert f'"{thing.word}"' in text
+    assert said > 150 and words > 10
+
+
+def test_every_language_has_captions(bank: StickerBank) -> None:
+    scene = SceneSampler(bank, seed=1).sample(0)
+    texts = {lang: caption(scene, bank, np.random.default_rng(0), lang) for lang in ("en", "es", "pt", "zh")}
+    assert len(set(texts.values())) == 4
+
+
+def test_render_resumes_and_refuses_other_settings(bank: StickerBank, tmp_path: Path) -> None:
+    made = render(tmp_path / "a", bank, 10, seed=3, height=64, width=64)
+    kept = made.picture(9).copy()
+    (tmp_path / "a" / "done").write_text("5")
+    again = render(tmp_path / "a", bank, 10, seed=3, height=64, width=64)
+    assert len(again) == 10 and np.array_equal(kept, again.picture(9))
+    with pytest.raises(BadInput, match="other settings"):
+        render(tmp_path / "a", bank, 10, seed=4, height=64, width=64)
