@@ -226,9 +226,14 @@ class Checkpoint:
     def decoder(
         self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> GlmImageTransformer2DModel:
-        """The diffusion transformer."""
+        """The diffusion transformer. What `fuse_qkv` copies is mapped block by block, so that it can go when copied."""
         model = self.skeleton("transformer")
-        self._fill("transformer", model, device, dtype)
+
+        def apart(name: str) -> str:
+            block, _, rest = name.partition(".attn1.to_")
+            return block if rest[:1] in ("q", "k", "v") else ""
+
+        self._fill("transformer", model, device, dtype, apart=apart)
         return model.eval()
 
     def glyph_encoder(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> T5EncoderModel:
@@ -265,8 +270,9 @@ class Checkpoint:
         device: str | torch.device,
         dtype: torch.dtype | None,
         skip: Callable[[str], bool] = lambda name: False,
+        apart: Callable[[str], str] = lambda name: "",
     ) -> None:
-        fill(model, self.weights[component], device=device, dtype=dtype, skip=skip)
+        fill(model, self.weights[component], device=device, dtype=dtype, skip=skip, apart=apart)
 
 
 def _build_generator(config: dict[str, Any]) -> GlmImageForConditionalGeneration:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -158,10 +159,12 @@ def fill(
     dtype: torch.dtype | None,
     skip: Callable[[str], bool] = lambda name: False,
     check_finite: bool = True,
+    apart: Callable[[str], str] = lambda name: "",
 ) -> None:
     """Gives a module built on the meta device its weights, and raises CheckpointError before reading if any misfits.
 
-    Files may hold, and the module may ask for, names for which `skip` is true: parts left out on purpose.
+    Files may hold, and the module may ask for, names for which `skip` is true: parts left out on purpose. Tensors for
+    which `apart` says the same share a mapping of their file, whose pages stay in memory until the last of them goes.
     """
     wanted = {name: tensor for name, tensor in module.state_dict().items() if not skip(name)}
     expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
@@ -174,7 +177,9 @@ def fill(
             f"that name are ({_some(odd)}).\nThe file is damaged, or was packed by another program.\n"
             "Download it again, or take the original checkpoint."
         )
-    tensors: dict[str, Any] = weights.load(expected, device=device, dtype=dtype, check_finite=check_finite)
+    tensors: dict[str, Any] = {}
+    for _, names in groupby(sorted(expected, key=apart), apart):
+        tensors |= weights.load(names, device=device, dtype=dtype, check_finite=check_finite)
     module.load_state_dict(tensors, strict=False, assign=True)
 
 

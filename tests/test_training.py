@@ -277,6 +277,16 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
         decoder.decoder.states_BPD[decoder.watched] = states[None]
         lost, share = decoder._where((1, 1))
         assert share == right and (float(lost.detach()) < 0.1) == (right == 1.0)
+    # Letters likewise, and half of the pictures without any halve the loss.
+    decoder.spell.weight.data.zero_()
+    decoder.spell.weight.data[[65, 66, 256, 257], range(4)] = 9.0
+    states = torch.nn.functional.one_hot(torch.tensor([[0, 2], [1, 3]]), decoder.spell.in_features).sum(1).float()
+    decoder.decoder.states_BPD[decoder.spelt] = states.expand(2, -1, -1)
+    none = torch.full((2, 2), -1)
+    lost, share = decoder._spell(torch.stack([torch.tensor([[65, 66], [0, 1]]), none]))
+    assert share == 1.0 and float(lost.detach()) < 0.1
+    lost, share = decoder._spell(torch.stack([torch.tensor([[66, 65], [0, 1]]), none]))
+    assert share == 0.0 and 4.0 < float(lost.detach()) < 5.0
 
 
 def test_crops_hold_their_thing_whole(tmp_path: Path, bank: StickerBank, models: dict) -> None:

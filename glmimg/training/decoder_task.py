@@ -39,13 +39,15 @@ from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from
 _PIXELS_PER_TOKEN = 32
 _LATENTS_PER_TOKEN = 4
 _ROWS = 40  # of patches, at most
+_LETTERS, _PARTS = 256, 10  # code points, and which patch of its letter: 4 x 2 of a large one or 2 of a small one
 CROPS = ((4, 4), (4, 6), (6, 4), (6, 6), (4, 8))  # rows, columns in tokens; what fits in none takes the whole picture
 
 
 @dataclass
 class DecoderBatch:
     """One batch of crops of equal size. `patches` counts the whole picture's, which sets the noise shift; the reference
-    of an edit is cropped as its target is."""
+    of an edit is cropped as its target is. `letters_B2P`: of each patch the letter that it shows and the part of it, -1
+    for none."""
 
     latents_BCHW: torch.Tensor
     ids_Bhw: torch.Tensor
@@ -55,6 +57,20 @@ class DecoderBatch:
     patches: int
     reference_BCHW: torch.Tensor | None = None
     reference_ids_Bhw: torch.Tensor | None = None
+    letters_B2P: torch.Tensor | None = None
+
+
+def _letters(scene: Scene) -> np.ndarray:
+    """(2, rows, columns) of a scene's patches: code point of the spaced letter there, and which patch of it; or -1."""
+    found = np.full((2, scene.height // 16, scene.width // 16), -1)
+    for thing in scene.things:
+        cells = letter_cells(thing.sign, thing.word, thing.box) if thing.spaced else []
+        for letter, (left, top, right, bottom) in zip(thing.word, cells, strict=False):
+            rows, columns = slice(top // 16, bottom // 16), slice(left // 16, right // 16)
+            large = right - left == 32
+            found[0, rows, columns] = ord(letter) if ord(letter) < _LETTERS else -1
+            found[1, rows, columns] = np.arange(8).reshape(4, 2) if large else np.arange(8, 10).reshape(2, 1)
+    return found
 
 
 def upsample_ids(ids_Bhw: torch.Tensor) -> torch.Tensor:
@@ -97,13 +113,18 @@ class _Places:
         h, w = self.whole = data.target
         shapes = sorted((s for s in crops if s[0] <= h and s[1] <= w and s != data.target), key=lambda s: s[0] * s[1])
         found: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {s: [] for s in (*shapes, self.whole)}
+        words: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {s: [] for s in found}
         for k in range(len(data.latents) if data.latents is not None else 0):
             for thing in data.cache.scene(k).things:
                 left, top = (v // _PIXELS_PER_TOKEN for v in thing.box[:2])
                 right, bottom = (-(-v // _PIXELS_PER_TOKEN) for v in thing.box[2:])
                 fits = (s for s in shapes if bottom - top <= s[0] and right - left <= s[1])
-                found[next(fits, self.whole)].append((k, top, left, min(bottom, h), min(right, w)))
+                shape = next(fits, self.whole)
+                found[shape].append((k, top, left, min(bottom, h), min(right, w)))
+                if thing.spaced:
+                    words[shape].append(found[shape][-1])
         self.things = {shape: np.array(rows, dtype=np.int32) for shape, rows in found.items() if rows}
+        self.words = {shape: np.array(rows, dtype=np.int32) for shape, rows in words.items() if rows}
         # Large things are fewer in a batch: in between equal work for every shape and equal chances for every thing.
         weights = [len(rows) * math.sqrt(h * w) for (h, w), rows in self.things.items()]
         self.chances = [weight / sum(weights) for weight in weights]
@@ -112,9 +133,12 @@ class _Places:
         """A shape, the oftener the more things there are of it."""
         return list(self.things)[int(rng.choice(len(self.chances), p=self.chances))] if self.chances else self.whole
 
-    def draw(self, shape: tuple[int, int], count: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
-        """(scene, top, left) of `count` crops, each somewhere around its thing."""
-        rows = self.things[shape][rng.integers(len(self.things[shape]), size=count)]
+    def draw(
+        self, shape: tuple[int, int], count: int, rng: np.random.Generator, *, words: bool = False
+    ) -> list[tuple[int, int, int]]:
+        """(scene, top, left) of `count` crops, each somewhere around its thing, or its word in spaced letters."""
+        rows = (self.words if words else self.things)[shape]
+        rows = rows[rng.integers(len(rows), size=count)]
         ends, starts = rows[:, 3:], rows[:, 1:3]
         low = np.maximum(ends - shape, 0)
         high = np.maximum(np.minimum(starts, np.array(self.whole) - shape), low)
@@ -147,6 +171,8 @@ class DecoderTask:
         whole: float = 0.2,
         time_mean: float = 1.3,
         where: float = 0.1,
+        spell: float = 0.1,
+        word_share: float = 0.3,
         token_noise: float = 0.1,
         trade: float = 0.5,
         drop: float = 0.1,
@@ -156,21 +182,24 @@ class DecoderTask:
     ) -> None:
         if any(data.latents is None for data in (*train, held_out)):
             raise ValueError("the decoder trains on latents: run encode_latents first")
-        self.watched = int(transformer.config.num_layers) // 4
-        self.decoder = WatchedDecoder(transformer, [self.watched])
+        layers = int(transformer.config.num_layers)
+        self.watched, self.spelt = layers // 4, layers // 2 - 1
+        self.decoder = WatchedDecoder(transformer, [self.watched, self.spelt])
         self.glyphs, self.vae = GlyphEncoder(text_encoder), vae
         self.train, self.held_out, self.scheduler = train, held_out, scheduler
         self.whole, self.time_mean, self.token_noise, self.drop, self.seed = whole, time_mean, token_noise, drop, seed
-        self.trade = trade
+        self.trade, self.word_share = trade, word_share
         self.places = [_Places(data, crops) for data in train]
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
-        self.where = nn.Linear(self.decoder.heads * self.decoder.head_dim, 2 * (_ROWS + 2))
-        self.where_weight = where
+        width = self.decoder.heads * self.decoder.head_dim
+        self.where, self.spell = nn.Linear(width, 2 * (_ROWS + 2)), nn.Linear(width, _LETTERS + _PARTS)
+        self.where_weight, self.spell_weight = where, spell
         self.modules: Mapping[str, nn.Module] = {
             "transformer": transformer,
             "text_encoder": text_encoder,
             "where": self.where,
+            "spell": self.spell,
         }
 
     def batch(self, position: int, size: int) -> DecoderBatch:
@@ -179,12 +208,16 @@ class DecoderTask:
             return self._read_edits(self.edits, rng.integers(self.edits.trained, size=max(1, size // 2)), rng)
         data = draw_from(self.train, rng, latents=True)
         places = self.places[self.train.index(data)]
-        shape = data.target if rng.random() < self.whole else places.draw_shape(rng)
+        words = bool(places.words) and rng.random() < self.word_share
+        if words:
+            shape = max(places.words, key=lambda shape: len(places.words[shape]))
+        else:
+            shape = data.target if rng.random() < self.whole else places.draw_shape(rng)
         count = max(1, round(size * 16 / (shape[0] * shape[1])))
-        if shape == data.target:
+        if shape == data.target and not words:
             assert data.latents is not None
             return self._read(data, [(int(k), 0, 0) for k in rng.integers(len(data.latents), size=count)], shape, rng)
-        return self._read(data, places.draw(shape, count, rng), shape, rng)
+        return self._read(data, places.draw(shape, count, rng, words=words), shape, rng)
 
     def _read(
         self,
@@ -196,7 +229,7 @@ class DecoderTask:
         """Crops of `shape` tokens at places (scene, top, left); with `rng` some words' tokens trade places."""
         (h, w), (side_h, side_w) = data.target, shape
         assert data.latents is not None
-        latents, ids, words, crops = [], [], [], []
+        latents, ids, words, crops, letters = [], [], [], [], []
         for k, top, left in places:
             scene = data.cache.scene(k)
             y, x, f = top * _LATENTS_PER_TOKEN, left * _LATENTS_PER_TOKEN, _LATENTS_PER_TOKEN
@@ -209,6 +242,7 @@ class DecoderTask:
             edges = (corner[0] + side_h * _PIXELS_PER_TOKEN, corner[1] + side_w * _PIXELS_PER_TOKEN)
             words.append([t.word for t in scene.things if t.word and _meets(t.box, corner, edges)])
             crops.append(corner)
+            letters.append(_letters(scene)[:, 2 * top : 2 * (top + side_h), 2 * left : 2 * (left + side_w)])
         return DecoderBatch(
             torch.from_numpy(np.stack(latents)).float(),
             torch.from_numpy(np.stack(ids).astype(np.int64)),
@@ -216,6 +250,7 @@ class DecoderTask:
             (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN),
             torch.tensor(crops, dtype=torch.float32),
             4 * h * w,
+            letters_B2P=torch.from_numpy(np.stack(letters)).flatten(2),
         )
 
     def _traded(self, grid_hw: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -294,7 +329,26 @@ class DecoderTask:
         words = [[] if quiet else word for word, quiet in zip(batch.words, silent, strict=True)]
         error = self._velocity_error(batch, ids, words, drop_B, int(rng.integers(2**62))).mean()
         lost, right = self._where(batch.ids_Bhw.shape[1:])
-        return error + self.where_weight * lost, {"velocity": float(error.detach()), "where": right}
+        told = {"velocity": float(error.detach()), "where": right}
+        loss = error + self.where_weight * lost
+        if batch.letters_B2P is not None:
+            seen_B2P = batch.letters_B2P.where(torch.from_numpy(~silent)[:, None, None], -1)
+            if (seen_B2P[:, 0] >= 0).any():
+                unspelt, told["letters"] = self._spell(seen_B2P)
+                loss = loss + self.spell_weight * unspelt
+        return loss, told
+
+    def _spell(self, letters_B2P: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Cross-entropy of reading off a patch's state, half way up, which letter it shows and which part of it, times
+        the share of pictures with letters; and the share of letters read right. Errors of pixels alone teach where
+        the quoted word's letters go only slowly."""
+        shown_BP = letters_B2P[:, 0] >= 0
+        logits_N = self.spell(self.decoder.states_BPD[self.spelt][shown_BP].to(self.spell.weight.dtype)).float()
+        letters_N, parts_N = letters_B2P[:, 0][shown_BP], letters_B2P[:, 1][shown_BP]
+        lost = nn.functional.cross_entropy(logits_N[:, :_LETTERS], letters_N)
+        lost = lost + nn.functional.cross_entropy(logits_N[:, _LETTERS:], parts_N)
+        right = float((logits_N[:, :_LETTERS].argmax(-1) == letters_N).float().mean())
+        return lost * shown_BP.any(1).float().mean(), right
 
     def _where(self, tokens: Sequence[int]) -> tuple[torch.Tensor, float]:
         """Cross-entropy of reading each patch's row and column, and whether they are odd (which half of its token it
