@@ -7,7 +7,8 @@ others: `--scenes scenes_first --alone` are things alone in the middle that it w
 at level 1 is split in three: between tokens (means of 32 x 32 pixels), between the four patches of a token, and within
 patches. Below it stands what a table would explain that holds the mean latents of each code in `scenes_first` and knows
 no neighbours. The probe is a ridge regression from the patches' states to "odd row", fitted on three quarters of the
-scenes: chance is 50 %. Last, how far the tokens of one thing, alone in the middle, agree between two training scenes.
+scenes: chance is 50 %. Words: the same share where spaced letters stand, with the words of the scene, with another's
+and with none. Last, how far the tokens of one thing, alone in the middle, agree between two training scenes.
 
 Legend: B scenes, C latent channels, D width, P patches.
 """
@@ -15,7 +16,7 @@ Legend: B scenes, C latent channels, D width, P patches.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,10 @@ from glmimg.corpus.cache import SceneCache
 from glmimg.corpus.stickers import StickerBank
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.pipelines.train_mini import MiniTraining, Scale
-from glmimg.training.decoder_task import WatchedDecoder, upsample_ids
+from glmimg.training.decoder_task import WatchedDecoder, letters, upsample_ids
 from glmimg.training.encoded import EncodedScenes
+
+Estimate = Callable[[Sequence[int], list[list[str]]], Tensor]  # (rows, words of each) -> latents (B, C, H, W)
 
 
 def parts(latents_BCHW: Tensor) -> dict[str, Tensor]:
@@ -70,6 +73,23 @@ def by_code(data: EncodedScenes, latents_BCHW: Tensor, ids_Bhw: Tensor) -> Tenso
 def explained(latents_BCHW: Tensor, estimate_BCHW: Tensor) -> str:
     both = zip(parts(latents_BCHW).items(), parts(latents_BCHW - estimate_BCHW).values(), strict=True)
     return ", ".join(f"{name} {1 - float(error.square().mean() / part.var()):.0%}" for (name, part), error in both)
+
+
+def spelling(estimate: Estimate, data: EncodedScenes, count: int) -> str:
+    """What is explained of the patches of spaced letters, by what the decoder is told to write."""
+    assert data.latents is not None
+    scenes = [(k, data.cache.scene(k)) for k in range(len(data.latents))]
+    rows = [k for k, scene in scenes if any(thing.spaced for thing in scene.things)][:count]
+    words = [[t.word for t in scenes[k][1].things if t.word] for k in rows]
+    latents_BCHW = torch.from_numpy(data.latents[rows].astype(np.float32))
+    shown_BHW = torch.from_numpy(np.stack([letters(scenes[k][1])[0] >= 0 for k in rows]))
+    shown_BHW = shown_BHW.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    truth = latents_BCHW.movedim(1, -1)[shown_BHW]
+    found = []
+    for name, told in (("right", words), ("another's", words[1:] + words[:1]), ("none", [[]] * len(rows))):
+        error = estimate(rows, told).movedim(1, -1)[shown_BHW] - truth
+        found.append(f"{name} {1 - float(error.square().mean() / truth.var()):.1%}")
+    return ", ".join(found) + f" (n {len(rows)})"
 
 
 def alone_in_the_middle(scenes: SceneCache, k: int) -> bool:
@@ -115,26 +135,34 @@ def main() -> None:
     if a.alone:
         wanted = [k for k in wanted if alone_in_the_middle(scenes, k)]
     rows = list(wanted[: a.n])
-    latents_BCHW = torch.from_numpy(data.latents[rows].astype(np.float32))
     h, w = data.target
-    ids_Bhw = torch.from_numpy(data.tokens[rows, data.prompt_offset :].astype(np.int64)).view(-1, h, w)
-    words = [[t.word for t in scenes.scene(k).things if t.word] for k in rows]
 
+    def tokens_of(rows: Sequence[int]) -> Tensor:
+        return torch.from_numpy(data.tokens[list(rows), data.prompt_offset :].astype(np.int64)).view(-1, h, w)
+
+    latents_BCHW, ids_Bhw = torch.from_numpy(data.latents[rows].astype(np.float32)), tokens_of(rows)
     blocks = len(models["transformer"].transformer_blocks)
     decoder = WatchedDecoder(models["transformer"].eval(), range(blocks))
-    noise = torch.randn(latents_BCHW.shape, generator=torch.Generator().manual_seed(1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        glyphs, mask = GlyphEncoder(models["text_encoder"].eval()).encode(words)
-        told = decoder.condition(upsample_ids(ids_Bhw), glyphs, mask, size=(32 * h, 32 * w))
-        estimate = noise - decoder.velocity(noise, 999.0, told)
+    spell = GlyphEncoder(models["text_encoder"].eval())
+
+    def estimate(rows: Sequence[int], words: list[list[str]]) -> Tensor:
+        noise = torch.randn(len(rows), *latents_BCHW.shape[1:], generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            glyphs, mask = spell.encode(words)
+            told = decoder.condition(upsample_ids(tokens_of(rows)), glyphs, mask, size=(32 * h, 32 * w))
+            return noise - decoder.velocity(noise, 999.0, told)
+
+    words = spelling(estimate, data, a.n)
+    estimate_BCHW = estimate(rows, [[t.word for t in scenes.scene(k).things if t.word] for k in rows])
     print(f"{a.model}, {len(rows)} of {a.scenes}, noise level 1, share of the variance explained:")
-    print("decoder: " + explained(latents_BCHW, estimate))
+    print("decoder: " + explained(latents_BCHW, estimate_BCHW))
     first = EncodedScenes(a.work / "scenes_first" / "encoded", SceneCache(a.work / "scenes_first", scenes.bank))
     print("codes alone: " + explained(latents_BCHW, by_code(first, latents_BCHW, ids_Bhw)))
     print(
         "odd rows told by a probe after each block: "
         + " ".join(f"{parity(decoder.states_BPD[k], 2 * w):.0%}" for k in range(blocks))
     )
+    print(f"patches of spaced letters, by the words told: {words}")
     common = SceneCache(a.work / "scenes_common", scenes.bank)
     for which, shares in agreement(EncodedScenes(a.work / "scenes_common" / "encoded", common)).items():
         print(f"tokens of a thing on {which} background: {np.mean(shares):.0%} agree, n {len(shares)}")

@@ -16,7 +16,7 @@ from glmimg.corpus.scenes import _PALE, SceneSampler, draw
 from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import COMMON_THINGS, FIRST_THINGS, SIGNS
 from glmimg.errors import BadInput
-from glmimg.training.decoder_task import DecoderTask, _letters
+from glmimg.training.decoder_task import DecoderTask, letters
 
 
 def test_scene_is_a_pure_function_of_seed_and_index(bank: StickerBank) -> None:
@@ -80,11 +80,11 @@ def test_spaced_letters_lie_on_patches_and_their_tokens_trade_places(bank: Stick
         for k, (left, top, right, bottom) in enumerate(cells):
             assert left == cells[0][0] + k * wide and left % 16 == 0 and top % wide == 0 and bottom - top == 2 * wide
             assert thing.box[0] <= left < right <= thing.box[2] and thing.box[1] <= top < bottom <= thing.box[3]
-        letters, parts = _letters(scene)
-        assert (letters >= 0).sum() == sum(8 if wide == 32 else 2 for c in thing.word if ord(c) < 256)
+        shown, parts = letters(scene)
+        assert (shown >= 0).sum() == sum(8 if wide == 32 else 2 for c in thing.word if ord(c) < 256)
         for letter, (left, top, right, bottom) in zip(thing.word, cells, strict=True):
             where = slice(top // 16, bottom // 16), slice(left // 16, right // 16)
-            assert (letters[where] == (ord(letter) if ord(letter) < 256 else -1)).all()
+            assert (shown[where] == (ord(letter) if ord(letter) < 256 else -1)).all()
             assert sorted(parts[where].flatten()) == list(range(8) if wide == 32 else range(8, 10))
     scene, thing = next((s, t) for s, t in things if t.sign == "sign" and len(t.word) in (4, 6))
     cells = letter_cells(thing.sign, thing.word, thing.box)

@@ -287,6 +287,13 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
     assert share == 1.0 and float(lost.detach()) < 0.1
     lost, share = decoder._spell(torch.stack([torch.tensor([[66, 65], [0, 1]]), none]))
     assert share == 0.0 and 4.0 < float(lost.detach()) < 5.0
+    # So is a letter's place in its word, off its glyph.
+    decoder.count.weight.data.zero_()
+    decoder.count.weight.data[[0, 1, 16, 17], range(4)] = 9.0
+    for order, low in (([[0, 3], [1, 2]], True), ([[1, 2], [0, 3]], False)):
+        states = torch.nn.functional.one_hot(torch.tensor(order), decoder.count.in_features).sum(1).float()
+        decoder.glyph_states = states[None].expand(2, -1, -1), torch.ones(2, 2)
+        assert (float(decoder._count([["ab"], []]).detach()) < 0.5) == low
 
 
 def test_crops_hold_their_thing_whole(tmp_path: Path, bank: StickerBank, models: dict) -> None:

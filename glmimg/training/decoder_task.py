@@ -39,6 +39,7 @@ from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from
 _PIXELS_PER_TOKEN = 32
 _LATENTS_PER_TOKEN = 4
 _ROWS = 40  # of patches, at most
+_NUMBERS = 16  # of letters before and after one in its word, at most
 _LETTERS, _PARTS = 256, 10  # code points, and which patch of its letter: 4 x 2 of a large one or 2 of a small one
 CROPS = ((4, 4), (4, 6), (6, 4), (6, 6), (4, 8))  # rows, columns in tokens; what fits in none takes the whole picture
 
@@ -60,7 +61,7 @@ class DecoderBatch:
     letters_B2P: torch.Tensor | None = None
 
 
-def _letters(scene: Scene) -> np.ndarray:
+def letters(scene: Scene) -> np.ndarray:
     """(2, rows, columns) of a scene's patches: code point of the spaced letter there, and which patch of it; or -1."""
     found = np.full((2, scene.height // 16, scene.width // 16), -1)
     for thing in scene.things:
@@ -194,12 +195,14 @@ class DecoderTask:
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
         width = self.decoder.heads * self.decoder.head_dim
         self.where, self.spell = nn.Linear(width, 2 * (_ROWS + 2)), nn.Linear(width, _LETTERS + _PARTS)
+        self.count = nn.Linear(int(transformer.config.text_embed_dim), 2 * _NUMBERS)
         self.where_weight, self.spell_weight = where, spell
         self.modules: Mapping[str, nn.Module] = {
             "transformer": transformer,
             "text_encoder": text_encoder,
             "where": self.where,
             "spell": self.spell,
+            "count": self.count,
         }
 
     def batch(self, position: int, size: int) -> DecoderBatch:
@@ -229,7 +232,7 @@ class DecoderTask:
         """Crops of `shape` tokens at places (scene, top, left); with `rng` some words' tokens trade places."""
         (h, w), (side_h, side_w) = data.target, shape
         assert data.latents is not None
-        latents, ids, words, crops, letters = [], [], [], [], []
+        latents, ids, words, crops, shown = [], [], [], [], []
         for k, top, left in places:
             scene = data.cache.scene(k)
             y, x, f = top * _LATENTS_PER_TOKEN, left * _LATENTS_PER_TOKEN, _LATENTS_PER_TOKEN
@@ -242,7 +245,7 @@ class DecoderTask:
             edges = (corner[0] + side_h * _PIXELS_PER_TOKEN, corner[1] + side_w * _PIXELS_PER_TOKEN)
             words.append([t.word for t in scene.things if t.word and _meets(t.box, corner, edges)])
             crops.append(corner)
-            letters.append(_letters(scene)[:, 2 * top : 2 * (top + side_h), 2 * left : 2 * (left + side_w)])
+            shown.append(letters(scene)[:, 2 * top : 2 * (top + side_h), 2 * left : 2 * (left + side_w)])
         return DecoderBatch(
             torch.from_numpy(np.stack(latents)).float(),
             torch.from_numpy(np.stack(ids).astype(np.int64)),
@@ -250,7 +253,7 @@ class DecoderTask:
             (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN),
             torch.tensor(crops, dtype=torch.float32),
             4 * h * w,
-            letters_B2P=torch.from_numpy(np.stack(letters)).flatten(2),
+            letters_B2P=torch.from_numpy(np.stack(shown)).flatten(2),
         )
 
     def _traded(self, grid_hw: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -300,7 +303,7 @@ class DecoderTask:
         timesteps_B = training_timesteps(len(x0), generator, mean=self.time_mean)
         sigmas_B = training_sigmas(timesteps_B, batch.patches, self.scheduler)
         noise = torch.randn(x0.shape, generator=generator)
-        states, mask = self.glyphs.encode(words)
+        states, mask = self.glyph_states = self.glyphs.encode(words)
         h, w = ids_Bhw.shape[1:]
         conditioning = self.decoder.condition(
             upsample_ids(ids_Bhw),
@@ -335,7 +338,7 @@ class DecoderTask:
             seen_B2P = batch.letters_B2P.where(torch.from_numpy(~silent)[:, None, None], -1)
             if (seen_B2P[:, 0] >= 0).any():
                 unspelt, told["letters"] = self._spell(seen_B2P)
-                loss = loss + self.spell_weight * unspelt
+                loss = loss + self.spell_weight * (unspelt + self._count(words))
         return loss, told
 
     def _spell(self, letters_B2P: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -349,6 +352,19 @@ class DecoderTask:
         lost = lost + nn.functional.cross_entropy(logits_N[:, _LETTERS:], parts_N)
         right = float((logits_N[:, :_LETTERS].argmax(-1) == letters_N).float().mean())
         return lost * shown_BP.any(1).float().mean(), right
+
+    def _count(self, words: list[list[str]]) -> torch.Tensor:
+        """Cross-entropy of reading off a glyph's state how many bytes of its word stand before and after it, times the
+        share of pictures with one word. Nothing else tells the decoder a letter's place in its word."""
+        alone = [b for b, texts in enumerate(words) if len(texts) == 1]
+        lengths = [len(words[b][0].encode()) for b in alone]
+        states_NG = torch.cat([self.glyph_states[0][b, :n] for b, n in zip(alone, lengths, strict=True)])
+        logits_N2n = self.count(states_NG.to(self.count.weight.dtype)).float().unflatten(-1, (2, _NUMBERS))
+        before_N = torch.cat([torch.arange(n) for n in lengths])
+        after_N = torch.cat([torch.arange(n).flip(0) for n in lengths])
+        places_N2 = torch.stack([before_N, after_N], -1).clamp(max=_NUMBERS - 1)
+        lost = nn.functional.cross_entropy(logits_N2n.flatten(0, 1), places_N2.flatten())
+        return lost * len(alone) / len(words)
 
     def _where(self, tokens: Sequence[int]) -> tuple[torch.Tensor, float]:
         """Cross-entropy of reading each patch's row and column, and whether they are odd (which half of its token it
