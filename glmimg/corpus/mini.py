@@ -35,13 +35,13 @@ class Scale:
     """
 
     scenes: int = 16_000
-    tokens: int = 1_500
-    common: int = 3_000
-    first: int = 18_000
+    tokens: int = 3_000
+    common: int = 12_000
+    first: int = 28_000
     others: int = 300
     latents: int = 400
-    common_latents: int = 1_000
-    first_latents: int = 3_200
+    common_latents: int = 1_600
+    first_latents: int = 4_800
     edits: int = 2_000
     held_out: int = 1_000
     texts: int = 40_000
