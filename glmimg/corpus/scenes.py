@@ -295,8 +295,8 @@ class SceneSampler:
         elif sign in ("sign", "bubble", "banner"):
             top = top // 32 * 32 + 32 * int(rng.integers(-1 if h == 128 else 0, 2))
         box = (left, top, left + w, top + h)
-        looks = {"sign": sign, "word": word, "language": language, "colour": board, "ink": ink}
-        things = [Thing("sign", box, font=self._spaced_font, spaced=True, **looks)]
+        written = Thing("sign", box, sign=sign, word=word, language=language, font=self._spaced_font, spaced=True)
+        things = [replace(written, colour=board, ink=ink)]
         if beside:
             side = min(128, top // 32 * 32)
             x = (width - side) // 2
