@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 import torch
 from PIL import Image
 
 from glmimg.decoder import Conditioning, Reference, ReferenceCache
 from glmimg.diffusion import Schedule, guided, noise_like, sample
-from glmimg.glyph_encoder import glyph_ids
 from glmimg.image_io import to_pil
 from glmimg.pipelines.request import Request
 from glmimg.pipelines.result import Callback, Reporter
@@ -37,7 +35,7 @@ __all__ = [
 ]
 
 PREVIEW_STEPS = 8
-BATCH_PATCHES = 1024  # decoder patches that are taken at a time; more pictures at once gain nothing
+BATCH_PATCHES = 1024  # decoder patches that an accelerator takes at a time; more pictures at once gain nothing
 
 
 @dataclass(frozen=True)
@@ -95,19 +93,13 @@ def encode_glyphs(stages: Stages, request: Request) -> Glyphs:
 
 
 def batches(stages: Stages, request: Request) -> Iterator[tuple[int, ...]]:
-    """Which pictures the decoder makes together: as many as fill the device, and on processors only those whose words
-    pad alike, so that each rounds as it does alone."""
-    alone = not stages.guidance_batched or bool(request.references)
-    size = 1 if alone else max(1, BATCH_PATCHES // request.patches)
-    padding = [tuple(map(len, glyph_ids(glyph_texts(caption)))) for caption in request.prompts]
-
-    def together(picture: int) -> tuple[int, ...]:
-        return () if stages.backends["decoder"].has_pinned_memory else padding[picture // request.copies]
-
-    for _, alike in groupby(range(request.pictures), together):
-        pictures = list(alike)
-        for start in range(0, len(pictures), size):
-            yield tuple(pictures[start : start + size])
+    """Which pictures the decoder makes together: on processors one after the other, so that each is what it is alone
+    whatever the others' words pad; on accelerators as many as fill the device."""
+    size = 1
+    if stages.backends["decoder"].has_pinned_memory and stages.guidance_batched and not request.references:
+        size = max(1, BATCH_PATCHES // request.patches)
+    for start in range(0, request.pictures, size):
+        yield tuple(range(start, min(start + size, request.pictures)))
 
 
 def condition(

@@ -147,7 +147,7 @@ def test_generate_and_repeat(small: list[str], capsys: pytest.CaptureFixture[str
     )
     captured = capsys.readouterr()
     assert captured.out.split() == ["out/cat.png", "out/cat-2.png"]
-    assert "tokens" in captured.err and "decoder" in captured.err and "2/2" in captured.err
+    assert "tokens" in captured.err and "decoder" in captured.err and "4/4" in captured.err
     metadata = read_metadata("out/cat-2.png")
     assert metadata["prompt"] == 'a "cat"' and metadata["config"]["seed"] == 6
     assert TokenGrid.load("t-2") == TokenGrid.from_dict(metadata["tokens"])
