@@ -115,10 +115,11 @@ def pictures(folder: Path, **options: Any) -> Any:
 def test_pipeline_computes_what_the_whole_weights_do(packed: tuple[int, Path], unpacked: Path) -> None:
     ours, whole = pictures(packed[1]), pictures(unpacked)
     assert torch.equal(ours.tokens[0].ids_HW, whole.tokens[0].ids_HW)
-    a, b = (torch.tensor(list(result.images[0].tobytes()), dtype=torch.float) for result in (ours, whole))
-    assert (a - b).abs().max() <= 1
+    # Streamed blocks run guidance's halves apart, which may round differently (not on processors with AMX).
     streamed = pictures(packed[1], offload="block")
-    assert streamed.images[0].tobytes() == ours.images[0].tobytes()
+    for other in (whole, streamed):
+        a, b = (torch.tensor(list(result.images[0].tobytes()), dtype=torch.float) for result in (ours, other))
+        assert (a - b).abs().max() <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
