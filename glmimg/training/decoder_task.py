@@ -355,8 +355,10 @@ class DecoderTask:
 
     def _count(self, words: list[list[str]]) -> torch.Tensor:
         """Cross-entropy of reading off a glyph's state how many bytes of its word stand before and after it, times the
-        share of pictures with one word. Nothing else tells the decoder a letter's place in its word."""
+        share of pictures with one word. Patches find their letter by its place, which glyphs learn slowly otherwise."""
         alone = [b for b, texts in enumerate(words) if len(texts) == 1]
+        if not alone:
+            return torch.zeros(())
         lengths = [len(words[b][0].encode()) for b in alone]
         states_NG = torch.cat([self.glyph_states[0][b, :n] for b, n in zip(alone, lengths, strict=True)])
         logits_N2n = self.count(states_NG.to(self.count.weight.dtype)).float().unflatten(-1, (2, _NUMBERS))
