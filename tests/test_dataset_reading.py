@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,41 @@ def test_what_a_table_leaves_out_is_told_and_links_are_followed(tmp_path: Path) 
     }
 
 
+def test_rows_of_a_table_need_not_be_alike(tmp_path: Path) -> None:
+    for one in ("a", "b"):
+        picture(tmp_path / f"{one}.png")
+    rows = [{"file_name": "a.png"}, {"file_name": "b.png", "text": "one\u2028line\x85", "source": "a.png"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    found = read_dataset(tmp_path)
+    assert told(found) == [("a.png", ()), ("b.png", ("one\u2028line",))]
+    assert found.examples[1].reference is not None and found.examples[0].reference is None
+
+
+def test_tables_in_subfolders_as_on_the_hub(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        picture(tmp_path / split / "deep/x.png")
+        (tmp_path / split / "metadata.jsonl").write_text(json.dumps({"file_name": "deep/x.png", "text": f"in {split}"}))
+    picture(tmp_path / "train/left.png")
+    found = read_dataset(tmp_path)
+    assert told(found) == [("train/deep/x.png", ("in train",))] and found.kind == "train/metadata.jsonl"
+    assert found.notes == (
+        "test/metadata.jsonl is not of the train split",
+        "train/left.png is in no row of train/metadata.jsonl",
+    )
+    (tmp_path / "train").rename(tmp_path / "more")
+    assert [captions for _, captions in told(read_dataset(tmp_path))] == [("in train",), ("in test",)]
+
+
+def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "film.mov"):
+        (tmp_path / name).touch()
+    notes = ("2 .heic files are not read (IMG_1.HEIC, IMG_2.heic)", "1 .mov files are not read (film.mov)")
+    with pytest.raises(BadInput, match="holds no pictures .*2 .heic files are not read"):
+        read_dataset(tmp_path)
+    picture(tmp_path / "a thing.png")
+    assert read_dataset(tmp_path).notes == notes
+
+
 def test_edit_pairs_in_folders_and_tables(tmp_path: Path) -> None:
     for side in ("source", "target"):
         picture(tmp_path / "pairs" / side / "x.png")
@@ -137,9 +173,10 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data/test-00000.parquet")
     found = read_dataset(tmp_path)
     assert len(found.examples) == 2 and found.notes == ("data/test-00000.parquet is not of the train split",)
-    (tmp_path / "data/train-00000.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(BadInput, match="no parquet file"):
-        read_dataset(tmp_path)
+    for damaged in (b"PAR1 nothing PAR1", b""):
+        (tmp_path / "data/train-00000.parquet").write_bytes(damaged)
+        with pytest.raises(BadInput, match="no parquet file"):
+            read_dataset(tmp_path)
 
 
 def test_saved_by_datasets(tmp_path: Path) -> None:
@@ -150,6 +187,12 @@ def test_saved_by_datasets(tmp_path: Path) -> None:
     found = read_dataset(tmp_path / "one")
     assert [example.captions for example in found.examples] == [("a thing",)]
     assert found.examples[0].picture.open().size == (32, 32)
+    for name in ("state.json", "dataset_info.json", "*.arrow"):
+        copy = tmp_path / name.strip("*.")
+        shutil.copytree(tmp_path / "one", copy)
+        next(copy.glob(name)).write_bytes(b"")
+        with pytest.raises(BadInput, match="no datasets folder that can be read"):
+            read_dataset(copy)
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
@@ -158,6 +201,10 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="holds no pictures .*png"):
         read_dataset(tmp_path / "empty")
+    for name in ("zero.csv", "zero.tsv", "zero.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(BadInput, match=f"{name} is empty"):
+            read_dataset(tmp_path / name)
     (tmp_path / "long").mkdir()
     (tmp_path / "long/metadata.csv").write_text("file_name,text\na.png," + "x" * 200_000)
     with pytest.raises(BadInput, match="no table that can be read"):

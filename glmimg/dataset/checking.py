@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "nearly the same": (False, "keep the better one, unless they are to count more"),
     "apostrophes": (False, "any two apostrophes count as quotation marks: use double quotes around words to be drawn"),
     "few pictures": (False, "a style wants some 20 to 50 pictures, a subject 5 to 20"),
-    "file left over": (False, "rename it, or take it out"),
+    "file left over": (False, "rename it, save pictures as .jpg or .png, or take it out"),
 }
 LONG = 128  # tokens of a caption
 BLUR = 1.5  # enlarged by more than this

@@ -6,6 +6,7 @@ What is understood, looked for in this order:
 - a folder that Hugging Face `datasets` saved (extra `data`)
 - *.parquet with pictures inside, as on the hub (extra `data`)
 - folders source/ and target/ with files of equal names: edit pairs, the instruction in target/NAME.txt
+- metadata.jsonl / metadata.csv in subfolders, as on the hub; where some are of a train split, those alone
 - pictures, in subfolders as well, with NAME.txt beside them, one caption a line; where no .txt is there at all, the
   names are the captions
 """
@@ -18,7 +19,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +40,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "caption": ("text", "caption", "captions", "prompt", "instruction", "edit_prompt", "edit"),
     "reference": ("source", "source_image", "reference", "input_image", "original_image", "source_file_name"),
 }
+_TABLES = ("metadata.jsonl", "metadata.csv")  # of both in one folder the first is read
 _CAMERA = re.compile(r"(img|dsc[nf]?|pxl|image|picture|photo|screenshot|p|whatsapp image)?[\s\d\-_.()]*", re.IGNORECASE)
 _TRAIN = re.compile(r"(^|[/\\_.-])train([/\\_.-]|$)", re.IGNORECASE)  # in the path of a split's file
 _DIGEST = re.compile(r"[0-9a-f\-]{16,}", re.IGNORECASE)
@@ -112,26 +115,25 @@ def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) ->
     elif (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         kind, examples = "Hugging Face datasets folder", list(_saved(root, columns, notes))
     else:
-        tables = [root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()]
+        own = [root / name for name in _TABLES if (root / name).is_file()]
         parquet = sorted(root.rglob("*.parquet"))
-        if tables:
-            kind, examples = _table(tables[0], root, columns)
-            notes += [f"{left.name} is not read: {tables[0].name} is" for left in tables[1:]]
-            named = {s.path for e in examples for s in (e.picture, e.reference) if s is not None}
-            notes += [f"{p.relative_to(root)} is in no row of {kind}" for p in _pictures(root) if p not in named]
+        if own:
+            kind, examples = _tables(own, root, columns, notes)
         elif (root / "source").is_dir() and (root / "target").is_dir():
             kind, examples = "source and target folders", _pairs(root, notes)
+        elif deeper := sorted(file for name in _TABLES for file in root.rglob(name)):
+            kind, examples = _tables(deeper, root, columns, notes)
         elif parquet:
-            train = [file for file in parquet if _TRAIN.search(str(file.relative_to(root)))] or parquet
-            notes += [f"{file.relative_to(root)} is not of the train split" for file in parquet if file not in train]
+            train = _train(parquet, root, notes)
             notes += [f"{p.relative_to(root)} is not in a parquet file" for p in _pictures(root)]
             kind = f"{len(train)} parquet files"
             examples = [example for file in train for example in _parquet(file, root, columns)]
         else:
             kind, examples = _folder(root, notes)
     if not examples:
+        seen = "".join(f"; {note}" for note in notes[:3])
         raise BadInput(
-            f"{place} holds no pictures ({kind}): {', '.join(sorted(s[1:] for s in SUFFIXES))} are looked for"
+            f"{place} holds no pictures ({kind}): {', '.join(sorted(s[1:] for s in SUFFIXES))} are looked for{seen}"
         )
     return Dataset(str(place), kind, tuple(examples), tuple(notes))
 
@@ -146,6 +148,26 @@ def name_caption(stem: str) -> str:
 
 def _pictures(root: Path) -> list[Path]:
     return sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def _unread(root: Path) -> list[str]:
+    """A note for each kind of file that is neither picture nor caption: a phone's own format, films."""
+    kinds: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(root.rglob("*")):
+        kind = path.suffix.lower()
+        if path.is_file() and kind not in {*SUFFIXES, ".txt"} and not path.name.startswith("."):
+            kinds[kind or "nameless"].append(path.relative_to(root))
+    return [
+        f"{len(paths)} {kind} files are not read ({', '.join(map(str, paths[:3]))}{', ...' * (len(paths) > 3)})"
+        for kind, paths in kinds.items()
+    ]
+
+
+def _train(files: list[Path], root: Path, notes: list[str]) -> list[Path]:
+    """Those of a train split, where there are any."""
+    train = [file for file in files if _TRAIN.search(str(file.relative_to(root)))] or files
+    notes += [f"{file.relative_to(root)} is not of the train split" for file in files if file not in train]
+    return train
 
 
 def _text_captions(picture: Path) -> tuple[str, ...] | None:
@@ -177,6 +199,7 @@ def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:
     notes += [
         f"{t.relative_to(root)} has no picture" for t in sorted(root.rglob("*.txt")) if t.with_suffix("") not in stems
     ]
+    notes += _unread(root)
     return ("folder with .txt captions" if with_text else "folder, captions from file names"), examples
 
 
@@ -192,7 +215,22 @@ def _pairs(root: Path, notes: list[str]) -> list[Example]:
         label = str(target.relative_to(root))
         examples.append(Example(Source(label, target), captions, Source(str(source.relative_to(root)), source)))
     notes += [f"{left.relative_to(root)} has no target of that name" for left in sources.values()]
+    notes += _unread(root)
     return examples
+
+
+def _tables(found: list[Path], root: Path, columns: Mapping[str, str], notes: list[str]) -> tuple[str, list[Example]]:
+    """One table for each folder; a row names pictures as seen from its table's folder."""
+    first = {folder: min(_TABLES, key=lambda name: folder / name not in found) for folder in {f.parent for f in found}}
+    read = _train([file for file in found if file.name == first[file.parent]], root, notes)
+    notes += [f"{f.relative_to(root)} is not read: {first[f.parent]} is" for f in found if f.name != first[f.parent]]
+    examples = [example for file in read for example in _table(file, root, columns)[1]]
+    kind = str(read[0].relative_to(root)) if len(read) == 1 else f"{len(read)} metadata files"
+    named = {s.path for e in examples for s in (e.picture, e.reference) if s is not None}
+    others = {file.parent for file in found} - {file.parent for file in read}  # of other splits, which were told
+    left = [p for p in _pictures(root) if p not in named and others.isdisjoint(p.parents)]
+    notes += [f"{p.relative_to(root)} is in no row of {kind}" for p in left]
+    return kind, examples
 
 
 def _table(file: Path, root: Path, columns: Mapping[str, str]) -> tuple[str, list[Example]]:
@@ -206,16 +244,18 @@ def _table(file: Path, root: Path, columns: Mapping[str, str]) -> tuple[str, lis
         raise BadInput(f"{file} is empty: write a row for each picture, or delete it to read the folder's own pictures")
     if kind == ".jsonl":
         rows = list(_json_rows(file, text))
+        names = list(dict.fromkeys(name for row in rows for name in row))
     else:
         try:
-            rows = list(csv.DictReader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t"))
+            reader = csv.DictReader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t")
+            rows, names = list(reader), [name for name in reader.fieldnames or () if name]
         except csv.Error as error:
             raise BadInput(f"{file} is no table that can be read ({error}): save it again") from error
-    return file.name, list(_rows(rows, root, file, columns))
+    return file.name, list(_rows(rows, root, file, columns, names, file.parent))
 
 
 def _json_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at signs that strings may hold
         if not line.strip():
             continue
         try:
@@ -247,15 +287,20 @@ def _saved(root: Path, columns: Mapping[str, str], notes: list[str]) -> Iterator
         raise MissingExtra.of("datasets", "data", "reading a folder that Hugging Face datasets saved")
     import datasets
 
-    loaded: Any = datasets.load_from_disk(str(root))
-    if isinstance(loaded, datasets.DatasetDict):
-        split = "train" if "train" in loaded else next(iter(loaded))
-        notes += [f"the split {name} is left out: {split} is read" for name in loaded if name != split]
-        loaded = loaded[split]
-    for name, feature in loaded.features.items():
-        if isinstance(feature, datasets.Image):  # as bytes: decoding and checking is ours
-            loaded = loaded.cast_column(name, datasets.Image(decode=False))
-    yield from _rows(loaded, root, root, columns, list(loaded.features))
+    try:
+        loaded: Any = datasets.load_from_disk(str(root))
+        if isinstance(loaded, datasets.DatasetDict):
+            split = "train" if "train" in loaded else min(loaded)
+            notes += [f"the split {name} is left out: {split} is read" for name in loaded if name != split]
+            loaded = loaded[split]
+        for name, feature in loaded.features.items():
+            if isinstance(feature, datasets.Image):  # as bytes: decoding and checking is ours
+                loaded = loaded.cast_column(name, datasets.Image(decode=False))
+        yield from _rows(loaded, root, root, columns, list(loaded.features))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{root} is no datasets folder that can be read ({error}): save or download it again") from error
 
 
 def _rows(
@@ -263,21 +308,21 @@ def _rows(
     root: Path,
     place: Path,
     columns: Mapping[str, str],
-    names: Iterable[str] | None = None,
+    names: Sequence[str],
+    base: Path | None = None,
 ) -> Iterator[Example]:
-    found: dict[str, str | None] | None = None
+    """`base`: where the rows' paths begin (default: `root`, which none may leave)."""
+    base, found = base or root, _columns(names, place, columns)
     for number, row in enumerate(rows, 1):
-        if found is None:
-            found = _columns([str(name) for name in names or row if name], place, columns)
         label = f"{place.name}, row {number}"
-        picture = _source(row.get(found["picture"] or ""), root, label)
-        reference = _source(row.get(found["reference"]), root, label) if found["reference"] else None
+        picture = _source(row.get(found["picture"] or ""), root, label, base)
+        reference = _source(row.get(found["reference"]), root, label, base) if found["reference"] else None
         if picture is None:
             raise BadInput(f"{label}: its column {found['picture']} is empty: name a picture, or delete the row")
         yield Example(picture, _captions(row.get(found["caption"] or "")), reference)
 
 
-def _columns(names: list[str], place: Path, columns: Mapping[str, str]) -> dict[str, str | None]:
+def _columns(names: Sequence[str], place: Path, columns: Mapping[str, str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for role, known in COLUMNS.items():
         wanted = columns.get(role)
@@ -299,8 +344,8 @@ def _captions(value: Any) -> tuple[str, ...]:
     return tuple(str(text).strip() for text in texts if str(text).strip())
 
 
-def _source(value: Any, root: Path, label: str) -> Source | None:
-    """A path, or what Hugging Face keeps: {"bytes": ..., "path": ...}."""
+def _source(value: Any, root: Path, label: str, base: Path) -> Source | None:
+    """A path from `base`, or what Hugging Face keeps: {"bytes": ..., "path": ...}."""
     if isinstance(value, Mapping):
         name = value.get("path")
         if value.get("bytes"):
@@ -311,7 +356,7 @@ def _source(value: Any, root: Path, label: str) -> Source | None:
     if not isinstance(value, str) or not value.strip():
         return None
     # by name alone: the hub's cache and many data sets hold links to pictures elsewhere
-    path = Path(os.path.abspath(root / value))
+    path = Path(os.path.abspath(base / value))
     if root not in path.parents:
         raise BadInput(f"{label}: {value} lies outside {root}; keep a data set's pictures in its folder")
-    return Source(value, path)
+    return Source(str(path.relative_to(root)), path)
