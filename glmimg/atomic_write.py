@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -13,7 +15,7 @@ from typing import Any
 
 from glmimg.errors import BadInput, GlmimgError
 
-__all__ = ["atomic_file", "atomic_folder"]
+__all__ = ["atomic_file", "atomic_folder", "clear_leftovers"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,7 +46,8 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yields a temporary folder beside `target` that takes its place when the block ends well.
 
-    A folder that was there before is replaced as a whole, and stays as it was if the block fails.
+    A folder that was there before is replaced as a whole, and stays as it was if the block fails. Only where the
+    system cannot exchange two folders is there a moment without either.
     """
     target = Path(target)
     with _explained(target):
@@ -52,15 +55,35 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
-            if target.exists():
+            if not target.exists():
+                os.rename(temporary, target)
+            elif not _exchanged(temporary, target):
                 replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
                 os.rename(target, replaced / target.name)
                 os.rename(temporary, target)
                 shutil.rmtree(replaced)
-            else:
-                os.rename(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(target: str | Path) -> None:
+    """Deletes what processes that were killed left of `target` half-written."""
+    target = Path(target)
+    for left in target.parent.glob(f".{glob.escape(target.stem)}.*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Gives two folders each other's name in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # Linux alone has it
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(os.path.abspath(one)), here, os.fsencode(os.path.abspath(other)), exchange) == 0
 
 
 def _beside(target: Path, make: Callable[..., Any]) -> Any:
