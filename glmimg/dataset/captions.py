@@ -19,7 +19,8 @@ __all__ = ["CaptionRules"]
 class CaptionRules(Config):
     """`trigger` stands for {trigger} in the templates, or goes in front where neither they nor the caption have it.
 
-    `dropout` is the share of pictures shown without any text, which guidance needs.
+    `dropout` is the share of pictures shown without any text, which guidance needs. The decoder is shown these without
+    their tokens as well, and as large a share of the others without their text alone.
     """
 
     trigger: str = ""

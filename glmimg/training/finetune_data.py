@@ -158,19 +158,22 @@ class Pictures:
                 progress(done, len(rows))
 
     def tensors(self, row: int) -> dict[str, torch.Tensor]:
-        found = self.encoder.store.get(self.encoder.picture_key(self.examples[row]))
-        if found is None:  # deleted by somebody, or damaged
-            self.encoder.store.path(self.encoder.picture_key(self.examples[row])).unlink(missing_ok=True)
-            self.encode([row])
-            found = self.encoder.store.get(self.encoder.picture_key(self.examples[row]))
-        assert found is not None
-        return found
+        checked = self.examples[row]
+        return self._stored(self.encoder.picture_key(checked), lambda: self.encoder.picture(checked))
 
     def glyph_states(self, text: str) -> torch.Tensor:
         words = glyph_texts(text)
-        found = self.encoder.store.get(self.encoder.glyphs(words))
+        return self._stored(self.encoder.glyph_key(words), lambda: self.encoder.glyphs(words))["states"]
+
+    def _stored(self, key: str, make: Callable[[], object]) -> dict[str, torch.Tensor]:
+        store = self.encoder.store
+        found = store.get(key)
+        if found is None:  # deleted by somebody, or damaged
+            store.path(key).unlink(missing_ok=True)
+            make()
+            found = store.get(key)
         assert found is not None
-        return found["states"]
+        return found
 
     @cached_property
     def groups(self) -> dict[tuple[tuple[int, int], bool], list[int]]:

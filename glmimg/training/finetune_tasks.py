@@ -113,7 +113,8 @@ class DecoderLearner:
         ids, texts, dropped = [], [], []
         for row, one in zip(rows, found, strict=True):
             captions, rules = pictures.examples[row].example.captions, pictures.config.captions
-            # Guidance's other half knows neither tokens nor text, so a dropped picture shows neither.
+            # Guidance's other half knows neither tokens nor text, so a dropped picture shows neither. Of the others, as
+            # in pretraining, some lose their text alone: `choose` draws once more.
             drop = rng is not None and rng.random() < rules.dropout
             text = rules.texts(captions)[0] if rng is None else "" if drop else rules.choose(captions, rng)
             tokens_HW = one["tokens"].long()
