@@ -76,7 +76,7 @@ def finetune(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
 
 def _finetune(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
-    if not arguments.output and not arguments.dry_run:
+    if not arguments.output and (arguments.find_rate or not arguments.dry_run):
         raise BadInput(f"no place for the result: glmimg finetune {arguments.data} -o my-adapter")
     from glmimg.cli_progress import Count
     from glmimg.pipelines.finetune import FineTunePipeline
@@ -127,7 +127,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
             raise BadInput(f"{arguments.config} cannot be read as json ({error})") from error
         if not isinstance(settings, dict):
             raise BadInput(f"{arguments.config} must hold an object of names and values")
-        for name in ("checkpoint", "dtype", "processes"):  # records of a run, not settings
+        for name in ("checkpoint", "dtype", "processes", "device"):  # records of a run, not settings
             settings.pop(name, None)
     for text in arguments.set or ():
         name, equals, value = text.partition("=")
@@ -143,9 +143,11 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     for flag, (name, _) in _LISTS.items():
         if getattr(arguments, flag):
             settings[name] = getattr(arguments, flag)
-    captions = dict(settings.get("captions") or {})
+    captions = settings.get("captions") or {}
+    if not isinstance(captions, dict):
+        raise BadInput(f'captions {captions!r}: give an object, such as {{"trigger": "zibble", "dropout": 0.1}}')
     given = {"trigger": arguments.trigger, "templates": arguments.template, "dropout": arguments.caption_dropout}
-    captions |= {name: value for name, value in given.items() if value is not None}
+    captions = captions | {name: value for name, value in given.items() if value is not None}
     if captions:
         settings["captions"] = captions
     return settings
@@ -156,6 +158,7 @@ def _told(plan: Plan, pipeline: FineTunePipeline) -> str:
     lines = [
         f"{plan.pictures} pictures to train on, {plan.held_out} held out; {plan.batches_per_epoch} batches an epoch, "
         f"{plan.epochs:g} epochs",
+        "sizes: " + ", ".join(f"{count} of {size}" for size, count in plan.buckets.items()),
         f"{config.method} on {plan.device} in {plan.dtype}, {plan.free_bytes / 1e9:.1f} GB free",
     ]
     for stage, one in plan.stages.items():

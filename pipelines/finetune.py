@@ -21,18 +21,19 @@ from typing import Any
 import torch
 
 from glmimg import __version__
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, clear_leftovers
 from glmimg.backends import Backend, pick_backend
 from glmimg.checkpoint import EMBEDDED, Checkpoint
-from glmimg.dataset.checking import Report
+from glmimg.dataset.checking import Checked, Report
 from glmimg.dataset.reading import Dataset, Example, Source, read_dataset
 from glmimg.dataset.store import Store, default_store
 from glmimg.errors import BadInput
-from glmimg.lora import Adapter
+from glmimg.lora import COMPONENT, Adapter
 from glmimg.pipelines.finetune_card import write_card
 from glmimg.pipelines.finetune_parts import StageParts
 from glmimg.pipelines.finetune_plan import Plan, make_plan, refuse_what_cannot_fit, telling_what_would_fit
 from glmimg.pipelines.finetune_samples import Samples
+from glmimg.pipelines.result import read_settings
 from glmimg.pipelines.stages import Stages
 from glmimg.pipelines.text_to_image import TextToImagePipeline
 from glmimg.training.finetune_config import FineTuneConfig, changed_settings
@@ -115,11 +116,15 @@ class FineTunePipeline:
         return report
 
     def split(self, report: Report) -> tuple[Pictures, Pictures]:
-        """(pictures to train on, pictures held out). Which is which depends on their content alone."""
-        examples = sorted(report.usable, key=lambda checked: Store.key(self.config.seed, checked.digest))
-        count = round(self.config.held_out * len(examples))
-        count = max(1, count) if self.config.held_out and len(examples) >= MIN_TO_HOLD_OUT else 0
-        train, held_out = tuple(examples[count:]), tuple(examples[:count])
+        """(pictures to train on, pictures held out). Which is which depends on their content alone; what one picture
+        teaches in several examples stays together."""
+        pictures: dict[str, list[Checked]] = {}
+        for checked in report.usable:
+            pictures.setdefault(checked.digest[:64], []).append(checked)  # an edit's second half is its reference's
+        rows = sorted(pictures.values(), key=lambda row: Store.key(self.config.seed, row[0].digest))
+        count = round(self.config.held_out * len(rows))
+        count = max(1, count) if self.config.held_out and len(rows) >= MIN_TO_HOLD_OUT else 0
+        held_out, train = (tuple(checked for row in part for checked in row) for part in (rows[:count], rows[count:]))
         return Pictures(train, self.encoder, self.config), Pictures(held_out, self.encoder, self.config)
 
     def plan(self, report: Report, progress: Progress | None = None) -> Plan:
@@ -182,7 +187,7 @@ class FineTunePipeline:
             self.backend.empty_cache()
         # 5. What tells others about it.
         if processes.main:
-            write_card(output, self.checkpoint, config, report, result, seconds)
+            write_card(output, self.checkpoint, config, self._settings(), report, result, seconds)
         return FineTuneResult(output, result, seconds)
 
     def loop(
@@ -238,8 +243,13 @@ class FineTunePipeline:
         loop.resume()
         if loop.step < self.config.steps:
             loop.run()
-        elif loop.processes.main:
-            save(loop.values)  # a run that was killed between its state and its adapter
+        else:  # through with it, or killed between the last state and the last adapter or pictures
+            if loop.processes.main:
+                save(loop.values)
+            missing = not samples.drawn(stage, loop.step)
+            loop.processes.wait()  # all have looked
+            if missing:
+                loop.sample()
         if full and loop.processes.main:
             parts.save_checkpoint(output / "checkpoint", loop.values, self.checkpoint)
         loop.processes.wait()  # what the first has written is read by all
@@ -267,15 +277,25 @@ class FineTunePipeline:
         for number in range(config.prior_count):
             prompt = config.prior_prompts[number % len(config.prior_prompts)]
             path = folder / f"{number:04d}.png"
-            if not path.is_file() and Processes.current().main:
+            seed = config.seed + number
+            if Processes.current().main and not self._is_of(path, prompt, seed):
                 pipeline = pipeline or TextToImagePipeline(Stages(self.checkpoint, self.backend, self.dtype, "stage"))
-                pipeline(prompt, seed=config.seed + number).save(path)
+                pipeline(prompt, seed=seed).save(path)
             Processes.current().wait()
             examples.append(Example(Source(path.name, path), (prompt,)))
         plain = replace(config, captions=replace(config.captions, trigger="", templates=("{caption}",)))
         dataset = Dataset(str(folder), "the model's own pictures", tuple(examples))
         report = survey(dataset, self.checkpoint, plain, duplicates=False)
         return Pictures(report.usable, self.encoder, plain)
+
+    def _is_of(self, path: Path, prompt: str, seed: int) -> bool:
+        """Whether a picture is there, and this checkpoint's of that prompt and seed: others may be an earlier run's."""
+        try:
+            told = read_settings(path)
+        except BadInput:
+            return False
+        made = told["prompt"], told["config"].get("seed"), told["checkpoint"].get("hash")
+        return made == (prompt, seed, self.checkpoint.hash)
 
     # Records of the run.
 
@@ -284,6 +304,8 @@ class FineTunePipeline:
             return
         for name in REQUESTS:  # left over from a run that had ended
             (output / name).unlink(missing_ok=True)
+        for name in (*COMPONENT, "checkpoint", *(f"checkpoint/{part}" for part in COMPONENT.values())):
+            clear_leftovers(output / name)
         for name, told in (("finetune.json", self._settings()), ("data.json", self._data(report))):
             with atomic_file(output / name) as temporary:
                 temporary.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -300,13 +322,17 @@ class FineTunePipeline:
             "checkpoint": {"name": self.checkpoint.name, "hash": self.checkpoint.hash},
             "dtype": str(self.dtype).removeprefix("torch."),
             "processes": Processes.current().count,
+            "device": self.backend.name,
         }
 
     def _data(self, report: Report) -> dict[str, Any]:
         told = report.to_dict()
+        parts: dict[str, list[str]] = {}
+        for checked in report.usable:  # a picture may be in several rows
+            parts.setdefault(checked.example.label, []).extend([checked.digest, *checked.example.captions])
         pictures = {
             checked.example.label: {
-                "digest": Store.key(checked.digest, *checked.example.captions)[:16],
+                "digest": Store.key(*parts[checked.example.label])[:16],
                 "size": list(checked.size),
                 "scaled": list(checked.fit.scaled),
                 "crop": [checked.fit.left, checked.fit.top, checked.fit.bucket[1], checked.fit.bucket[0]],
@@ -325,6 +351,12 @@ class FineTunePipeline:
             other = sorted(name for name in names if not name.startswith((".", "find-rate-")))
             if other and "finetune.json" not in names:
                 raise BadInput(f"{output} holds other things ({', '.join(other[:SHOWN])}): name a new folder")
+            made = sorted(names & {*COMPONENT, "checkpoint"})
+            if made:
+                raise BadInput(
+                    f"{output} holds what was learnt ({', '.join(made)}) but not the state to go on from (run/): name "
+                    "another folder"
+                )
             return False
         if not resume:
             raise BadInput(f"{output} holds a run already: add --resume to go on with it, or name another folder")
@@ -333,7 +365,10 @@ class FineTunePipeline:
             files = json.loads((output / "data.json").read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError) as error:
             raise BadInput(f"{output} cannot be gone on with ({error}): name another folder") from error
-        changed = changed_settings(settings, self._settings())
+        mine = self._settings()
+        for told in (settings, mine):  # where the checkpoint lies now matters as little as what it runs on
+            told["checkpoint"] = told.get("checkpoint", {}).get("hash")
+        changed = changed_settings(settings, mine, ("device",))
         now = self._data(report)["files"]
         gone, new = sorted(files.keys() - now.keys()), sorted(now.keys() - files.keys())
         same = files.keys() & now.keys()

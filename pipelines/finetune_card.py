@@ -15,7 +15,7 @@ from glmimg.atomic_write import atomic_file
 from glmimg.checkpoint import Checkpoint
 from glmimg.dataset.checking import Report
 from glmimg.dataset.page import STYLE, embedded_picture
-from glmimg.pipelines.finetune_samples import read_samples
+from glmimg.pipelines.finetune_samples import Sample, read_samples
 from glmimg.training.finetune_config import FineTuneConfig
 
 __all__ = ["write_card"]
@@ -27,11 +27,12 @@ def write_card(
     output: Path,
     checkpoint: Checkpoint,
     config: FineTuneConfig,
+    settings: Mapping[str, Any],
     report: Report,
     held_out: Mapping[str, tuple[float | None, float | None]],
     seconds: float,
 ) -> None:
-    """Writes README.md, in the form that hubs show, and before-after.html."""
+    """Writes README.md, in the form that hubs show, and before-after.html. `settings`: as the run resolved them."""
     full = config.method == "full"
     kind, trigger = "DoRA" if config.method == "dora" else "LoRA", config.captions.trigger
     model = "" if checkpoint.name == "embedded" or full else f" --model {checkpoint.name}"
@@ -44,7 +45,7 @@ def write_card(
     ]
     rows.append(("sizes", ", ".join(f"{size}: {count}" for size, count in told["buckets"].items())))
     losses = [f"| {stage} | {_number(before)} | {_number(after)} |" for stage, (before, after) in held_out.items()]
-    settings = {key: value for key, value in config.to_dict().items() if value not in ((), [], None, "")}
+    shown = {key: value for key, value in settings.items() if value not in ([], None, "")}
     text = [
         "---",
         "library_name: glmimg",
@@ -81,7 +82,7 @@ def write_card(
         *losses,
         "",
         "```json",
-        json.dumps(settings, indent=1, ensure_ascii=False),
+        json.dumps(shown, indent=1, ensure_ascii=False),
         "```",
         "",
     ]
@@ -89,14 +90,16 @@ def write_card(
         temporary.write_text("\n".join(text), encoding="utf-8")
     samples = read_samples(output)
     if samples:
-        _before_after(output, config, samples)
+        _before_after(output, samples)
 
 
-def _before_after(output: Path, config: FineTuneConfig, samples: dict[Any, list[Path]]) -> None:
-    first, last = list(samples.values())[0], list(samples.values())[-1]
+def _before_after(output: Path, samples: Mapping[Any, list[Sample]]) -> None:
+    """Of the prompts that were drawn both times: they may have been changed on the way."""
+    before = {sample.prompt: sample.path for sample in next(iter(samples.values()))}
+    after = {sample.prompt: sample.path for sample in list(samples.values())[-1]}
     rows = []
-    for number, prompt in enumerate(config.sample_prompts[: min(len(first), len(last))]):
-        pair = (embedded_picture(Image.open(side[number]), 512) for side in (first, last))
+    for prompt in (prompt for prompt in after if prompt in before):
+        pair = (embedded_picture(Image.open(side[prompt]), 512) for side in (before, after))
         rows.append(f"<tr><td>{html.escape(prompt)}</td>" + "".join(f"<td>{one}</td>" for one in pair) + "</tr>")
     page = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(output.name)}</title><style>{STYLE}</style>"

@@ -136,14 +136,22 @@ def needed_bytes(
 ) -> tuple[int, int, int]:
     """(parameters that learn, parameters in all, bytes that weights, gradients and optimizer take) without loading.
 
-    BadInput for a rank that is too large. Activations come on top; they are measured.
+    BadInput for a rank that is too large, and for training all weights where some are packed. Activations come on top;
+    they are measured.
     """
     component = COMPONENT[stage]
     model = checkpoint.skeleton(component)
     if stage == "generator":
         model.model.visual = model.model.vqmodel = None
-    total = sum(p.numel() for p in model.parameters())
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    plain = sum(p.numel() for p in model.parameters())
+    total = plain + sum(m.in_features * m.out_features for m in packed)
     if config.method == "full":
+        if packed:
+            raise BadInput(
+                f"{len(packed)} matrices of the {stage} in {checkpoint.name} are packed, and those cannot learn: use "
+                "--method lora, or the checkpoint that was quantised"
+            )
         return total, total, total * (4 + 4 + 8 + (4 if config.ema else 0))
     names = target_names(model, stage, config.targets(stage))
     shapes = [(m.out_features, m.in_features) for m in map(model.get_submodule, names)]
@@ -153,8 +161,9 @@ def needed_bytes(
                 f"rank {config.rank} is more than {name} has ({shape[0]} x {shape[1]}): use {min(shape)} or less"
             )
     learning = sum(config.rank * (n + k) + (n if config.method == "dora" else 0) for n, k in shapes)
-    every = [(m.out_features, m.in_features) for m in map(model.get_submodule, target_names(model, stage))]
-    matrices = sum(n * k for n, k in every)
+    targets = map(model.get_submodule, target_names(model, stage))
+    matrices = sum(m.weight.numel() for m in targets if not isinstance(m, PackedLinear))
     per_weight = torch.finfo(dtype).bits / 8
-    base = (total - matrices) * per_weight + matrices * (config.base_bits / 8 if config.base_bits else per_weight)
+    base = (plain - matrices) * per_weight + matrices * (config.base_bits / 8 if config.base_bits else per_weight)
+    base += sum(buffer.nbytes for module in packed for buffer in module.buffers())
     return learning, total, int(base) + learning * (4 + 4 + 8 + (4 if config.ema else 0))

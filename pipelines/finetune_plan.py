@@ -6,6 +6,7 @@ import gc
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class Plan:
     device: str
     dtype: str
     free_bytes: int
+    buckets: dict[str, int] = field(default_factory=dict)  # size -> pictures to train on
     stages: dict[str, StagePlan] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,11 +127,18 @@ def make_plan(pipeline: FineTunePipeline, train: Pictures, held_out: Pictures, p
             wanted = {row for order in orders for number in batches for row in order.rows(number)}
             train.encode(sorted(wanted), progress)
             pipeline.encoder.release()
+            before = backend.memory()
             with telling_what_would_fit(stage, pipeline):
                 loop = pipeline.loop(pipeline.parts(stage), Path(nowhere), train, train, prior=prior)
                 loop.learner.model.train()
                 times = [_timed_step(loop, k) for k in range(MEASURED)]
             peak = backend.memory().peak
+            room = before.allocated + before.free
+            if before.free > 0 and peak > max(room, before.peak):  # that of before may be another's: it is never reset
+                raise BadInput(
+                    f"{MEASURED} steps of the {stage} took {peak / 1e9:.1f} GB, and {backend.device} has "
+                    f"{room / 1e9:.1f} GB for them. What would take less: {', '.join(ways_out(stage, pipeline))}"
+                )
             stages[stage] = StagePlan(learning, total, weights, peak, times[-1], times[-1] * config.steps)
             del loop
             gc.collect()
@@ -142,6 +151,7 @@ def make_plan(pipeline: FineTunePipeline, train: Pictures, held_out: Pictures, p
         str(backend.device),
         str(pipeline.dtype).removeprefix("torch."),
         backend.memory().free,
+        {f"{w}x{h}": n for (h, w), n in Counter(one.fit.bucket for one in train.examples).most_common()},
         stages,
     )
 
@@ -158,14 +168,20 @@ def _timed_step(loop: Any, number: int) -> float:
 def find_rate(pipeline: FineTunePipeline, stage: str, train: Pictures) -> dict[str, Any]:
     """Sweeps the learning rate upwards, a step each, until the loss leaves; learns nothing that is kept.
 
-    Returns `rates`, their smoothed `losses`, and the `suggestion`: a tenth of the rate with the lowest loss.
+    Returns `rates`, their smoothed `losses`, and the `suggestion`: a tenth of the rate with the lowest loss. BadInput
+    if the stage does not fit.
     """
+    refuse_what_cannot_fit(stage, pipeline)
     train.encode()
     pipeline.encoder.release()
     rates: list[float] = []
     losses: list[float] = []
     smooth = 0.0
-    with tempfile.TemporaryDirectory() as nowhere, ThreadPoolExecutor(1) as pool:
+    with (
+        telling_what_would_fit(stage, pipeline),
+        tempfile.TemporaryDirectory() as nowhere,
+        ThreadPoolExecutor(1) as pool,
+    ):
         loop = pipeline.loop(pipeline.parts(stage), Path(nowhere), train, train)
         loop.learner.model.train()
         for step in range(SWEEP):

@@ -32,8 +32,8 @@ class FineTuneConfig(Config):
     activations to save memory. preview_weight: how much more a preview token counts; token_noise: share of tokens
     shown wrongly, so that mistakes are forgiven. prior_weight: how much the model's own pictures of `prior_prompts`
     count, against forgetting. *_every count steps, 0 for never; pictures are also made before the first step and after
-    the last. diverged: the factor over the first steps' loss at which the run stops. threads: of the processor, 0
-    for all.
+    the last. diverged: the factor over the first steps' loss at which the run stops; on the way there nothing is saved
+    over what was better. threads: of the processor, 0 for all.
     """
 
     stage: str = "both"

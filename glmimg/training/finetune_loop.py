@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, clear_leftovers
 from glmimg.backends import Backend
 from glmimg.errors import BadInput, Cancelled, CheckpointError, GlmimgError
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import BatchOrder, Pictures
 from glmimg.training.finetune_tasks import Learner
-from glmimg.training.loop import _board
 from glmimg.training.processes import Processes
 
 __all__ = ["REQUESTS", "FineTuneLoop", "FineTuneStep"]
@@ -36,6 +36,7 @@ __all__ = ["REQUESTS", "FineTuneLoop", "FineTuneStep"]
 REQUESTS = ("save-now", "sample-now", "stop-now")  # files that are looked for in the output folder at every step
 _INTERRUPT = "interrupt"  # what Ctrl-C counts as
 FIRST = 10  # steps whose mean loss is what divergence is measured against
+GOOD = 1.2  # how far over it the loss may be for a state to be saved unasked in the place of an earlier one
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,7 @@ class FineTuneLoop:
         if found:
             self._read()
         if self.processes.main:
-            for half in self.folder.glob(f".{self.file.stem}.*"):
-                half.unlink(missing_ok=True)
+            clear_leftovers(self.file)
             self._cut_log()
         return found
 
@@ -277,14 +277,14 @@ class FineTuneLoop:
         """
         config, self._ahead = self.config, None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._board = _board(self.folder / "board") if self.processes.main else None
+        self._board = _board(self.folder / "board", self.step) if self.processes.main else None
         self.learner.model.train()
         try:
             if self.step == 0:
                 self.held_out = self.evaluate()
                 self._log({"held_out": self.held_out} if self.held_out is not None else {})
                 self.save()
-                self._sample()
+                self.sample()
             with ThreadPoolExecutor(1) as pool, self._interruptible():
                 while self.step < config.steps:
                     began = time.perf_counter()
@@ -312,18 +312,20 @@ class FineTuneLoop:
         self._log(row)
         asked = self._asked()
         stopping = bool(asked & {"stop-now", _INTERRUPT})
-        if last or stopping or "save-now" in asked or (config.save_every and self.step % config.save_every == 0):
+        due = config.save_every and self.step % config.save_every == 0
+        if last or stopping or "save-now" in asked or (due and self.smooth <= self._limit() * GOOD / config.diverged):
             self.save()
         wanted = (config.sample_every and self.step % config.sample_every == 0) or "sample-now" in asked
         if last or (wanted and _INTERRUPT not in asked):
-            self._sample()
+            self.sample()
         if self.callback is not None and self.processes.main:
             eta = self.seconds / self.step * (config.steps - self.step)
             self.callback(FineTuneStep(self.stage, self.step, config.steps, loss, held_out, self.seconds, eta))
         if stopping:
             raise Cancelled(f"stopped after step {self.step} of {config.steps} of the {self.stage}; --resume goes on")
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
+        """Has pictures made with what counts as learnt, if there are prompts for them."""
         if self.config.sample_prompts and self.processes.main:
             self.learner.model.eval()
             with self._with_values():
@@ -336,11 +338,7 @@ class FineTuneLoop:
             self.smooth = loss if not self.first else 0.9 * self.smooth + 0.1 * loss
             if len(self.first) < FIRST:
                 self.first.append(loss)
-            # the very first loss, before anything is learnt, for what diverges so early that it spoils the mean
-            limit = self.config.diverged**2 * self.first[0]
-            if len(self.first) == FIRST:
-                limit = min(limit, self.config.diverged * sum(self.first) / FIRST)
-            if self.smooth <= limit:
+            if self.smooth <= self._limit():
                 return
             why = f"the loss grew to {self.smooth:.3g} from {self.first[0]:.3g}"
         else:
@@ -349,6 +347,12 @@ class FineTuneLoop:
             f"the {self.stage} diverged at step {self.step + 1}: {why}. What was saved after step {self.saved} is "
             f"kept; train with a lower learning rate than {self.config.rate:g} (--find-rate looks for one)"
         )
+
+    def _limit(self) -> float:
+        """The smoothed loss over which the run stops."""
+        # the very first loss, before anything is learnt, for what diverges so early that it spoils the mean
+        limit = self.config.diverged**2 * self.first[0]
+        return min(limit, self.config.diverged * sum(self.first) / FIRST) if len(self.first) == FIRST else limit
 
     def _asked(self) -> set[str]:
         """What any process was asked for since the last step; the first one looks for the files."""
@@ -409,6 +413,16 @@ def _disk(write: Callable[[], None]) -> None:
                 "the disk is full: the last saved state is whole; free some space and --resume"
             ) from error
         raise
+
+
+def _board(folder: Path, step: int) -> Any:
+    """A TensorBoard writer, or None where that is not installed (extra `train`). It hides what a killed run drew after
+    `step`."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
 
 def _seed(*numbers: int) -> int:

@@ -1,0 +1,252 @@
+"""What a fine-tuning leaves behind, and what it is refused or forgiven: samples, records, caches, unusual data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from glmimg import Checkpoint, TextToImagePipeline
+from glmimg.atomic_write import _exchanged, atomic_folder
+from glmimg.cli import main
+from glmimg.errors import BadInput, GlmimgError
+from glmimg.image_io import read_metadata, save_png
+from glmimg.lora import COMPONENT, open_adapters
+from glmimg.pipelines import FineTunePipeline
+from glmimg.pipelines.finetune_parts import needed_bytes
+from glmimg.pipelines.finetune_samples import Samples, read_samples
+from glmimg.training.finetune_loop import FineTuneStep
+from glmimg.weights_tools.quantize import quantize_checkpoint
+
+SMALL: dict[str, Any] = {"resolution": 64, "batch_size": 2, "rank": 2, "warmup": 2, "steps": 2, "evaluate_every": 0}
+
+
+def disc(path: Path, place: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", (64, 64), (250, 250, 240))
+    ImageDraw.Draw(picture).ellipse((place, 8, place + 30, 50), fill=(9 * place, 90, 200))
+    picture.save(path)
+    return path
+
+
+def discs(folder: Path, count: int = 3) -> Path:
+    for k in range(count):
+        disc(folder / f"disc {chr(97 + k)}.png", 7 * k)
+    return folder
+
+
+@pytest.fixture
+def opened(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., FineTunePipeline]:
+    def make(**changes: Any) -> FineTunePipeline:
+        return FineTunePipeline.from_pretrained(tiny_checkpoint, "cpu", "fp32", SMALL | changes, tmp_path / "cache")
+
+    return make
+
+
+@pytest.mark.parametrize("stage", ["generator", "decoder"])
+def test_samples_of_the_full_method_show_what_learns(
+    stage: str,
+    opened: Callable[..., FineTunePipeline],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the sampling pipeline keeps one stage at a time, as it does for large checkpoints."""
+    monkeypatch.setattr("glmimg.pipelines.finetune_samples.KEEP_BELOW", 0)
+    prompts, out = ["a disc", "a box"], tmp_path / "out"
+    settings = {"method": "full", "stage": stage, "learning_rate": 1e-2, "sample_prompts": prompts, "sample_steps": 1}
+    opened(**settings)(discs(tmp_path / "data"), out)
+    drawn = {step: [Image.open(sample.path) for sample in row] for (_, step), row in read_samples(out).items()}
+    small: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 0}
+    for step, checkpoint in ((0, tiny_checkpoint), (2, out / "checkpoint")):
+        pipeline = TextToImagePipeline.from_pretrained(checkpoint, "cpu", "fp32")
+        for k, prompt in enumerate(prompts):
+            expected = np.asarray(pipeline(prompt, **small).images[0], dtype=int)
+            assert np.abs(np.asarray(drawn[step][k], dtype=int) - expected).max() <= 1, (step, prompt)
+            assert np.abs(np.asarray(drawn[2 - step][k], dtype=int) - expected).max() > 1, (step, prompt)
+    base, trained = Checkpoint.open(tiny_checkpoint), Checkpoint.open(out / "checkpoint")
+    changed = [n for n, weights in base.weights.items() if weights.fingerprint() != trained.weights[n].fingerprint()]
+    assert changed == [COMPONENT[stage]]
+
+
+def test_samples_are_told_apart_by_numbers_and_by_what_they_carry(
+    opened: Callable[..., FineTunePipeline], tmp_path: Path
+) -> None:
+    for number in range(11):
+        save_png(
+            Image.new("RGB", (8, 8)), tmp_path / f"samples/decoder-000002-{number}.png", {"prompt": f"was {number}"}
+        )
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples/generator-000002-0.png")
+    rows = read_samples(tmp_path)
+    assert [sample.prompt for sample in rows["decoder", 2]] == [f"was {number}" for number in range(11)]
+    assert list(rows) == [("generator", 2), ("decoder", 2)] and rows["generator", 2][0].prompt == ""
+    pipeline = opened(sample_prompts=["is now"])
+    Samples(tmp_path, pipeline.checkpoint, pipeline.config, pipeline.backend, pipeline.dtype).sheet()
+    sheet = Image.open(tmp_path / "samples/sheet.png")
+    assert sheet.width > sheet.height  # two rows of eleven places
+
+
+def test_one_picture_on_packed_weights_with_samples_asked_for(
+    opened: Callable[..., FineTunePipeline], tmp_path: Path
+) -> None:
+    data, out = disc(tmp_path / "data/one disc.png", 5).parent, tmp_path / "out"
+    settings = {"base_bits": 4, "checkpointing": True, "sample_prompts": ["a disc"], "sample_steps": 1, "steps": 3}
+
+    def ask(done: FineTuneStep) -> None:
+        if done.step == 1:
+            (out / "sample-now").touch()
+
+    result = opened(**settings, sample_every=0)(data, out, callback=ask)
+    assert result.held_out == {"generator": (None, None), "decoder": (None, None)}
+    assert list(read_samples(out)) == [(stage, step) for stage in ("generator", "decoder") for step in (0, 2, 3)]
+    assert not (out / "sample-now").exists()
+    for adapter in open_adapters([out])[0].stages.values():
+        assert all(bool(low.b_Nr.any()) for low in adapter.layers.values())
+
+
+def test_broken_and_silent_pictures_are_refused_or_left_out(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = disc(tmp_path / "data/good.png", 3).parent
+    (data / "good.txt").write_text("a disc")
+    disc(data / "silent.png", 9)
+    (data / "broken.png").write_bytes((data / "good.png").read_bytes()[:90])
+    (data / "broken.txt").write_text("half a disc")
+    flags = ["--model", str(tiny_checkpoint), "--backend", "cpu", "--dtype", "fp32", "--cache", str(tmp_path / "cache")]
+    flags += ["--resolution", "64", "--rank", "2", "--batch-size", "2", "--stage", "decoder", "--steps", "1", "-q"]
+    command = ["finetune", str(data), "-o", str(tmp_path / "out"), *flags]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "2 pictures cannot be trained on" in told and "broken.png" in told and "silent.png has no caption" in told
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--skip-broken"]) == 0
+    assert set(json.loads((tmp_path / "out/data.json").read_text())["files"]) == {"good.png"}
+
+
+def test_damaged_caches_are_made_anew(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
+    data = disc(tmp_path / "data/x.png", 5).parent
+    (data / "x.txt").write_text('a disc that says "x"')
+    pipeline = opened(stage="decoder", captions={"dropout": 0.0})
+    train, _ = pipeline.split(pipeline.check(data))
+    train.encode()
+    before = train.glyph_states('"x"'), train.tensors(0)["tokens"]
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        file.write_bytes(b"half")
+    assert torch.equal(train.glyph_states('"x"'), before[0]) and torch.equal(train.tensors(0)["tokens"], before[1])
+
+
+def test_several_rows_of_one_picture_stay_together_and_all_count(
+    opened: Callable[..., FineTunePipeline], tmp_path: Path
+) -> None:
+    rows = [
+        {"file_name": disc(tmp_path / f"data/{k}.png", 4 * k).name, "text": f"{way} {k}"}
+        for way in ("disc", "round thing")
+        for k in range(6)
+    ]
+    pipeline = opened(held_out=0.4)
+
+    def look() -> Any:
+        (tmp_path / "data/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return pipeline.check(tmp_path / "data")
+
+    report = look()
+    train, held_out = ({one.example.label for one in part.examples} for part in pipeline.split(report))
+    assert len(train) == 4 and len(held_out) == 2 and not train & held_out
+    before = pipeline._data(report)["files"]
+    rows[2]["text"] = "something else"
+    after = pipeline._data(look())["files"]
+    assert [name for name in before if before[name] != after[name]] == ["2.png"]
+
+
+def test_a_folder_with_a_finished_adapter_is_not_overwritten(
+    opened: Callable[..., FineTunePipeline], tmp_path: Path
+) -> None:
+    data, out = disc(tmp_path / "data/a disc.png", 5).parent, tmp_path / "out"
+    (out / "decoder").mkdir(parents=True)
+    (out / "finetune.json").write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(BadInput, match=r"holds what was learnt \(decoder\) but not the state"):
+            opened()(data, out, resume=resume)
+
+
+def test_pictures_of_the_prior_are_of_its_prompts(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
+    for prompt in ("a fox", "a dog"):  # a run that was killed before its first step, and another
+        pipeline = opened(prior_weight=1.0, prior_prompts=[prompt], prior_count=1)
+        prior = pipeline._prior(tmp_path)
+        assert prior is not None and prior.examples[0].example.captions == (prompt,)
+        assert read_metadata(tmp_path / "prior/0000.png")["prompt"] == prompt
+    made = (tmp_path / "prior/0000.png").stat().st_mtime_ns
+    pipeline._prior(tmp_path)
+    assert (tmp_path / "prior/0000.png").stat().st_mtime_ns == made
+
+
+def test_packed_checkpoints_count_whole_and_do_not_learn_in_full(
+    opened: Callable[..., FineTunePipeline], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "packed", 4)
+    plain, packed = (Checkpoint.open(path) for path in (tiny_checkpoint, tmp_path / "packed"))
+    for stage in ("generator", "decoder"):
+        for bits in (0, 8):
+            config = opened(base_bits=bits, checkpointing=True).config
+            whole, less = (needed_bytes(stage, one, config, torch.float32) for one in (plain, packed))
+            assert whole[:2] == less[:2] and 0 < less[2] < whole[2], (stage, bits)
+        with pytest.raises(BadInput, match=f"matrices of the {stage} in .* are packed.*--method lora"):
+            needed_bytes(stage, packed, opened(method="full").config, torch.float32)
+
+
+def test_a_replaced_folder_is_never_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    if not _exchanged(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this system cannot exchange two folders")
+    for number, can in enumerate((True, False)):
+        with monkeypatch.context() as patched:
+            if can:
+                patched.setattr("os.rename", None)
+            else:
+                patched.setattr("glmimg.atomic_write._exchanged", lambda one, other: False)
+            with atomic_folder(tmp_path / "a") as temporary:
+                (temporary / str(number)).touch()
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", f"a/{number}", "b"]
+
+
+def test_find_rate(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = discs(tmp_path / "data")
+    flags = ["--model", str(tiny_checkpoint), "--backend", "cpu", "--dtype", "fp32", "--cache", str(tmp_path / "c")]
+    small = ["--resolution", "64", "--batch-size", "2", "--rank", "2", "--stage", "decoder"]
+    assert main(["finetune", str(pictures), *flags, *small, "--find-rate", "-o", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 1e-7 <= found["suggestion"] <= 1e-1 and len(found["rates"]) == len(found["losses"]) > 5
+    assert Image.open(found["plot"]).size == (640, 400)
+    Path(found["plot"]).with_name(".DS_Store").touch()
+    # the same folder is then trained in, after a plan
+    assert main(["finetune", str(pictures), *flags, *small, "--steps", "1", "-o", str(tmp_path / "out")]) == 0
+    assert "parameters learn" in capsys.readouterr().err
+
+
+def test_full_disk_leaves_the_last_state(
+    opened: Callable[..., FineTunePipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    out, written = tmp_path / "out", safetensors.torch.save_file
+    settings = {"stage": "generator", "steps": 6, "save_every": 2, "evaluate_every": 0}
+
+    def full(tensors: Any, path: Any, metadata: Any = None) -> None:
+        if float(tensors.get("optimizer.step.model.language_model.layers.0.self_attn.q_proj.lora_A", 0)) >= 4:
+            raise OSError(28, "No space left on device")
+        written(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(GlmimgError, match="disk is full"):
+        opened(**settings)(discs(tmp_path / "data"), out)
+    monkeypatch.undo()
+    assert [path.name for path in (out / "run/generator").glob("*state*")] == ["state.safetensors"]
+    opened(**settings)(discs(tmp_path / "data"), out, resume=True)
+    assert (out / "run/generator/log.jsonl").read_text().count('"loss"') == 6
