@@ -171,7 +171,7 @@ class Stages:
                 backend.empty_cache()
 
     def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
-        """Exchanges all adapters; an empty list takes them out. What is loaded stays, but for the layers changed."""
+        """Exchanges all adapters, or none if that fails; an empty list takes them out. Other layers stay loaded."""
         self.use_adapters(open_adapters(adapters))
 
     def use_adapters(self, stacked: list[Stacked]) -> None:
@@ -185,12 +185,16 @@ class Stages:
         began, old = time.perf_counter(), self._changes
         if "decoder" in self._loaded and self.compile:
             self.release("decoder")  # what was compiled holds on to its weights
-        if "decoder" in self._loaded:
-            swap_decoder(self.decoder, self.checkpoint, old["decoder"], new["decoder"], *self._place("decoder"))
-        if "generator" in self._loaded:
-            swap_generator(
-                self.generator, self.checkpoint, old["generator"], new["generator"], *self._place("generator")
-            )
+        try:
+            if "decoder" in self._loaded:
+                swap_decoder(self.decoder, self.checkpoint, old["decoder"], new["decoder"], *self._place("decoder"))
+            if "generator" in self._loaded:
+                swap_generator(
+                    self.generator, self.checkpoint, old["generator"], new["generator"], *self._place("generator")
+                )
+        except BaseException:
+            self.release("generator", "decoder")  # some layers may be changed: they are read anew, as they were before
+            raise
         self.adapters, self._changes = stacked, dict(new)
         self.load_seconds += time.perf_counter() - began
 
