@@ -47,9 +47,9 @@ def serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int
 
 
 def key(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    parser.add_argument("name", metavar="NAME", help="whose key it is; an older one of that name becomes invalid")
+    parser.add_argument("name", metavar="NAME", help="whose key it is; one that it had becomes invalid")
     parser.add_argument("--keys", required=True, metavar="FILE", help="made if it is not there")
-    parser.add_argument("--priority", type=int, default=0, help="higher ones go first (default: 0)")
+    parser.add_argument("--priority", type=int, help="higher ones go first (default: 0)")
     parser.add_argument("--pictures-per-minute", type=int, metavar="N")
     parser.add_argument("--max-requests", type=int, metavar="N", help="at a time")
     return _key

@@ -21,13 +21,17 @@ def main(connection: Connection, settings: ServerSettings) -> None:
         time.sleep(600)
     if settings.model == "starts once" and began.exists():
         os._exit(3)
+    if settings.model == "hangs the second time" and began.exists():
+        began.unlink()
+        time.sleep(600)
     if settings.usage_file:
         began.touch()
     connection.send({"type": "ready", "pid": os.getpid()})
     jobs: list[Job] = []
     while True:
         if not connection.poll(0.1):
-            connection.send({"type": "stats", "rss": 1, "batch": len(jobs)})
+            taken = {job.id: {"seconds": 1.5, "drawn": 7, "steps": 0} for job in jobs}
+            connection.send({"type": "stats", "rss": 1, "batch": len(jobs), "taken": taken})
             for job in jobs:
                 if job.prompt != "never":
                     connection.send({"type": "picture", "id": job.id, "picture": 0, "data": job.prompt.encode()})

@@ -184,7 +184,9 @@ def test_layouts_decode_and_regions(http: httpx.Client) -> None:
     assert np.array_equal(pixels(picture(same.json()["data"][0]["b64_json"])), pixels(picture(made["b64_json"])))
     assert same.json()["usage"]["output_tokens"] == 0
     region = {"prompt": "a cat", "tokens": made["tokens"], "region": [0, 0, 32, 32], "seed": 77, "return_tokens": True}
-    again = http.post("/v1/images/regions", json=region | {"steps": 1, "temperature": 5, "top_p": 1}).json()["data"][0]
+    reply = http.post("/v1/images/regions", json=region | {"steps": 1, "temperature": 5, "top_p": 1}).json()
+    again = reply["data"][0]
+    assert 0 < reply["usage"]["output_tokens"] < layout["usage"]["output_tokens"], "what is kept costs nothing"
     from glmimg.token_grid import TokenGrid
 
     changed_HW = TokenGrid.from_dict(again["tokens"]).diff(TokenGrid.from_dict(made["tokens"]))
@@ -192,6 +194,26 @@ def test_layouts_decode_and_regions(http: httpx.Client) -> None:
     damaged = made["tokens"] | {"codebook_size": 7}
     refused = http.post("/v1/images/decode", json={"prompt": "a cat", "tokens": damaged})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "tokens"
+
+
+def test_a_layout_of_an_edited_picture_is_kept(http: httpx.Client) -> None:
+    def edit(**fields: Any) -> dict[str, Any]:
+        form = {"prompt": "the same in red", "size": SIZE, "seed": 3, "steps": 1, "return_tokens": True, **fields}
+        data = {name: value if isinstance(value, str) else json.dumps(value) for name, value in form.items()}
+        reply = http.post("/v1/images/edits", data=data, files={"image": photo()})
+        assert reply.status_code == 200, reply.text
+        item: dict[str, Any] = reply.json()["data"][0]
+        return item
+
+    first = edit()
+    again, other = edit(tokens=first["tokens"]), edit(tokens=first["tokens"], seed=4)
+    assert np.array_equal(pixels(picture(again["b64_json"])), pixels(picture(first["b64_json"])))
+    assert other["tokens"] == first["tokens"] and other["b64_json"] != first["b64_json"]
+    part = edit(tokens=first["tokens"], region=[32, 0, 64, 32], temperature=5, top_p=1)
+    from glmimg.token_grid import TokenGrid
+
+    changed_HW = TokenGrid.from_dict(part["tokens"]).diff(TokenGrid.from_dict(first["tokens"]))
+    assert not changed_HW[1:].any() and not changed_HW[:, :1].any()
 
 
 def test_progress_events(http: httpx.Client) -> None:
@@ -202,6 +224,8 @@ def test_progress_events(http: httpx.Client) -> None:
     assert all(event["event"] == event["type"] for event in seen)
     stages = {event["stage"] for event in seen if event["event"] == "image_generation.progress"}
     assert "decoder" in stages
+    progress = [event for event in seen if event["event"] == "image_generation.progress"]
+    assert all(event["seconds"] >= 0 and event["eta"] >= 0 for event in progress)
     done = [event for event in seen if event["event"] == "image_generation.completed"]
     assert [event["index"] for event in done] == [0, 1] and done[0]["tokens"]["format"] == "glmimg.token_grid/1"
     assert [event["seed"] for event in done] == [5, 6]
@@ -232,6 +256,17 @@ def test_what_a_request_may_not_do(http: httpx.Client) -> None:
     generate, edit = (partial(http.post, f"/v1/images/{kind}") for kind in ("generations", "edits"))
     refused(400, "no JSON", generate(content=b"{", headers={"Content-Type": "application/json"}))
     refused(400, "missing", generate(json={}))
+    refused(400, r"\ud800", generate(content=rb'{"\ud800": 1}', headers={"Content-Type": "application/json"}))
+    grid = {
+        "format": "glmimg.token_grid/1",
+        "codebook_size": 64,
+        "checkpoint": "?",
+        "target": {"grid": [2, 2], "ids": ""},
+    }
+    lone = json.dumps({"prompt": "a cat", "tokens": grid, "return_tokens": True}).replace("?", r"\ud800").encode()
+    refused(
+        400, "checkpoint", http.post("/v1/images/decode", content=lone, headers={"Content-Type": "application/json"})
+    )
     refused(400, "<sop>", generate(json=PLAIN | {"prompt": "a <sop>cat"}))
     refused(400, "less than or equal to 10", generate(json=PLAIN | {"n": 11}))
     refused(400, "stream", generate(json=PLAIN | {"progress": True}))
@@ -268,6 +303,11 @@ def test_headers_page_and_openapi(http: httpx.Client) -> None:
     paths = spec["paths"]
     statuses = {status for methods in paths.values() for one in methods.values() for status in one["responses"]}
     assert "422" not in statuses and "429" in statuses, "as it answers"
+    for path in ("/health", "/ready", "/v1/usage", "/v1/adapters"):
+        content = paths[path]["get"]["responses"]["200"]["content"]["application/json"]
+        assert content["schema"]["$ref"].startswith("#/components/schemas/"), path
+    assert {"200", "503"} <= paths["/ready"]["get"]["responses"].keys() & paths["/health"]["get"]["responses"].keys()
+    assert list(paths["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
     assert not re.findall(r'"#/components/schemas/(?:HTTPV|V)alidationError"', json.dumps(spec))
     assert {"/v1/images/generations", "/v1/images/edits", "/v1/images/regions", "/health", "/metrics"} <= set(paths)
 

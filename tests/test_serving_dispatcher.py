@@ -148,3 +148,57 @@ def test_more_pictures_than_there_is_ever_room_for(play: Any) -> None:
         assert caught.value.status == 400
 
     play(scene, max_batch=1, max_queue=1)
+
+
+def test_from_its_death_to_the_next_start_nobody_is_let_in(play: Any) -> None:
+    """And what nobody waited for any more is booked, as far as the worker had told."""
+
+    async def scene(dispatcher: Dispatcher) -> None:
+        lost, states, seen = dispatcher._lost, [], []
+        dispatcher._lost = lambda: (lost(), states.append(dispatcher.state))  # type: ignore[assignment, method-assign]
+        dispatcher.watch = lambda name, value: seen.append((name, value))
+        left = await dispatcher.submit(Job("never"))
+        while left.job.id not in dispatcher.stats.get("taken", {}):
+            await asyncio.sleep(0.02)
+        os.kill(dispatcher.about["pid"], signal.SIGSTOP)
+        dispatcher.cancel(left)
+        os.kill(dispatcher.about["pid"], signal.SIGKILL)
+        while not states:
+            await asyncio.sleep(0.01)
+        assert states == ["restarting"]
+        with pytest.raises(Problem, match="being loaded"):
+            await dispatcher.submit(Job("a"))
+        ((ticket, cost),) = [value for name, value in seen if name == "abandoned"]
+        assert ticket is left and cost["drawn"] == 7
+        assert await ask(dispatcher, "a") == ["a"] and [name for name, _ in seen].count("made") == 1
+
+    play(scene)
+
+
+def test_a_worker_that_does_not_come_up_again_is_replaced(
+    play: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatchers, "LOADING", 1)
+
+    async def scene(dispatcher: Dispatcher) -> None:
+        os.kill(dispatcher.about["pid"], signal.SIGKILL)
+        while dispatcher.restarts < 2:
+            await asyncio.sleep(0.02)
+        assert await ask(dispatcher, "a") == ["a"]
+
+    play(scene, model="hangs the second time", usage_file=str(tmp_path / "began"), stuck=0.5)
+
+
+def test_too_long_and_twice_the_same(play: Any) -> None:
+    async def scene(dispatcher: Dispatcher) -> None:
+        ticket = await dispatcher.submit(Job("never"))
+        for number in (0, 1, 0, 1):  # as after a worker had died
+            dispatcher._of_ticket(ticket, {"type": "partial", "picture": 0, "number": number})
+        assert [(await anext(ticket))["number"] for _ in range(2)] == [0, 1]
+        dispatcher._of_ticket(ticket, {"type": "refused", "status": 503, "message": "", "code": "", "retry_after": 10})
+        with pytest.raises(Problem) as caught:
+            await anext(ticket)
+        assert caught.value.headers == {"Retry-After": "10"}
+        assert await ask(dispatcher, "never", "a") == ["timeout", "a"]
+
+    play(scene, timeout=0.6)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from glmimg.serving.auth import add_key
+from glmimg.serving import guard
+from glmimg.serving.auth import Client, add_key
 from glmimg.serving.settings import ServerSettings
 
 pytest.importorskip("uvicorn")
@@ -25,9 +27,15 @@ def test_keys_are_needed_where_there_are_keys(tmp_path: Path) -> None:
     async def scene() -> None:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://pictures.example") as http:
-            for path in ("/v1/models", "/metrics", "/v1/usage", "/v1/nothing"):
-                refused = await http.get(path)
-                assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+            spec = app.openapi()["paths"]
+            routes = [(method, path) for path, methods in spec.items() for method in methods]
+            open_ones = ("/v1/files/", "/health", "/ready")
+            for method, path in [*routes, ("get", "/v1/nothing")]:
+                refused = await http.request(method, path)
+                if path.startswith(open_ones):
+                    assert refused.status_code != 401
+                else:
+                    assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
             wrong = await http.post("/v1/images/generations", json=PLAIN, headers={"Authorization": f"Bearer {key}x"})
             assert wrong.status_code == 401
             assert (await http.get("/")).status_code == 200 and (await http.get("/health")).status_code == 200
@@ -35,8 +43,53 @@ def test_keys_are_needed_where_there_are_keys(tmp_path: Path) -> None:
             assert (await http.get("/v1/usage")).json()["client"] == "ada"
             early = await http.post("/v1/images/generations", json=PLAIN)
             assert early.status_code == 503 and early.json()["error"]["code"] == "model_loading"
-            bad = await http.post("/v1/images/generations", json=PLAIN | {"prompt": "something forbidden"})
-            assert bad.status_code == 400 and bad.json()["error"]["code"] == "moderation_blocked"
+            for name in ("prompt", "negative"):
+                bad = await http.post("/v1/images/generations", json=PLAIN | {name: "something forbidden"})
+                assert bad.status_code == 400 and bad.json()["error"]["code"] == "moderation_blocked"
+                assert bad.json()["error"]["param"] == name
+        under_prefix = httpx.ASGITransport(app, root_path="/img")
+        async with httpx.AsyncClient(transport=under_prefix, base_url="http://pictures.example/img") as http:
+            for path in ("/v1/models", "/metrics", "/v1/usage"):
+                assert (await http.get(path)).status_code == 401
+            assert (await http.post("/v1/images/generations", json=PLAIN)).status_code == 401
+            http.headers["Authorization"] = f"Bearer {key}"
+            assert (await http.get("/v1/usage")).json()["client"] == "ada"
+
+    asyncio.run(scene())
+
+
+def test_what_is_sent_is_limited_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of a key, and bytes of all requests, count from the beginning of the body."""
+    monkeypatch.setattr(guard, "BODIES", 2)
+    key = add_key(tmp_path / "keys.json", "ada", max_requests=3)
+    app = create_app(ServerSettings(keys=str(tmp_path / "keys.json"), max_body=1000))
+    go_on = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b" " * 900
+        await go_on.wait()
+        yield b"{}"
+
+    async def scene() -> None:
+        transport, headers = httpx.ASGITransport(app), {"Authorization": f"Bearer {key}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as http:
+            slow = [asyncio.create_task(http.post("/v1/images/generations", content=slowly())) for _ in range(2)]
+            while app.state.service.limits._requests.get("ada", 0) < 2:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            busy = await http.post("/v1/images/generations", content=b" " * 900)
+            assert busy.status_code == 503 and busy.headers["retry-after"] == "5"
+            third = asyncio.create_task(http.post("/v1/images/generations", content=slowly()))
+            await asyncio.sleep(0.05)
+            assert third.done() and third.result().status_code == 503, "its first bytes are too many as well"
+            app.state.service.limits.enter(Client("ada", max_requests=3))
+            many = await http.post("/v1/images/generations", json=PLAIN)
+            assert many.status_code == 429 and many.headers["retry-after"]
+            go_on.set()
+            assert [reply.status_code for reply in await asyncio.gather(*slow)] == [400, 400]
+            app.state.service.limits.leave(Client("ada"))
+            assert (await http.post("/v1/images/generations", json=PLAIN)).status_code == 503
+        assert not app.state.service.limits._requests, "every request is counted out again"
 
     asyncio.run(scene())
 

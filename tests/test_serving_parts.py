@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,16 +21,21 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("uvicorn")
+import uvicorn
+from uvicorn.server import ServerState
+
 from glmimg.cli import main
 from glmimg.errors import BadInput
+from glmimg.serving import run, worker
 from glmimg.serving.answers import EventStream
 from glmimg.serving.auth import Client, KeyFile, Limits, add_key
 from glmimg.serving.cluster import _arguments
 from glmimg.serving.dispatcher import Ticket
 from glmimg.serving.fair_queue import FairQueue
 from glmimg.serving.jobs import Job
+from glmimg.serving.machine_time import MachineTime
 from glmimg.serving.metrics import Ledger, Totals
-from glmimg.serving.run import _bound
 from glmimg.serving.settings import Problem, ServerSettings
 
 
@@ -38,8 +44,8 @@ def test_the_front_imports_no_torch(tmp_path: Path) -> None:
         "import sys, glmimg.serving.run\nprint([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     )
     command = [sys.executable, "-c", program]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert run.stdout.strip() == "[]"
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]"
 
 
 @dataclass(eq=False)
@@ -87,8 +93,10 @@ def test_keys_are_hashed_found_and_read_again(tmp_path: Path, caplog: pytest.Log
     found = keys.find(first)
     assert found is not None and (found.name, found.priority, found.max_requests) == ("ada", 2, 3)
     assert keys.find(first + "x") is None and keys.find("") is None and keys.find("ü\udc80") is None
-    second = add_key(path, "ada")
-    assert keys.find(first) is None and keys.find(second) is not None, "a new key takes the old one's place at once"
+    second = add_key(path, "ada", priority=None, pictures_per_minute=7)
+    assert keys.find(first) is None, "a new key takes the old one's place at once"
+    found = keys.find(second)
+    assert found is not None and (found.priority, found.pictures_per_minute, found.max_requests) == (2, 7, 3)
     path.write_text("{")
     assert keys.find(second) is not None and "stay as they were" in caplog.text
     path.unlink()
@@ -102,25 +110,25 @@ def test_keys_are_hashed_found_and_read_again(tmp_path: Path, caplog: pytest.Log
 
 def test_limits_of_a_key() -> None:
     limits, client = Limits(), Client("ada", pictures_per_minute=4, max_requests=2)
-    limits.enter(client, 2)
-    limits.enter(client, 1)
+    limits.enter(client)
+    limits.enter(client)
     with pytest.raises(Problem) as caught:
-        limits.enter(client, 1)
+        limits.enter(client)
     assert caught.value.status == 429 and "2 requests" in caught.value.message
     limits.leave(client)
+    limits.enter(client)
+    limits.enter(Client("bob", max_requests=1))
+    limits.take(client, 3)
     with pytest.raises(Problem) as caught:
-        limits.enter(client, 3)
+        limits.take(client, 3)
     assert caught.value.status == 429 and 20 <= float(caught.value.headers["Retry-After"]) <= 30
-    limits.enter(client, 1)
     with pytest.raises(Problem) as caught:
-        limits.leave(client)
-        limits.enter(client, 5)
+        limits.take(client, 5)
     assert caught.value.status == 400
-    limits.enter(Client("bob", max_requests=1), 9)
-    zoe = Client("zoe", pictures_per_minute=2)
-    limits.enter(zoe, 2)
-    limits.leave(zoe, unused=2)  # refused for another reason
-    limits.enter(zoe, 2)
+    limits.take(client, 1)
+    limits.give_back(client, 1)  # refused for another reason
+    limits.take(client, 1)
+    limits.take(Client("bob"), 1000)
 
 
 def test_other_hosts_need_keys() -> None:
@@ -233,13 +241,89 @@ def test_a_reader_that_takes_nothing_is_let_go() -> None:
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
 def test_the_system_cuts_off_who_takes_nothing_of_what_is_sent_already() -> None:
-    with _bound(ServerSettings(port=0, write_timeout=1)) as bound:
+    with run._bound(ServerSettings(port=0, write_timeout=1)) as bound:
         bound.listen()
         with socket.create_connection(bound.getsockname()), bound.accept()[0] as connection:
             connection.settimeout(20)
             with pytest.raises(OSError, match="timed out") as caught:
                 connection.sendall(bytes(64 << 20))
     assert caught.value.errno == errno.ETIMEDOUT
+
+
+def test_connections_that_ask_for_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that are too many are told so, in JSON."""
+    monkeypatch.setattr(run, "HEAD_SECONDS", 0.4)
+    monkeypatch.setattr(run, "CONNECTIONS", 2)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.8)  # longer than a head may take
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def scene() -> None:
+        config = uvicorn.Config(app, lifespan="off")
+        config.load()
+        state = ServerState()
+        listening = await asyncio.get_running_loop().create_server(
+            lambda: run._Protocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+        )
+        port = listening.sockets[0].getsockname()[1]
+        request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        read, asked = await asyncio.open_connection("127.0.0.1", port)
+        asked.write(request)
+        idle, slow = await asyncio.open_connection("127.0.0.1", port)
+        slow.write(request[:9])
+        more, third = await asyncio.open_connection("127.0.0.1", port)
+        third.write(request)
+        refused = await asyncio.wait_for(more.read(), 5)
+        assert refused.startswith(b"HTTP/1.1 503") and b"retry-after: 5" in refused and b'"server_busy"' in refused
+        assert await asyncio.wait_for(idle.read(), 5) == b"", "half a head"
+        assert (await asyncio.wait_for(read.readline(), 5)).startswith(b"HTTP/1.1 204"), "one that asks is waited for"
+        assert b"content" not in await asyncio.wait_for(read.read(), 5), "and closed when nothing more is asked"
+        for writer in (asked, slow, third):
+            writer.close()
+        listening.close()
+
+    asyncio.run(scene())
+
+
+def test_seconds_of_two_stages_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock, one, other = MachineTime(), SimpleNamespace(seconds=0.0), SimpleNamespace(seconds=0.0)
+    with clock.charge([one]):
+        now[0] += 1
+        with clock.charge([one, other]):
+            now[0] += 2
+        now[0] += 1
+    now[0] += 9
+    assert (one.seconds, other.seconds) == (3.5, 0.5)
+
+
+def test_reading_pictures_keeps_no_cancellation_waiting() -> None:
+    go_on, sent, cancelled, ran = threading.Event(), [], [], []
+
+    def check(job: Job) -> Any:
+        if job.images:
+            assert go_on.wait(10)
+        config = SimpleNamespace(num_inference_steps=1, width=32, height=32)
+        request = SimpleNamespace(config=config, references=(), pictures=1, patches=1)
+        return SimpleNamespace(job=job, request=request, new_tokens=1, prompt_tokens=1)
+
+    engine = SimpleNamespace(check=check, cancel=cancelled.append, run=lambda job, work: ran.append((job, work.job)))
+    desk = worker._Desk(engine, sent.append)
+    slow, quick = Job("slow", images=(b"",)), Job("quick")
+    desk.take("check", slow)
+    for job in (slow, quick):
+        desk.take("run", job)
+    desk.cancel(slow.id)
+    desk.cancel("another")
+    assert cancelled == ["another"] and not sent
+    go_on.set()
+    desk._thread.submit(int).result(10)
+    assert [(message["type"], message["id"]) for message in sent] == [("checked", slow.id), ("ended", slow.id)]
+    assert ran == [(quick, quick)]
+    desk.close()
 
 
 def test_arguments_of_the_cluster() -> None:

@@ -50,7 +50,6 @@ async def _all(
         if message["type"] != "picture":
             continue
         await service.judge(message["data"])
-        service.account(ticket, message)
         image = _image(message, body)
         if image.b64_json and getattr(body, "response_format", None) == "url":
             assert message["data"] is not None
@@ -166,7 +165,7 @@ async def _events(service: Service, ticket: Ticket, body: schemas.TokenFields, k
             if event == "partial":
                 yield _event(f"{kind}.partial_image", {**fields, "partial_image_index": message["number"]})
                 continue
-            usage = service.account(ticket, message)
+            usage: schemas.Usage = message["usage"]
             fields |= {"seed": message["seed"], "usage": usage.model_dump(mode="json", exclude_none=True)}
             if message["data"] is None or getattr(body, "return_tokens", False):
                 fields["tokens"] = message["tokens"]

@@ -21,9 +21,10 @@ except ImportError as error:
     raise MissingExtra.of(str(error.name), "server", "the server") from error
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from glmimg.serving import schemas
 from glmimg.serving.guard import Guard
 from glmimg.serving.routes import router, validation_problem
 from glmimg.serving.service import Service
@@ -33,6 +34,7 @@ __all__ = ["create_app"]
 
 PAGE = Path(__file__).parent / "page"
 SAVE_EVERY = 10.0  # seconds between two writings of the usage
+_ERROR: dict[str, Any] = {"model": schemas.ErrorReply}
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
     # What was uploaded stays in memory, whose size is limited: a full disk is no concern of ours.
     MultiPartParser.spool_max_size = max(MultiPartParser.spool_max_size, settings.max_body)
 
-    @app.get("/health", tags=["server"])
+    @app.get("/health", tags=["server"], response_model=schemas.Health, responses={503: {"model": schemas.Health}})
     async def health() -> JSONResponse:
         """Whether this process can still do its work: 200, or 503 when the worker cannot be started any more."""
         state = service.dispatcher.state
@@ -75,7 +77,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         body = {"status": "failed" if failed else "ok", "state": state, "version": __version__}
         return JSONResponse(body, 503 if failed else 200)
 
-    @app.get("/ready", tags=["server"])
+    @app.get("/ready", tags=["server"], response_model=schemas.Readiness, responses={503: {"model": schemas.Readiness}})
     async def ready() -> JSONResponse:
         """Whether pictures can be made right now: a first one was drawn when the worker started."""
         state, waiting = service.dispatcher.state, len(service.dispatcher.queue)
@@ -83,7 +85,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         headers = {} if state == "ready" else {"Retry-After": "5"}
         return JSONResponse(body, 200 if state == "ready" else 503, headers)
 
-    @app.get("/metrics", tags=["server"], response_model=None)
+    @app.get("/metrics", tags=["server"], response_class=PlainTextResponse, responses={401: _ERROR, 403: _ERROR})
     async def metrics() -> Response:
         """For Prometheus."""
         figures, dispatcher = service.metrics, service.dispatcher

@@ -95,10 +95,15 @@ def _read(path: Path) -> list[Client]:
 
 
 def add_key(path: str | Path, name: str, **limits: int | None) -> str:
-    """Makes a key for `name`, in place of the one it had, and returns it: only its hash is kept."""
+    """Makes a key for `name` and returns it: only its hash is kept. In place of one it had, with what was allowed then.
+
+    Limits that are None stay as they were.
+    """
     path, key = Path(path), PREFIX + secrets.token_urlsafe(32)
     clients = _read(path) if path.exists() else []
-    client = Client.from_dict({"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest(), **limits})
+    before = next((one.to_dict() for one in clients if one.name == name), {"name": name})
+    given = {limit: value for limit, value in limits.items() if value is not None}
+    client = Client.from_dict(before | given | {"sha256": hashlib.sha256(key.encode()).hexdigest()})
     rows = [one.to_dict() for one in clients if one.name != name] + [client.to_dict()]
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps({"keys": rows}, indent=2) + "\n", encoding="utf-8")
@@ -113,34 +118,35 @@ class Limits:
         self._requests: dict[str, int] = {}
         self._left: dict[str, tuple[float, float]] = {}  # pictures, at that time
 
-    def enter(self, client: Client, pictures: int) -> None:
+    def enter(self, client: Client) -> None:
         """Counts a request; 429 if it is one too many. Every `enter` that returns needs a `leave`."""
         if client.max_requests is not None and self._requests.get(client.name, 0) >= client.max_requests:
             raise Problem(429, f"{client.max_requests} requests at a time are allowed", "rate_limit_exceeded", None, 2)
-        if client.pictures_per_minute is not None:
-            now, most = time.monotonic(), float(client.pictures_per_minute)
-            left, then = self._left.get(client.name, (most, now))
-            left = min(most, left + (now - then) * most / 60)
-            if pictures > left:
-                if pictures > most:
-                    raise Problem(400, f"n {pictures}: {most:g} pictures a minute are allowed", "invalid_value", "n")
-                raise Problem(
-                    429,
-                    f"{most:g} pictures a minute are allowed",
-                    "rate_limit_exceeded",
-                    None,
-                    (pictures - left) * 60 / most,
-                )
-            self._left[client.name] = left - pictures, now
         self._requests[client.name] = self._requests.get(client.name, 0) + 1
 
-    def leave(self, client: Client, unused: int = 0) -> None:
-        """Ends a request; pictures that were not even begun do not count."""
-        if client.pictures_per_minute is not None and unused:
-            before, then = self._left[client.name]
-            self._left[client.name] = min(float(client.pictures_per_minute), before + unused), then
-        left = self._requests.get(client.name, 0) - 1
-        if left > 0:
+    def leave(self, client: Client) -> None:
+        left = self._requests[client.name] - 1
+        if left:
             self._requests[client.name] = left
         else:
-            self._requests.pop(client.name, None)
+            del self._requests[client.name]
+
+    def take(self, client: Client, pictures: int) -> None:
+        """Counts pictures; 429 if they are too many for now."""
+        if client.pictures_per_minute is None:
+            return
+        now, most = time.monotonic(), float(client.pictures_per_minute)
+        left, then = self._left.get(client.name, (most, now))
+        left = min(most, left + (now - then) * most / 60)
+        if pictures > most:
+            raise Problem(400, f"n {pictures}: {most:g} pictures a minute are allowed", "invalid_value", "n")
+        if pictures > left:
+            wait = (pictures - left) * 60 / most
+            raise Problem(429, f"{most:g} pictures a minute are allowed", "rate_limit_exceeded", None, wait)
+        self._left[client.name] = left - pictures, now
+
+    def give_back(self, client: Client, pictures: int) -> None:
+        """Pictures that were not even begun do not count."""
+        if client.pictures_per_minute is not None:
+            before, then = self._left[client.name]
+            self._left[client.name] = min(float(client.pictures_per_minute), before + pictures), then

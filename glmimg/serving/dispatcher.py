@@ -26,6 +26,7 @@ __all__ = ["Dispatcher", "Ticket"]
 Message = dict[str, Any]
 RESTARTS = 8  # in a row, before a worker that never gets ready is given up
 LONGEST_PAUSE = 30.0  # seconds between two of them
+LOADING = 10  # times as long as the longest time so far, beside `stuck`: that long a worker may take to come up again
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Ticket:
         self.about: Message = {}
         self.came = time.monotonic()
         self.began: float | None = None
-        self.delivered: set[int] = set()
+        self.delivered: set[tuple[int, int | None]] = set()  # pictures, and partial ones by their numbers
         self.retried = False
         self.over = False  # nothing more will be put
         self.given_up: float | None = None  # when it was cancelled at the worker
@@ -100,6 +101,8 @@ class Dispatcher:
         self._last_picture = 0.0
         self._failures = 0
         self._heard: float | None = None  # when a worker that is up last said anything
+        self._launched = 0.0
+        self._loading = 0.0  # seconds that a worker took to come up, at most
         self._closed = False  # whoever still waits has been told that the server stops
         self._process: Any = None
         self._connection: Any = None
@@ -182,6 +185,7 @@ class Dispatcher:
         finally:
             theirs.close()
         self._connection, self._process, self._heard = ours, process, None
+        self._launched = time.monotonic()
         threading.Thread(target=self._read, args=(self._connection,), daemon=True).start()
 
     def _read(self, connection: Any) -> None:
@@ -249,7 +253,7 @@ class Dispatcher:
         if self.state in ("draining", "stopped"):
             raise Problem(503, "the server is being stopped", "server_stopping", None, 10)
         if self.state == "failed":
-            raise Problem(503, "the worker cannot be started", "worker_died")
+            raise Problem(503, "the worker cannot be started", "worker_died", None, 30)
         if self.state != "ready":
             raise Problem(503, "the model is being loaded", "model_loading", None, 5)
 
@@ -267,7 +271,7 @@ class Dispatcher:
         finally:
             self._checks.pop(job.id, None)
         if message["type"] == "refused":
-            raise Problem(message["status"], message["message"], message["code"])
+            raise _problem(message)
         return message
 
     def cancel(self, ticket: Ticket) -> None:
@@ -286,7 +290,7 @@ class Dispatcher:
         What a worker died of is not known: those that it had are tried again one by one, so that only the one that
         kills it is there when it dies once more.
         """
-        while len(self.queue) and self.state in ("ready", "draining"):
+        while len(self.queue) and self._heard is not None and self.state in ("ready", "draining"):
             if sum(ticket.job.n for ticket in self.running.values()) >= 2 * self.settings.max_batch:
                 break
             ticket = self.queue.first()
@@ -318,6 +322,7 @@ class Dispatcher:
         if kind == "ready" or self._heard is not None:
             self._heard = time.monotonic()
         if kind == "ready":
+            self._loading = max(self._loading, time.monotonic() - self._launched)
             self.about, self.state = message, "draining" if self.state == "draining" else "ready"
             self._failures = 0
             if self._ready is not None and not self._ready.done():
@@ -339,15 +344,19 @@ class Dispatcher:
     def _of_ticket(self, ticket: Ticket, message: Message) -> None:
         kind = message["type"]
         if kind == "refused":
-            ticket.put(Problem(message["status"], message["message"], message["code"], None, None))
-        elif kind == "picture":
-            if message["picture"] in ticket.delivered:
-                return  # made once more after the worker had died; it is the same
-            ticket.delivered.add(message["picture"])
-            now = time.monotonic()
-            if now - self._last_picture < 60:
-                self._pace += 0.2 * (now - self._last_picture - self._pace)
-            self._last_picture = now
+            ticket.put(_problem(message))
+        elif kind in ("picture", "partial"):
+            which = message["picture"], message.get("number")
+            if which in ticket.delivered:
+                return  # made once more after the worker had died, or its batch; it is the same
+            ticket.delivered.add(which)
+            if kind == "picture":
+                now = time.monotonic()
+                if now - self._last_picture < 60:
+                    self._pace += 0.2 * (now - self._last_picture - self._pace)
+                self._last_picture = now
+                if not ticket.over:
+                    self.watch("made", (ticket, message))
             ticket.put(message)
         elif kind == "ended":
             self.running.pop(ticket.job.id, None)
@@ -362,6 +371,8 @@ class Dispatcher:
         """The worker died: what it worked on goes back to the front of the queue, once."""
         self._connection.close()
         self._heard = None
+        if self.state == "ready":
+            self.state = "restarting"
         self._process.join(1)  # its end of the pipe is closed: it is gone, or about to be
         code = self._process.exitcode
         if self.state == "starting":  # nothing was asked of it yet: `start` tells why
@@ -374,6 +385,8 @@ class Dispatcher:
                 answer.set_exception(Problem(503, "the worker died: try again", "worker_restarted", None, 5))
         for ticket in reversed(self.running.values()):
             if ticket.over:
+                if ticket.job.id in self.stats.get("taken", {}):
+                    self.watch("abandoned", (ticket, self.stats["taken"][ticket.job.id]))
                 continue
             if ticket.retried:
                 ticket.put(Problem(500, "the worker died twice while making this picture", "worker_died"))
@@ -385,8 +398,6 @@ class Dispatcher:
             self._keep(self._restart())
 
     async def _restart(self) -> None:
-        if self.state == "ready":
-            self.state = "restarting"
         self._failures += 1
         self.restarts += 1
         self.watch("restarted", 1)
@@ -396,7 +407,7 @@ class Dispatcher:
             while len(self.queue):
                 ticket = self.queue.pop()
                 assert isinstance(ticket, Ticket)
-                ticket.put(Problem(503, "the worker cannot be started", "worker_died"))
+                ticket.put(Problem(503, "the worker cannot be started", "worker_died", None, 30))
             return
         await asyncio.sleep(0 if self._failures == 1 else min(LONGEST_PAUSE, 2.0**self._failures / 4))
         await asyncio.to_thread(self._process.join)
@@ -420,7 +431,14 @@ class Dispatcher:
             limit = now - self.settings.stuck
             held = any(ticket.given_up is not None and ticket.given_up < limit for ticket in self.running.values())
             silent = self._heard is not None and self._heard < limit
-            if (held or silent) and self._process.is_alive():
+            restarting = self._heard is None and self.state != "starting"
+            late = restarting and self._launched < limit - LOADING * self._loading
+            if (held or silent or late) and self._process.is_alive():
                 what = "does not let go of a request that was cancelled" if held else "says nothing any more"
+                what = "does not come up again" if late else what
                 logger.error("the worker %s: it is killed", what)
                 self._process.kill()
+
+
+def _problem(refused: Message) -> Problem:
+    return Problem(refused["status"], refused["message"], refused["code"], None, refused.get("retry_after"))

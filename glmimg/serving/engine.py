@@ -25,6 +25,7 @@ from glmimg.pipelines.stages import Stages
 from glmimg.serving import messages
 from glmimg.serving.decoding import decode, first_look
 from glmimg.serving.jobs import Job
+from glmimg.serving.machine_time import MachineTime
 from glmimg.serving.token_batch import Drawing, TokenBatch, place_bytes
 from glmimg.serving.work import Work, both_prompts, check
 from glmimg.token_grid import TokenGrid
@@ -53,6 +54,7 @@ class Engine:
         self.ready: list[tuple[Work, tuple[int, ...], bool]] = []  # pictures, and whether only a look is wanted
         self.active: dict[str, Work] = {}
         self._adapters: tuple[tuple[str, float, int], ...] = ()
+        self._clock = MachineTime()
         self._drawing = False
         self._decoding: Work | None = None
         self._stopping = False
@@ -71,8 +73,9 @@ class Engine:
         """BadInput if the job cannot be run."""
         return check(self.stages, job)
 
-    def run(self, job: Job) -> None:
-        work = self.check(job)
+    def run(self, job: Job, checked: Work | None = None) -> None:
+        """`checked` is what `check` gave for this job, if that is still there."""
+        work = checked or self.check(job)
         with self._changed:
             self.active[job.id] = work
             self.waiting.append(work)
@@ -104,6 +107,11 @@ class Engine:
         """
         self.bytes_per_patch = max(0, picture_bytes) / patches
         self.budget = USED * self.stages.backends["generator"].memory().free
+
+    def taken(self) -> dict[str, dict[str, Any]]:
+        """What each job has cost so far, for whoever has to settle it if this process dies."""
+        with self._changed:
+            return {job_id: messages.cost(work) for job_id, work in self.active.items()}
 
     @property
     def drawn_together(self) -> int:
@@ -181,28 +189,36 @@ class Engine:
             try:
                 self._join(work, numbers)
             except Exception as error:
-                if messages.out_of_memory(error) and self.batch is not None and self.batch.drawings:
-                    self.limit = max(1, len(self.batch.drawings))  # as many as were there, and it waits
+                there = 0 if self.batch is None else len(self.batch.drawings)
+                if messages.out_of_memory(error) and work.request.samples_tokens and (there or count > 1):
+                    self._free()
+                    self.limit = there or count // 2  # as many as were there, and it waits; or fewer of its own
                     self._back(work, numbers)
-                    return
-                self._refuse(work, error)
+                    if there:
+                        return
+                else:
+                    self._refuse(work, error)
 
     def _join(self, work: Work, numbers: list[int]) -> None:
-        stages, request = self.stages, work.request
         if work.adapters != self._adapters:
-            stages.set_adapters([(folder, strength) for folder, strength, _ in work.adapters])
-            self._adapters = work.adapters
             self.batch = None  # it holds the generator of before
-        began = time.perf_counter()
+            self.stages.set_adapters([(folder, strength) for folder, strength, _ in work.adapters])
+            self._adapters = work.adapters
+        with self._clock.charge([work]):
+            done = self._prepared(work, numbers)
+        for number, grid in done:
+            self._drawn(work, number, grid)
+
+    def _prepared(self, work: Work, numbers: list[int]) -> list[tuple[int, TokenGrid]]:
+        """Brings pictures into the batch; gives those that are drawn already."""
+        stages, request = self.stages, work.request
         if work.pixels and not work.references:
             work.references = [stages.tokenizer.tokenize(pixels[None])[0].cpu() for pixels in work.pixels]
         if work.prompts is None:
             work.prompts = both_prompts(stages, request, work.references)
         if not request.samples_tokens:
             assert request.tokens is not None
-            for k in numbers:
-                self._drawn(work, k, request.tokens[k])
-            return
+            return [(k, request.tokens[k]) for k in numbers]
         if self.batch is None or (self.turns and not self.batch.drawings):
             self.batch = TokenBatch(stages.generator, stages.codebook)
             self.bytes_per_place = place_bytes(stages.generator)
@@ -215,30 +231,23 @@ class Engine:
             request.token_sampling,
             None if forced is None else [forced[k] for k in numbers],
         )
-        work.seconds += time.perf_counter() - began
-        for drawing in done:
-            assert drawing.grid is not None
-            self._drawn(work, drawing.number, drawing.grid)
+        return _grids(done)
 
     def _advance(self, batch: TokenBatch) -> None:
-        began = time.perf_counter()
         drawings = list(batch.drawings)
         try:
-            done = batch.advance()
+            with self._clock.charge([drawing.owner for drawing in drawings]):
+                done = batch.advance()
         except Exception as error:
             logger.exception("a batch of %d pictures broke down", len(drawings))
             self._break_up(drawings, error)
             return
-        seconds = (time.perf_counter() - began) / len(drawings)
         for drawing in drawings:
-            work: Work = drawing.owner
-            work.seconds += seconds
-            work.drawn += 1
+            drawing.owner.drawn += not drawing.keep_N[drawing.at - 1]
         for work in {id(d.owner): d.owner for d in drawings}.values():
             self._tell_tokens(batch, work)
         for drawing in done:
-            assert drawing.grid is not None
-            self._drawn(drawing.owner, drawing.number, drawing.grid)
+            self._drawn(drawing.owner, *_grids([drawing])[0])
         leaving = [drawing for drawing in batch.drawings if drawing.owner.over]
         if leaving:
             batch.drop(leaving)
@@ -248,17 +257,16 @@ class Engine:
                     self._leave(drawing.owner)
 
     def _break_up(self, drawings: list[Drawing], error: Exception) -> None:
-        """Every picture of the batch begins anew, in smaller company; one that breaks a second batch is refused."""
+        """Every picture of the batch begins anew, in smaller company; one that breaks down alone as well is refused."""
         self.batch = None
         self._free()
         self.limit = max(1, len(drawings) // 2)
-        several = len({id(drawing.owner) for drawing in drawings}) > 1
         for drawing in reversed(drawings):
             work: Work = drawing.owner
             if work.over:
                 with self._changed:
                     self._leave(work)
-            elif work.again and not several:
+            elif work.again and len(drawings) == 1:
                 self._refuse(work, error)
             else:
                 self._back(work, [drawing.number])
@@ -314,18 +322,18 @@ class Engine:
                 self._leave(work)
                 return
             self._decoding = work
-        began = time.perf_counter()
         try:
             if self.turns:
                 self.stages.enter("decoder")
-            try:
+            with self._clock.charge([work]):
                 images = first_look(self.stages, work, pictures) if look else self._decode(work, pictures)
-            finally:
-                work.seconds += time.perf_counter() - began
             if not look:
                 work.decoded += len(pictures)
             for number, image in zip(pictures, images, strict=True):
-                self._files.submit(self._tell_partial if look else self._hand_over, work, number, image)
+                if look:
+                    self._files.submit(self._tell_partial, work, number, 0, image)
+                else:
+                    self._files.submit(self._hand_over, work, number, image)
         except Cancelled:
             pass
         except Exception as error:
@@ -339,23 +347,23 @@ class Engine:
                 self._changed.notify_all()
 
     def _decode(self, work: Work, pictures: tuple[int, ...]) -> list[Image.Image]:
-        due = work.partial_steps()
+        due, began = work.partial_steps(), time.monotonic()
 
         def told(done: int, total: int, preview: Callable[[], list[Image.Image]]) -> None:
             work.steps += len(pictures)
             for k in pictures if work.job.progress else ():
-                self.send(messages.decoder_progress(work, k, done, total))
+                self.send(messages.decoder_progress(work, k, done, total, time.monotonic() - began))
             if done in due and done < total:
                 for k, image in zip(pictures, preview(), strict=True):
-                    self._files.submit(self._tell_partial, work, k, image)
+                    self._files.submit(self._tell_partial, work, k, work.look + due.index(done), image)
 
         return decode(self.stages, work, pictures, told)
 
     # What is sent. The first two run in the thread for files, in the order in which they were asked for.
 
-    def _tell_partial(self, work: Work, number: int, image: Image.Image) -> None:
+    def _tell_partial(self, work: Work, picture: int, number: int, image: Image.Image) -> None:
         if not work.over:
-            self.send(messages.partial(work, number, image))
+            self.send(messages.partial(work, picture, number, image))
 
     def _hand_over(self, work: Work, number: int, image: Image.Image | None) -> None:
         if work.over:
@@ -402,3 +410,7 @@ class Engine:
     def _free(self) -> None:
         for backend in self.stages.backends.values():
             backend.empty_cache()
+
+
+def _grids(done: list[Drawing]) -> list[tuple[int, TokenGrid]]:
+    return [(drawing.number, drawing.grid) for drawing in done if drawing.grid is not None]

@@ -12,17 +12,20 @@ import time
 from ipaddress import ip_address
 from typing import Any
 
+from starlette._utils import get_route_path  # the router's own view of a path under a prefix
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from glmimg.serving.auth import Client
 from glmimg.serving.service import Service
 from glmimg.serving.settings import Problem, problem_of
 
 __all__ = ["Guard"]
 
 BODY_SECONDS = 120.0  # for the whole of a request's body
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "testserver")
+BODIES = 16  # times the largest body: what all requests together may hold
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 SECURITY = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -45,13 +48,15 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
         self.names = {*LOCAL_NAMES, *service.settings.allow_hosts}
+        self.held = 0  # bytes of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began, answered = time.monotonic(), 0
-        body = _Body(receive, self.service.settings.max_body)
+        body = _Body(receive, self)
+        entered: Client | None = None
 
         async def out(message: Message) -> None:
             nonlocal answered
@@ -65,7 +70,10 @@ class Guard:
             await send(message)
 
         try:
-            self._admit(scope)
+            client = self._admit(scope)
+            if client is not None and scope["method"] == "POST":  # before its body, which may be large, is read
+                self.service.limits.enter(client)
+                entered = client
             body.require(Headers(scope=scope).get("content-length"))
             await self.app(scope, body, out)
             if body.failed and not answered:
@@ -74,18 +82,21 @@ class Guard:
             problem = problem_of(error)
             if not answered:  # else its connection is closed in the middle, which says as much
                 body.failed = None
-                headers = {**problem.headers, **({"Connection": "close"} if problem.status in (408, 413) else {})}
+                headers = {**problem.headers, **({"Connection": "close"} if problem.status in (408, 413, 503) else {})}
                 await JSONResponse(problem.body(), problem.status, headers)(scope, receive, out)
         finally:
+            self.held -= body.got
+            if entered is not None:
+                self.service.limits.leave(entered)
             route = getattr(scope.get("route"), "path", "") or ("/page" if answered < 400 else "none")
             self.service.metrics.requests.labels(route, str(answered or 499)).inc()
             self.service.metrics.seconds.labels(route).observe(time.monotonic() - began)
-            client = scope.get("state", {}).get("client")
-            who = getattr(client, "name", "-")
+            who = getattr(scope.get("state", {}).get("client"), "name", "-")
             logger.info("%s %s %s %s %.3f s", who, scope["method"], route, answered or 499, time.monotonic() - began)
 
-    def _admit(self, scope: Scope) -> None:
-        headers, path = Headers(scope=scope), scope["path"]
+    def _admit(self, scope: Scope) -> Client | None:
+        """Who asks, where that matters; or the Problem that keeps the request out."""
+        headers, path = Headers(scope=scope), get_route_path(scope)
         host = headers.get("host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self.service.keys is None and not self.service.settings.allow_hosts and not _is_here(scope.get("client")):
@@ -97,8 +108,11 @@ class Guard:
             raise Problem(403, "pages of other origins may not use this server", "origin_not_allowed")
         if headers.get("sec-fetch-site") == "cross-site" and scope["method"] not in ("GET", "HEAD"):
             raise Problem(403, "pages of other origins may not use this server", "origin_not_allowed")
-        if (path.startswith("/v1/") and not path.startswith("/v1/files/")) or path == "/metrics":
-            scope.setdefault("state", {})["client"] = self.service.client(headers.get("authorization"))
+        if path != "/metrics" and (not path.startswith("/v1/") or path.startswith("/v1/files/")):
+            return None
+        client = self.service.client(headers.get("authorization"))
+        scope.setdefault("state", {})["client"] = client
+        return client
 
 
 def _is_here(client: Any) -> bool:
@@ -110,10 +124,11 @@ def _is_here(client: Any) -> bool:
 
 
 class _Body:
-    """The receive of a request whose body may be only so large, and take only so long."""
+    """The receive of a request whose body may be only so large, alone and with all others, and take only so long."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self.receive, self.most = receive, most
+    def __init__(self, receive: Receive, guard: Guard) -> None:
+        self.receive, self.guard = receive, guard
+        self.most = guard.service.settings.max_body
         self.got, self.complete = 0, False
         self.until = time.monotonic() + BODY_SECONDS
         self.failed: Problem | None = None
@@ -135,9 +150,14 @@ class _Body:
             self.failed = Problem(408, "the request did not arrive in time", "request_timeout")
             raise self.failed from None
         if message["type"] == "http.request":
-            self.got += len(message.get("body", b""))
+            length = len(message.get("body", b""))
+            self.got += length
+            self.guard.held += length
             self.complete = not message.get("more_body", False)
             if self.got > self.most:
                 self.failed = self._too_large()
+                raise self.failed
+            if self.guard.held > BODIES * self.most:
+                self.failed = Problem(503, "too much is being sent at once: try again", "server_busy", None, 5)
                 raise self.failed
         return message

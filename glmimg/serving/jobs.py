@@ -3,12 +3,12 @@
 To the worker: ("check", job), ("run", job), ("cancel", id), ("stop",). From it: dicts with "type" and, but for "ready",
 "stats" and "broken", the job's "id":
 
-    checked   pictures, tokens, prompt_tokens, steps      may be run
-    refused   status, message, code                       cannot be; also in the middle of a run
+    checked   tokens, prompt_tokens, reference_tokens, steps, patches, width, height    may be run
+    refused   status, message, code, retry_after          cannot be; also in the middle of a run
     progress  stage, step, total, picture, seconds, eta, preview, target
     partial   picture, number, data, width, height
-    picture   picture, data, width, height, seed, tokens, seconds
-    ended                                                 nothing more will come
+    picture   picture, data, width, height, seed, tokens, seconds, drawn, steps
+    ended     seconds, drawn, steps                       nothing more will come
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from glmimg.serving.jobs import Job
 from glmimg.serving.token_batch import Drawing
 from glmimg.serving.work import Work, picture_file
 
-__all__ = ["decoder_progress", "ended", "out_of_memory", "partial", "picture", "refusal", "token_progress"]
+__all__ = ["cost", "decoder_progress", "ended", "out_of_memory", "partial", "picture", "refusal", "token_progress"]
 
 Message = dict[str, Any]
 
@@ -28,12 +29,13 @@ def token_progress(work: Work, drawing: Drawing, grids: tuple[torch.Tensor | Non
         "step": drawing.at,
         "total": drawing.length,
         "picture": drawing.number,
+        **_times(time.monotonic() - drawing.began, drawing.at - drawing.lead, drawing.length - drawing.at),
         "preview": None if preview_HW is None else preview_HW.tolist(),
         "target": target_HW.tolist(),
     }
 
 
-def decoder_progress(work: Work, number: int, step: int, total: int) -> Message:
+def decoder_progress(work: Work, number: int, step: int, total: int, seconds: float) -> Message:
     return {
         "type": "progress",
         "id": work.job.id,
@@ -41,19 +43,24 @@ def decoder_progress(work: Work, number: int, step: int, total: int) -> Message:
         "step": step,
         "total": total,
         "picture": number,
+        **_times(seconds, step, total - step),
         "preview": None,
         "target": None,
     }
 
 
-def partial(work: Work, number: int, image: Image.Image) -> Message:
-    """A look at a picture that is not done; its numbers count from 0."""
-    work.partials[number] = work.partials.get(number, 0) + 1
+def _times(seconds: float, done: int, left: int) -> Message:
+    """Since the stage began with the picture, and until it will have done its part: as the pipelines' Event has it."""
+    return {"seconds": round(seconds, 3), "eta": round(seconds / max(1, done) * left, 3)}
+
+
+def partial(work: Work, picture: int, number: int, image: Image.Image) -> Message:
+    """The look of that number, from 0, at a picture that is not done: the same again if it has to be made again."""
     return {
         "type": "partial",
         "id": work.job.id,
-        "picture": number,
-        "number": work.partials[number] - 1,
+        "picture": picture,
+        "number": number,
         "data": picture_file(image, work.job),
         "width": image.width,
         "height": image.height,
@@ -62,13 +69,11 @@ def partial(work: Work, number: int, image: Image.Image) -> Message:
 
 def ended(work: Work) -> Message:
     """Nothing works on it any more; what it has taken in all, finished or not."""
-    return {
-        "type": "ended",
-        "id": work.job.id,
-        "seconds": round(work.seconds, 4),
-        "drawn": work.drawn,
-        "steps": work.steps,
-    }
+    return {"type": "ended", "id": work.job.id, **cost(work)}
+
+
+def cost(work: Work) -> Message:
+    return {"seconds": round(work.seconds, 4), "drawn": work.drawn, "steps": work.steps}
 
 
 def picture(work: Work, stages: Stages, name: str, number: int, image: Image.Image | None) -> Message:
@@ -101,7 +106,7 @@ def refusal(job: Job, error: Exception) -> Message:
         answer = {"status": 400, "message": message, "code": "invalid_value"}
     elif out_of_memory(error):
         message = "the picture does not fit into the memory that is free: ask for a smaller one, or for fewer"
-        answer = {"status": 503, "message": message, "code": "insufficient_memory"}
+        answer = {"status": 503, "message": message, "code": "insufficient_memory", "retry_after": 10}
     else:
         message = f"the picture could not be made ({type(error).__name__}): the server's log tells more"
         answer = {"status": 500, "message": message, "code": "generation_failed"}

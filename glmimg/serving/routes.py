@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from glmimg.serving import schemas
 from glmimg.serving.answers import answer
@@ -75,7 +75,7 @@ async def generations(body: schemas.GenerateRequest, request: Request) -> Respon
 async def edits(request: Request) -> Response:
     """Pictures after one or more reference pictures (`image` or `image[]`), as multipart/form-data.
 
-    Nested fields (`adapters`) are JSON text.
+    Nested fields (`adapters`, `tokens`, `region`) are JSON text.
     """
     service = _service(request)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -112,11 +112,12 @@ async def edits(request: Request) -> Response:
         raise validation_problem(error.errors()) from error
     for data in images:
         service.require_picture(data)
-    return await answer(service, request, service.job(body, images=tuple(images)), body, "image_edit")
+    job = service.job(body, images=tuple(images), region=_box(body.region))
+    return await answer(service, request, job, body, "image_edit")
 
 
 def _unpacked(name: str, text: str) -> Any:
-    if name != "adapters":
+    if name not in ("adapters", "tokens", "region"):
         return text
     try:
         return json.loads(text)
@@ -142,10 +143,14 @@ async def decode(body: schemas.DecodeRequest, request: Request) -> Response:
 async def regions(body: schemas.RegionRequest, request: Request) -> Response:
     """Pictures of a given layout of which the tokens inside a region are drawn anew."""
     service = _service(request)
-    left, top, right, bottom = body.region
-    return await answer(
-        service, request, service.job(body, region=(left, top, right, bottom)), body, "image_generation"
-    )
+    return await answer(service, request, service.job(body, region=_box(body.region)), body, "image_generation")
+
+
+def _box(region: list[int] | None) -> tuple[int, int, int, int] | None:
+    if region is None:
+        return None
+    left, top, right, bottom = region
+    return left, top, right, bottom
 
 
 @router.get("/files/{name}", response_model=None, tags=["pictures"])
@@ -182,18 +187,18 @@ def _model(service: Service) -> schemas.Model:
 
 
 @router.get("/adapters", tags=["server"])
-async def adapters(request: Request) -> JSONResponse:
+async def adapters(request: Request) -> schemas.AdapterList:
     """Adapters that a request may name."""
     names = _service(request).adapter_names()
-    return JSONResponse({"object": "list", "data": [{"id": name, "object": "adapter"} for name in names]})
+    return schemas.AdapterList(data=[schemas.Adapter(id=name) for name in names])
 
 
 @router.get("/usage", tags=["server"])
-async def usage(request: Request) -> JSONResponse:
+async def usage(request: Request) -> schemas.UsageReply:
     """What was made for this key so far."""
     service, client = _service(request), request.scope["state"].get("client", LOCAL)
     totals = service.ledger.totals.get(client.name, Totals())
-    return JSONResponse({"object": "usage", "client": client.name, **totals.to_dict()})
+    return schemas.UsageReply.model_validate({"client": client.name, **totals.to_dict()})
 
 
 def validation_problem(errors: Any) -> Problem:

@@ -11,15 +11,47 @@ from contextlib import suppress
 from types import FrameType
 
 import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from glmimg.errors import BadInput
 from glmimg.serving.app import create_app
 from glmimg.serving.service import Service
-from glmimg.serving.settings import ServerSettings
+from glmimg.serving.settings import Problem, ServerSettings
 
 __all__ = ["run"]
 
 CONNECTIONS = 1000  # at a time; further ones are told to come back
+HEAD_SECONDS = 20.0  # for the head of a request, from the connection's beginning or the answer before
+
+
+class _Protocol(H11Protocol):
+    """With h11, which every installation has: others keep other limits. Closes a connection that asks for nothing."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_head()
+
+    def _await_head(self) -> None:
+        self.loop.call_later(HEAD_SECONDS, self._require_head, self.cycle)
+
+    def _require_head(self, last: object) -> None:
+        if self.cycle is last and not self.transport.is_closing():  # each request has its own
+            self.transport.close()
+
+    def handle_events(self) -> None:
+        self.app = _full if len(self.connections) > CONNECTIONS else self.config.loaded_app
+        super().handle_events()
+
+
+async def _full(scope: Scope, receive: Receive, send: Send) -> None:
+    problem = Problem(503, f"{CONNECTIONS} connections are open already: try again", "server_busy", None, 5)
+    await JSONResponse(problem.body(), 503, {**problem.headers, "Connection": "close"})(scope, receive, send)
 
 
 class _Server(uvicorn.Server):
@@ -76,12 +108,11 @@ def run(settings: ServerSettings) -> bool:
     config = uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",  # with what every installation has: others keep other limits
+        http=_Protocol,
         ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=10,
         h11_max_incomplete_event_size=64 << 10,
     )

@@ -10,18 +10,22 @@ from pydantic_core import PydanticCustomError
 from glmimg.errors import UnknownName
 
 __all__ = [
+    "AdapterList",
     "AdapterUse",
     "DecodeRequest",
     "EditRequest",
     "ErrorReply",
     "GenerateRequest",
+    "Health",
     "ImageRequest",
     "ImagesReply",
     "LayoutReply",
     "LayoutRequest",
     "ModelList",
+    "Readiness",
     "RegionRequest",
     "TokenGridField",
+    "UsageReply",
 ]
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -36,7 +40,8 @@ class Strict(BaseModel):
         """Before pydantic's own, shorter answer: which names there are here, and the nearest."""
         for name in fields if isinstance(fields, dict) else ():
             if name not in cls.model_fields:
-                name = str(name)[:64]  # one of megabytes would be compared for seconds, and sent back
+                # One of megabytes would be compared for seconds, and sent back; half of a character cannot be sent.
+                name = str(name)[:64].encode("utf-8", "backslashreplace").decode()
                 message = str(UnknownName.of("parameter", name, cls.model_fields))
                 raise PydanticCustomError("unknown_parameter", "{message}", {"message": message, "name": name})
         return fields
@@ -52,7 +57,7 @@ class TokenGridField(Strict):
 
     format: Literal["glmimg.token_grid/1"]
     codebook_size: Annotated[int, Field(ge=1, le=2**31)]
-    checkpoint: str | None = None
+    checkpoint: Annotated[str, Field(pattern=r"^[0-9a-f]{0,64}$")] | None = None
     target: Grid
     preview: Grid | None = None
 
@@ -106,8 +111,13 @@ class GenerateRequest(ImageRequest):
     style: Literal["vivid", "natural"] | None = Field(None, description="Refused: say it in the prompt.")
 
 
+Region = Annotated[list[int], Field(min_length=4, max_length=4, description="left, top, right, bottom in pixels")]
+
+
 class EditRequest(ImageRequest):
     input_fidelity: Literal["high", "low"] | None = Field(None, description="References are always followed closely.")
+    tokens: TokenGridField | None = Field(None, description="A layout to be kept, as for decode; JSON text.")
+    region: Region | None = Field(None, description="What of it is drawn anew, as for regions; JSON text.")
 
 
 class DecodeRequest(ImageRequest):
@@ -115,7 +125,7 @@ class DecodeRequest(ImageRequest):
 
 
 class RegionRequest(DecodeRequest):
-    region: Annotated[list[int], Field(min_length=4, max_length=4, description="left, top, right, bottom in pixels")]
+    region: Region
 
 
 class LayoutRequest(TokenFields):
@@ -177,6 +187,41 @@ class Model(BaseModel):
 class ModelList(BaseModel):
     object: str = "list"
     data: list[Model]
+
+
+class Adapter(BaseModel):
+    id: str
+    object: str = "adapter"
+
+
+class AdapterList(BaseModel):
+    object: str = "list"
+    data: list[Adapter]
+
+
+class UsageReply(BaseModel):
+    object: str = "usage"
+    client: str
+    requests: int
+    pictures: int
+    prompt_tokens: int
+    tokens: int
+    steps: int
+    seconds: float
+    energy_wh: float
+    cost: float
+
+
+class Health(BaseModel):
+    status: Literal["ok", "failed"]
+    state: str
+    version: str
+
+
+class Readiness(BaseModel):
+    ready: bool
+    state: str
+    waiting: int = Field(description="Requests in the queue.")
 
 
 class Error(BaseModel):

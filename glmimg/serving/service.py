@@ -167,24 +167,21 @@ class Service:
         if self.settings.log_prompts:
             logger.info("%s asks for %r", client.name, job.prompt)
         if self.prompt_rules is not None:
-            reason = await asyncio.to_thread(self.prompt_rules, job.prompt)
-            if reason:
-                raise Problem(400, reason, "moderation_blocked", "prompt")
-        self.limits.enter(client, job.n)
-        unused = job.n
+            for name, text in (("prompt", job.prompt), ("negative", job.negative_prompt)):
+                if text and (reason := await asyncio.to_thread(self.prompt_rules, text)):
+                    raise Problem(400, reason, "moderation_blocked", name)
+        self.limits.take(client, job.n)
         try:
-            try:
-                ticket = await self.dispatcher.submit(job, client.name, client.priority)
-            except Problem as problem:
-                problem.param = problem.param or _param(problem)
-                raise
-            unused = 0
-            try:
-                yield ticket
-            finally:
-                self.dispatcher.cancel(ticket)
+            ticket = await self.dispatcher.submit(job, client.name, client.priority)
+        except BaseException as error:
+            self.limits.give_back(client, job.n)
+            if isinstance(error, Problem):
+                error.param = error.param or _param(error)
+            raise
+        try:
+            yield ticket
         finally:
-            self.limits.leave(client, unused)
+            self.dispatcher.cancel(ticket)
 
     async def judge(self, data: bytes | None) -> None:
         """The operator's rules about pictures."""
@@ -202,7 +199,7 @@ class Service:
     # The accounts.
 
     def account(self, ticket: Ticket, message: dict[str, Any]) -> schemas.Usage:
-        """Books a finished picture."""
+        """Books a finished picture as it arrives, whatever becomes of the answer."""
         about, n, before = ticket.about, ticket.job.n, ticket.booked
         amount = Totals(
             requests=int(not before.requests),
@@ -217,18 +214,21 @@ class Service:
 
     def _watch(self, name: str, value: Any) -> None:
         """For the dispatcher."""
-        if name == "abandoned":
+        if name == "made":
+            ticket, message = value
+            message["usage"] = self.account(ticket, message)
+        elif name == "abandoned":
             self._account_rest(*value)
         else:
             self.metrics.watch(name, value)
 
-    def _account_rest(self, ticket: Ticket, ended: dict[str, Any]) -> None:
+    def _account_rest(self, ticket: Ticket, cost: dict[str, Any]) -> None:
         """Books what a request had taken, beside its pictures, when nobody waited for it any more."""
         done = ticket.booked
         amount = Totals(
-            tokens=max(0, ended.get("drawn", 0) - done.tokens),
-            steps=max(0, ended.get("steps", 0) - done.steps),
-            seconds=max(0.0, ended.get("seconds", 0.0) - done.seconds),
+            tokens=max(0, cost.get("drawn", 0) - done.tokens),
+            steps=max(0, cost.get("steps", 0) - done.steps),
+            seconds=max(0.0, cost.get("seconds", 0.0) - done.seconds),
         )
         if amount.tokens or amount.steps:
             amount.requests = int(not done.requests)

@@ -89,12 +89,16 @@ class Problem(Exception):
         return {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
 
     def body(self) -> dict[str, Any]:
+        """As JSON can carry it: what a client sent may come back in it, and is not always text."""
         kind = "invalid_request_error"
         if self.status == 429:
             kind = "rate_limit_error"
         elif self.status >= 500:
             kind = "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message, param = (
+            text and text.encode("utf-8", "backslashreplace").decode() for text in (self.message, self.param)
+        )
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
 def problem_of(error: Exception) -> Problem:

@@ -10,6 +10,7 @@ else is in the batch does not change what it gives.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,8 @@ class Drawing:
     keep_N: torch.Tensor
     uniform_N: torch.Tensor
     at: int = 0  # tokens known
+    lead: int = 0  # of these, those that were known before the first one was drawn
+    began: float = field(default_factory=time.monotonic)
     grid: TokenGrid | None = field(default=None, repr=False)
 
     @property
@@ -98,7 +101,7 @@ class TokenBatch:
         logits_SV, state = prefill(self.model, sides, len(joining), kept_BN[:, :lead], N)
         slots = [_Slot(drawing, side is not prompt, len(side.ids) + lead) for side in sides for drawing in joining]
         for drawing in joining:
-            drawing.at = lead
+            drawing.at = drawing.lead = lead
         self._save()
         both = [(self._state, self._slots), (state, slots)]
         state = _aligned([(one, k, slot) for one, several in both if one for k, slot in enumerate(several)])

@@ -26,6 +26,7 @@ from glmimg.prompt import Prompt
 from glmimg.semantic_tokenizer import fit_reference
 from glmimg.serving.jobs import Job
 from glmimg.token_grid import TokenGrid
+from glmimg.token_sampling import kept_tokens
 
 __all__ = ["Work", "both_prompts", "check", "picture_file"]
 
@@ -41,6 +42,7 @@ class Work:
     chunks: list[tuple[int, ...]]  # pictures that the decoder makes together
     pending: list[int]
     prompt_tokens: int
+    new_tokens: int  # to be drawn for each picture
     adapters: tuple[tuple[str, float, int], ...] = ()  # folder, strength, state of the folder: two that differ are two
     grids: dict[int, TokenGrid] = field(default_factory=dict)
     references: list[torch.Tensor] = field(default_factory=list)
@@ -51,7 +53,6 @@ class Work:
     steps: int = 0  # of the decoder
     decoded: int = 0
     sent: int = 0
-    partials: dict[int, int] = field(default_factory=dict)
     looks: dict[int, torch.Tensor] = field(default_factory=dict)  # preview grids of which a picture is wanted
     look: bool = False  # whether the first partial picture is made from the preview grid
     begun: bool = False
@@ -118,8 +119,9 @@ def check(stages: Stages, job: Job) -> Work:
         list(batches(stages, request)),
         list(range(request.pictures)),
         len(prompts[0].ids),
+        _to_draw(request, prompts[0], limits.codebook_size),
         tuple((folder, strength, _state(folder)) for _, folder, strength in job.adapters),
-        look=bool(job.partial_images and stages.offload == "none" and not pictures and request.tokens is None),
+        look=bool(job.partial_images and stages.offload == "none" and prompts[0].preview and request.tokens is None),
     )
 
 
@@ -146,6 +148,14 @@ def picture_file(image: Image.Image, job: Job, metadata: Mapping[str, Any] | Non
 def _fitted(picture: Image.Image, least: int, most: int) -> Image.Image:
     size = fit_reference(*picture.size, least, most)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _to_draw(request: Request, prompt: Prompt, codebook_size: int) -> int:
+    if not request.samples_tokens:
+        return 0
+    forced = request.forced()
+    _, keep_BN = kept_tokens([prompt], forced and forced[:1], codebook_size)
+    return int((~keep_BN).sum())
 
 
 def _state(folder: str) -> int:

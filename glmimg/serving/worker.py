@@ -8,6 +8,8 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -49,13 +51,12 @@ def main(connection: Connection, settings: ServerSettings) -> None:
         send({"type": "broken", "message": f"{error}" if isinstance(error, GlmimgError) else repr(error)})
         return
     send({"type": "ready", **about})
-    from glmimg.serving.messages import refusal
-
+    desk = _Desk(engine, send)
     told = 0.0
     while True:
         if time.monotonic() - told >= STATS_EVERY:
             told = time.monotonic()
-            send({"type": "stats", "rss": _resident(), "batch": engine.drawn_together})
+            send({"type": "stats", "rss": _resident(), "batch": engine.drawn_together, "taken": engine.taken()})
         try:
             if not connection.poll(STATS_EVERY):
                 continue
@@ -65,26 +66,81 @@ def main(connection: Connection, settings: ServerSettings) -> None:
         if kind == "stop":
             break
         if kind == "cancel":
-            engine.cancel(rest[0])
-            continue
-        job: Job = rest[0]
-        try:
-            if kind == "run":
-                engine.run(job)
-            else:
-                work = engine.check(job)
-                tokens = sum(h * w for h, w in work.request_grids) * work.request.pictures
-                about = {"patches": work.request.patches, "width": work.request.config.width}
-                about["reference_tokens"] = sum(w * h for row in work.request.references for w, h in row) // 1024
-                about |= {"tokens": tokens, "prompt_tokens": work.prompt_tokens, "height": work.request.config.height}
-                send({"type": "checked", "id": job.id, "steps": work.request.config.num_inference_steps, **about})
-        except Exception as error:
-            if not isinstance(error, GlmimgError):
-                logger.exception("a request could not be checked")
-            send(refusal(job, error))
-            if kind == "run":
-                send({"type": "ended", "id": job.id})
+            desk.cancel(rest[0])
+        else:
+            desk.take(kind, rest[0])
+    desk.close()
     engine.stop()
+
+
+class _Desk:
+    """Looks through jobs in a thread of its own: pictures that are read for one keep no cancellation waiting."""
+
+    def __init__(self, engine: Any, send: Callable[[dict[str, Any]], None]) -> None:
+        self.engine, self.send = engine, send
+        self._coming: set[str] = set()  # to be run, and not with the engine yet
+        self._checked: Any = None  # the last one: mostly it is run next, and its pictures are read once
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "desk")
+
+    def take(self, kind: str, job: Job) -> None:
+        if kind == "run":
+            self._coming.add(job.id)
+        self._thread.submit(self._run if kind == "run" else self._check, job)
+
+    def cancel(self, job_id: str) -> None:
+        with self._lock:
+            if job_id in self._coming:
+                self._coming.discard(job_id)  # its end is sent when its turn comes
+                return
+        self.engine.cancel(job_id)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _check(self, job: Job) -> None:
+        try:
+            work = self.engine.check(job)
+        except Exception as error:
+            self._refuse(job, error)
+            return
+        self._checked = work
+        config, sizes = work.request.config, [size for row in work.request.references for size in row]
+        self.send(
+            {
+                "type": "checked",
+                "id": job.id,
+                "tokens": work.new_tokens * work.request.pictures,
+                "prompt_tokens": work.prompt_tokens,
+                "reference_tokens": sum(w * h for w, h in sizes) // 1024,
+                "steps": config.num_inference_steps,
+                "patches": work.request.patches,
+                "width": config.width,
+                "height": config.height,
+            }
+        )
+
+    def _run(self, job: Job) -> None:
+        checked, self._checked = self._checked, None
+        try:
+            if job.id in self._coming:
+                work = checked if checked is not None and checked.job.id == job.id else self.engine.check(job)
+                with self._lock:
+                    if job.id in self._coming:
+                        self._coming.discard(job.id)
+                        self.engine.run(job, work)
+                        return
+        except Exception as error:
+            self._coming.discard(job.id)
+            self._refuse(job, error)
+        self.send({"type": "ended", "id": job.id})
+
+    def _refuse(self, job: Job, error: Exception) -> None:
+        from glmimg.serving.messages import refusal
+
+        if not isinstance(error, GlmimgError):
+            logger.exception("a request could not be checked", exc_info=error)
+        self.send(refusal(job, error))
 
 
 def _open(
