@@ -95,13 +95,20 @@ def test_several_adapters_with_strengths(tiny_checkpoint: Path, tmp_path: Path) 
     assert both.changed == {GENERATOR: 4} == alone[0].changed and alone[1].changed == {GENERATOR: 2}
 
 
-def test_blocks_of_rows_change_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_rows_change_nothing(
+    tiny_checkpoint: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter(Checkpoint.open(tiny_checkpoint).decoder(), tmp_path / "a", target_modules=["to_q"], use_dora=True)
-    merge_adapters(tiny_checkpoint, tmp_path / "whole", [tmp_path / "a"])
-    monkeypatch.setattr("glmimg.weights_tools.merge._BLOCK", 5 * 64)
-    merge_adapters(tiny_checkpoint, tmp_path / "rows", [tmp_path / "a"])
-    whole, rows = (weights(tmp_path / name, "transformer") for name in ("whole", "rows"))
-    assert all(torch.allclose(whole[name], rows[name], atol=1e-7) for name in whole)
+    for size in ("whole", "rows"):
+        if size == "rows":
+            monkeypatch.setattr("glmimg.weights_tools.merge._BLOCK", 5 * 64)
+        base, ends = tmp_path / size, (tiny_checkpoint, other)
+        merge_adapters(tiny_checkpoint, base / "lora", [tmp_path / "a"])
+        average_checkpoints(tiny_checkpoint, base / "mean", [(end, 0.5) for end in ends], components=["transformer"])
+        slerp_checkpoints(tiny_checkpoint, base / "arc", *ends, 0.3, components=["transformer"])
+    for way in ("lora", "mean", "arc"):
+        whole, rows = (weights(tmp_path / size / way, "transformer") for size in ("whole", "rows"))
+        assert all(torch.allclose(whole[name], rows[name], atol=1e-7) for name in whole), way
 
 
 def test_bf16_is_rounded_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -112,7 +119,7 @@ def test_bf16_is_rounded_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
     name = "transformer_blocks.0.attn1.to_q.weight"
     parts = load_file(tmp_path / "a/adapter_model.safetensors")
     down, up = (parts[f"base_model.model.transformer_blocks.0.attn1.to_q.lora_{x}.weight"] for x in "AB")
-    expected = weights(base, "transformer")[name].float() + 1.5 * (up @ down)
+    expected = weights(base, "transformer")[name].float() + (1.5 * up) @ down
     assert torch.equal(weights(tmp_path / "m", "transformer")[name], expected.bfloat16())
 
 
@@ -189,9 +196,9 @@ def test_arcs(tiny_checkpoint: Path, other: Path, tmp_path: Path) -> None:
 def test_arcs_keep_the_length_of_equally_long_tensors(seed: int, t: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.nn.functional.normalize(torch.randn(40, generator=generator), dim=0) for _ in range(2))
-    share_a, share_b = _shares(a, b, t)
+    share_a, share_b = _shares([(a[:7], b[:7]), (a[7:], b[7:])], t)
     assert float((share_a * a + share_b * b).norm()) == pytest.approx(1.0, abs=1e-5)
-    assert _shares(a, a, t) == (1 - t, t) and _shares(a, 0 * a, t) == (1 - t, t)
+    assert _shares([(a, a)], t) == (1 - t, t) and _shares([(a, 0 * a)], t) == (1 - t, t)
 
 
 def test_what_cannot_be_mixed(tiny_checkpoint: Path, other: Path, tmp_path: Path) -> None:

@@ -88,6 +88,31 @@ def test_casts_are_torchs(values: list[float], target: str) -> None:
     assert found == bytes(tensor.to(torch_dtype(target)).view(torch.uint8).numpy())
 
 
+def test_casts_that_would_become_infinite(tmp_path: Path) -> None:
+    largest = torch.tensor([torch.finfo(torch.float32).max, 1.0])
+    data = bytearray(largest.numpy().tobytes())
+    for target in ("BF16", "F16"):
+        with pytest.raises(CheckpointError, match="a.b has values that .*float16 cannot hold"):
+            list(cast_pieces([data], "F32", target, "a.b"))
+    infinite = bytearray((largest * torch.inf).numpy().tobytes())
+    assert len(list(cast_pieces([infinite], "F32", "BF16"))) == 1, "what is infinite already stays so"
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    plan = {f"layers.{k}.weight": TensorSpec("F32", (4,)) for k in range(300)}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(150, before[0]), before[1]))
+    try:
+        with tensor_writer(tmp_path / "m.safetensors", plan, shard_bytes=16) as writer:
+            for k, name in enumerate(plan):
+                writer.write(name, torch.full((4,), float(k)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    reader = TensorReader(tmp_path)
+    assert len(reader.files) == 300 and reader.tensor("layers.299.weight").tolist() == [299.0] * 4
+
+
 def test_shards_keep_layers_together(tmp_path: Path) -> None:
     names = [f"layers.{layer}.{part}" for layer in range(12) for part in ("a", "b")]
     plan = {name: TensorSpec("F32", (4,)) for name in names}
@@ -187,7 +212,7 @@ def slow(self, name, data):
     print(name, flush=True)
     time.sleep(0.02)
 TensorWriter.write = slow
-raise SystemExit(main(["weights", "convert", *sys.argv[1:]]))
+raise SystemExit(main(["weights", *sys.argv[1:]]))
 """
 
 
@@ -197,12 +222,22 @@ def hear_interrupts() -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-@pytest.mark.parametrize("target", ["folder", "one.safetensors"])
-@pytest.mark.parametrize("stop", ["SIGKILL", "SIGINT"])
-def test_stopped_in_the_middle(tiny_copy: Path, tmp_path: Path, target: str, stop: str) -> None:
+@pytest.mark.parametrize(
+    ("stop", "tool", "target", "flags"),
+    [
+        ("SIGKILL", "convert", "folder", ["--shard-size", "200kB"]),
+        ("SIGINT", "convert", "folder", ["--shard-size", "200kB"]),
+        ("SIGKILL", "convert", "one.safetensors", []),
+        ("SIGINT", "convert", "one.safetensors", []),
+        ("SIGKILL", "quantize", "folder", ["--bits", "4"]),
+        ("SIGKILL", "merge", "folder", ["--average", "copy"]),
+    ],
+)
+def test_stopped_in_the_middle(
+    tiny_copy: Path, tmp_path: Path, stop: str, tool: str, target: str, flags: list[str]
+) -> None:
     before = {path: path.read_bytes() for path in tiny_copy.rglob("*") if path.is_file()}
-    command = [sys.executable, "-c", SLOW, str(tiny_copy), str(tmp_path / target), "--shard-size", "200kB"]
-    command = command if target == "folder" else command[:-2]
+    command = [sys.executable, "-c", SLOW, tool, str(tiny_copy), str(tmp_path / target), *flags]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": tmp_path}
     with subprocess.Popen(command, **pipes, preexec_fn=hear_interrupts) as run:
         assert run.stdout is not None

@@ -6,8 +6,10 @@ Arithmetic is done in float32, a few rows at a time, and rounded once to the dty
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.lora import COMPONENT, Low, change_of, open_adapters
 from glmimg.packed_format import CONFIG_KEY
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
-from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
+from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter, as_bytes, row_blocks
 
 __all__ = [
     "MergeResult",
@@ -32,8 +34,8 @@ __all__ = [
 _BLOCK = 1 << 22  # numbers worked on at a time
 _FLOATS = ("F64", "F32", "F16", "BF16")
 Model = str | Path | Checkpoint
-# Gives a tensor's new values from those of the base, which it may overwrite.
-Change = Callable[[torch.Tensor], torch.Tensor]
+# Gives the new values of some rows of a tensor from those of the base, and the rows' numbers.
+Change = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class MergeResult:
 def parse_weighted(text: str) -> tuple[str, float]:
     """(path, weight) of "PATH" or "PATH:WEIGHT"; the weight is 1 where none is written, or the whole is a path."""
     path, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or os.path.exists(text):
         return text, 1.0
     try:
         weight = float(number)
@@ -123,10 +125,10 @@ def average_checkpoints(
     others = [(_like(checkpoint, readers, part, components), weight / total) for part, weight in parts]
 
     def change(component: str, name: str) -> Change:
-        def mean(own: torch.Tensor) -> torch.Tensor:
+        def mean(own: torch.Tensor, part: slice) -> torch.Tensor:
             result = torch.zeros(own.shape)
             for other, weight in others:
-                result.add_(other[component].tensor(name), alpha=weight)
+                result.add_(other[component].rows(name, part), alpha=weight)
             return result
 
         return mean
@@ -156,9 +158,16 @@ def slerp_checkpoints(
     ends = [_like(checkpoint, readers, end, components) for end in (first, second)]
 
     def change(component: str, name: str) -> Change:
-        def arc(own: torch.Tensor) -> torch.Tensor:
-            a, b = (end[component].tensor(name) for end in ends)
-            share_a, share_b = _shares(a, b, t)
+        def both(part: slice) -> list[torch.Tensor]:
+            return [end[component].rows(name, part) for end in ends]
+
+        @cache
+        def shares() -> tuple[float, float]:
+            return _shares(map(both, row_blocks(readers[component].infos[name].shape, _BLOCK)), t)
+
+        def arc(own: torch.Tensor, part: slice) -> torch.Tensor:
+            a, b = both(part)
+            share_a, share_b = shares()
             return torch.mul(a, share_a, out=torch.empty(a.shape)).add_(b, alpha=share_b)
 
         return arc
@@ -169,26 +178,23 @@ def slerp_checkpoints(
 
 
 def _merged(lows: Sequence[tuple[Low, float]]) -> Change:
-    def merged(own: torch.Tensor) -> torch.Tensor:
-        rows = max(1, _BLOCK // own.shape[1])
-        for start in range(0, own.shape[0], rows):
-            part = slice(start, start + rows)
-            block = own[part].float()
-            total = block.clone()
-            for low, strength in lows:
-                lengths = None if low.magnitude_N is None else low.magnitude_N[part]
-                total += strength * change_of(block, low._replace(b_Nr=low.b_Nr[part], magnitude_N=lengths))
-            own[part] = total.to(own.dtype)
-        return own
+    def merged(own: torch.Tensor, part: slice) -> torch.Tensor:
+        block = own.float()
+        total = block.clone()
+        for low, strength in lows:
+            lengths = None if low.magnitude_N is None else low.magnitude_N[part]
+            total += strength * change_of(block, low._replace(b_Nr=low.b_Nr[part], magnitude_N=lengths))
+        return total
 
     return merged
 
 
-def _shares(a: torch.Tensor, b: torch.Tensor, t: float) -> tuple[float, float]:
-    """What a and b are multiplied by: (sin((1-t)w), sin(tw)) / sin(w) with w the angle between them."""
+def _shares(blocks: Iterable[Sequence[torch.Tensor]], t: float) -> tuple[float, float]:
+    """What a and b are multiplied by: (sin((1-t)w), sin(tw)) / sin(w) with w the angle between them; of both, block by
+    block."""
     dots = torch.zeros(3, dtype=torch.float64)
-    for x, y in zip(a.flatten().split(_BLOCK), b.flatten().split(_BLOCK), strict=True):
-        x, y = x.double(), y.double()
+    for a, b in blocks:
+        x, y = a.flatten().double(), b.flatten().double()
         dots += torch.stack([x @ y, x @ x, y @ y])
     ab, aa, bb = dots.tolist()
     cosine = ab / math.sqrt(aa * bb) if aa * bb > 0 else 1.0
@@ -263,12 +269,7 @@ def _write(
                     if name not in mine:
                         writer.write(name, reader.pieces(name))
                         continue
-                    own = reader.tensor(name)
-                    result = mine[name](own).to(own.dtype)
-                    if not bool(result.sum(dtype=torch.float64).isfinite()):
-                        raise CheckpointError(f"{name} became NaN or infinite: are these versions of one model?")
-                    sums.add_(_change_of(reader.tensor(name), result))  # read anew: it may have been overwritten
-                    writer.write(name, result)
+                    writer.write(name, _changed(reader, name, mine[name], sums))
 
             plan = {name: TensorSpec(info.dtype, info.shape) for name, info in reader.infos.items()}
             write_component(folder, component, plan, write, told.part)
@@ -278,9 +279,13 @@ def _write(
     return MergeResult(Path(target), counts, amounts)
 
 
-def _change_of(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    sums = torch.zeros(2, dtype=torch.float64)
-    for x, y in zip(before.flatten().split(_BLOCK), after.flatten().split(_BLOCK), strict=True):
-        x = x.float()
-        sums += torch.stack([(y.float() - x).square().sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)])
-    return sums
+def _changed(reader: TensorReader, name: str, change: Change, sums: torch.Tensor) -> Iterator[memoryview]:
+    """The tensor's new bytes, some rows at a time; adds (squared change, squared values) to `sums`."""
+    for part in row_blocks(reader.infos[name].shape, _BLOCK):
+        own = reader.rows(name, part)
+        result = change(own, part).to(own.dtype)
+        if not bool(result.sum(dtype=torch.float64).isfinite()):
+            raise CheckpointError(f"{name} became NaN or infinite: are these versions of one model?")
+        x, y = own.float(), result.float()
+        sums += torch.stack([(y - x).square().sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)])
+        yield as_bytes(result)

@@ -46,10 +46,12 @@ __all__ = [
     "TensorReader",
     "TensorSpec",
     "TensorWriter",
+    "as_bytes",
     "cast_pieces",
     "dtype_name",
     "natural_order",
     "parse_size",
+    "row_blocks",
     "tensor_writer",
     "torch_dtype",
 ]
@@ -143,17 +145,25 @@ class TensorReader(WeightFiles):
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, in memory of its own."""
+        return self._read(name, self.infos[name].shape)
+
+    def rows(self, name: str, part: slice) -> torch.Tensor:
+        """A part of its first dimension, as `row_blocks` gives them, in memory of its own."""
+        shape = self.infos[name].shape
+        return self._read(name, (part.stop - part.start, *shape[1:]), part.start) if shape else self.tensor(name)
+
+    def _read(self, name: str, shape: tuple[int, ...], first: int = 0) -> torch.Tensor:
         import torch
 
         info = self.infos[name]
         dtype = torch_dtype(info.dtype)
-        if not info.nbytes:
-            return torch.empty(info.shape, dtype=dtype)
-        data = bytearray(info.nbytes)
+        data = bytearray(TensorSpec(info.dtype, shape).nbytes)
+        if not data:
+            return torch.empty(shape, dtype=dtype)
         with self._reading(info.file), info.file.open("rb", buffering=0) as stream:
-            stream.seek(info.begin)
+            stream.seek(info.begin + first * TensorSpec(info.dtype, shape[1:]).nbytes)
             _read_exactly(stream, memoryview(data))
-        return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
     @contextmanager
     def _reading(self, file: Path) -> Iterator[None]:
@@ -161,6 +171,16 @@ class TensorReader(WeightFiles):
             yield
         except EOFError as error:
             raise CheckpointError(f"{file} became shorter while it was read: is another program writing it?") from error
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}): see its permissions and disk") from error
+
+
+def row_blocks(shape: tuple[int, ...], numbers: int) -> Iterator[slice]:
+    """Parts of a tensor's first dimension that hold about so many numbers each."""
+    rows = max(1, numbers // max(1, math.prod(shape[1:])))
+    count = shape[0] if shape else 1
+    for begin in range(0, count, rows):
+        yield slice(begin, min(begin + rows, count))
 
 
 def cast_pieces(pieces: Iterable[Buffer], source: str, target: str, name: str = "a tensor") -> Iterator[Buffer]:
@@ -173,13 +193,15 @@ def cast_pieces(pieces: Iterable[Buffer], source: str, target: str, name: str = 
         return
     import torch
 
-    narrow = target == "F16" or source == "F64"
+    # bfloat16 has float32's range but for its end, which rounds up to infinity
+    narrow = target == "F16" or source == "F64" or (source, target) == ("F32", "BF16")
     for piece in pieces:
         before = torch.frombuffer(piece, dtype=torch_dtype(source))
         after = before.to(torch_dtype(target))
         if narrow and not bool((after.isfinite() | ~before.isfinite()).all()):
-            raise CheckpointError(f"{name} has values that {TORCH_NAMES[target]} cannot hold: use bfloat16 or float32")
-        yield _as_bytes(after)
+            wider = "bfloat16 or float32" if target == "F16" else "a wider dtype"
+            raise CheckpointError(f"{name} has values that {TORCH_NAMES[target]} cannot hold: use {wider}")
+        yield as_bytes(after)
 
 
 class TensorWriter:
@@ -187,7 +209,7 @@ class TensorWriter:
 
     def __init__(self, plan: Mapping[str, TensorSpec], progress: Progress | None) -> None:
         self._plan = plan
-        self._places: dict[str, tuple[IO[bytes], int]] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         self._written: set[str] = set()
         self._progress = progress
         self._done, self._total = 0, sum(spec.nbytes for spec in plan.values())
@@ -198,18 +220,19 @@ class TensorWriter:
             raise BadInput(f"tensor {name!r} is not in the plan")
         if name in self._written:
             raise BadInput(f"tensor {name!r} was written already")
-        spec, (stream, place) = self._plan[name], self._places[name]
+        spec, (file, place) = self._plan[name], self._places[name]
         count = 0
-        stream.seek(place)
-        for piece in _pieces_of(name, spec, data):
-            view = memoryview(piece).cast("B")
-            count += len(view)
-            if count > spec.nbytes:
-                break
-            while len(view):  # unbuffered files may take less than they are given
-                view = view[stream.write(view) :]
-            if self._progress:
-                self._progress(self._done + count, self._total)
+        with file.open("r+b", buffering=0) as stream:  # not kept open: there may be more shards than open files
+            stream.seek(place)
+            for piece in _pieces_of(name, spec, data):
+                view = memoryview(piece).cast("B")
+                count += len(view)
+                if count > spec.nbytes:
+                    break
+                while len(view):  # unbuffered files may take less than they are given
+                    view = view[stream.write(view) :]
+                if self._progress:
+                    self._progress(self._done + count, self._total)
         if count != spec.nbytes:
             raise BadInput(f"tensor {name!r} has {'more' if count > spec.nbytes else count} bytes, not {spec.nbytes}")
         self._done += count
@@ -219,8 +242,6 @@ class TensorWriter:
         missing = sorted(self._plan.keys() - self._written)
         if missing:
             raise BadInput(f"{len(missing)} planned tensors were not written (first: {missing[0]!r})")
-        for stream in {id(stream): stream for stream, _ in self._places.values()}.values():
-            os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -245,20 +266,25 @@ def tensor_writer(
     if shards is None:
         shards = _share_out(target, plan, shard_bytes)
     require_space(target, sum(spec.nbytes for spec in plan.values()))
-    files = sorted(set(shards.values())) or [target.name]
+    names: dict[str, list[str]] = {}
+    for name in plan:
+        names.setdefault(shards[name], []).append(name)
+    files = sorted(names) or [target.name]
     writer = TensorWriter(plan, progress)
     with ExitStack() as stack:
-        for file in files:  # closed before they are renamed: the stack unwinds backwards
+        temporaries = []
+        for file in files:
             temporary = stack.enter_context(atomic_file(target.parent / file))
-            stream = stack.enter_context(temporary.open("wb", buffering=0))
-            own = {name: spec for name, spec in plan.items() if shards[name] == file}
+            own = {name: plan[name] for name in names.get(file, ())}
             header, places = _lay_out(own, {"format": "pt"} if metadata is None else metadata)
-            writer._places |= {name: (stream, place) for name, place in places.items()}
-            stream.write(header)
-            if not own:  # nothing will lead _finish to it
-                os.fsync(stream.fileno())
+            writer._places |= {name: (temporary, place) for name, place in places.items()}
+            temporary.write_bytes(header)
+            temporaries.append(temporary)
         yield writer
         writer._finish()
+        for temporary in temporaries:
+            with temporary.open("r+b") as stream:
+                os.fsync(stream.fileno())
     if files != [target.name]:
         index = {
             "metadata": {"total_size": sum(spec.nbytes for spec in plan.values())},
@@ -274,7 +300,7 @@ def tensor_writer(
 
 def require_space(target: Path, needed: int) -> None:
     """GlmimgError if the disk under `target` has not that many bytes left."""
-    place = next(parent for parent in target.absolute().parents if parent.exists())
+    place = next(parent for parent in target.absolute().parents if os.path.exists(parent))
     free = shutil.disk_usage(place).free
     if free < needed:
         raise GlmimgError(
@@ -319,7 +345,8 @@ def _share_out(target: Path, plan: Mapping[str, TensorSpec], limit: int | None) 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    # Python refuses to read numbers of thousands of digits, which a stranger's names may hold
+    return [(int(part), "") if part.isdecimal() and len(part) < 20 else (-1, part) for part in name.split(".")]
 
 
 def _lay_out(plan: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
@@ -347,10 +374,11 @@ def _pieces_of(name: str, spec: TensorSpec, data: Data) -> Iterable[Buffer]:
     found = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape))
     if found != spec:
         raise BadInput(f"tensor {name!r} is {found.dtype} {list(found.shape)}, not {spec.dtype} {list(spec.shape)}")
-    return (_as_bytes(tensor),)
+    return (as_bytes(tensor),)
 
 
-def _as_bytes(tensor: torch.Tensor) -> memoryview:
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """What a file holds of the tensor."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
