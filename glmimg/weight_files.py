@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,6 +47,8 @@ DTYPE_BITS = {
     "I64": 64,
     "U64": 64,
 }
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by torch's names
+_COPIED = 64 << 20  # bytes copied out of a file before it is mapped anew
 _MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
 _MAX_DEPTH = 100  # of json: tokenizers nest about ten levels
@@ -107,12 +109,9 @@ class WeightFiles:
         import torch
         from safetensors import SafetensorError, safe_open
 
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.infos[name].file, []).append(name)
         loaded: dict[str, torch.Tensor] = {}
         sums: list[torch.Tensor] = []
-        for file, wanted in by_file.items():
+        for file, wanted in self._mappings(names, torch.device(device).type == "cpu", dtype):
             try:
                 with safe_open(file, framework="pt", device="cpu") as opened:
                     for name in wanted:
@@ -137,6 +136,21 @@ class WeightFiles:
                     "Use an earlier checkpoint, or download this one again."
                 )
         return loaded
+
+    def _mappings(
+        self, names: Iterable[str], on_processor: bool, dtype: torch.dtype | None
+    ) -> Iterator[tuple[Path, list[str]]]:
+        """Files and the tensors to take from one mapping. Pages stay in memory as long as their mapping, so that those
+        which are copied from do not add up."""
+        stored = dtype and _DTYPES.get(str(dtype).removeprefix("torch."))
+        parts: dict[tuple[Path, int], list[str]] = {}
+        copied: dict[Path, int] = {}
+        for name in names:
+            info = self.infos[name]
+            if not on_processor or (info.is_float and stored not in (None, info.dtype)):
+                copied[info.file] = copied.get(info.file, 0) + info.nbytes
+            parts.setdefault((info.file, copied.get(info.file, 0) // _COPIED), []).append(name)
+        return ((file, some) for (file, _), some in parts.items())
 
     def fingerprint(self) -> bytes:
         """A digest of every tensor's name, dtype, shape and 256 bytes from its middle: fast, yet training moves it."""
@@ -241,7 +255,10 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > _MAX_HEADER:
             raise ValueError("it is too large")
-        index = {str(name): str(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
+        value = json.loads(path.read_bytes())
+        index = {str(name): str(file) for name, file in value["weight_map"].items()}
+        if not isinstance(value.get("metadata") or {}, dict):
+            raise ValueError("its metadata are no object")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not an index of shards: download it again") from error
     if any(Path(file).name != file or "\\" in file or "\0" in file for file in index.values()):
@@ -289,14 +306,17 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     CheckpointError unless every byte of the file belongs to exactly one tensor, each as large as its dtype and shape
     say.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is not a file")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{file} is not a safetensors file, or is cut short: download or write it again")
-        text = stream.read(length)
+    try:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is not a file")
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise CheckpointError(f"{file} is not a safetensors file, or is cut short: download or write it again")
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}): see its permissions and its disk") from error
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_unique)
         if not isinstance(entries, dict):

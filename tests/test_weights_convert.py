@@ -196,6 +196,7 @@ def test_refusals_write_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypat
     cases: list[tuple[type[GlmimgError], str, tuple[object, ...], dict[str, object]]] = [
         (BadInput, "exists already", (tiny_checkpoint, tmp_path / "there"), {}),
         (BadInput, "lies inside", (tiny_checkpoint, tiny_checkpoint / "vae" / "one.safetensors"), {}),
+        (BadInput, "lies inside", (tmp_path / "notes.txt", tiny_checkpoint / "x"), {"base": tiny_checkpoint}),
         (BadInput, "no such folder", (tmp_path / "absent", out), {}),
         (UnknownName, "did you mean 'bfloat16'", (tiny_checkpoint, out), {"dtype": "bfloat"}),
         (UnknownName, "choose from decoder, folder", (tiny_checkpoint, out), {"to": "zip"}),

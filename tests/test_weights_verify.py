@@ -162,6 +162,7 @@ def swelling(value: dict[str, Any]) -> None:
             "patch_size 14, vision_config.patch_size 16",
         ),
         (LANGUAGE, lambda value: value["text_config"].update(num_hidden_layers=10**9), "is no number of layers"),
+        ("vae/config.json", {"block_out_channels": [32] * 900, "layers_per_block": 900}, "900 blocks of 900"),
         (LANGUAGE, lambda value: value["text_config"].update(hidden_size="wide"), "describes no model"),
         (LANGUAGE, lambda value: value.pop("vq_config") and None, "vq_config"),
     ],
@@ -180,9 +181,12 @@ def test_oversized_settings_are_refused(tiny_copy: Path, monkeypatch: pytest.Mon
 
 def test_checksums(tiny_copy: Path, tmp_path: Path) -> None:
     (tiny_copy / "my notes.txt").write_text("not part of it")
-    report = verify(tiny_copy, write_checksums=True)
+    calls: list[tuple[int, int]] = []
+    report = verify(tiny_copy, write_checksums=True, progress=lambda *call: calls.append(call))
     names = [line.split("  ")[1] for line in (tiny_copy / CHECKSUMS).read_text().splitlines()]
     assert report.checksums == f"{len(names)} written" and "vae/diffusion_pytorch_model.safetensors" in names
+    read = report.nbytes + sum((tiny_copy / name).stat().st_size for name in names)
+    assert calls[-1] == (read, read), "values, then whole files"
     again = verify(tiny_copy)
     assert again.sound and again.checksums == f"{len(names)} compared"
     edit_weights(tiny_copy / "vae", lambda state: {name: tensor * 1.5 for name, tensor in state.items()})

@@ -96,8 +96,9 @@ def convert(
     if component is not None and to != "gguf":
         raise BadInput("--component is for gguf: the other layouts hold what they always hold")
     component = component or "transformer"
-    if Path(source).resolve() in target.absolute().resolve().parents:
-        raise BadInput(f"{target} lies inside the checkpoint that is read: name a place outside it")
+    for read in (source, base):
+        if read is not None and Path(read).expanduser().resolve() in target.absolute().resolve().parents:
+            raise BadInput(f"{target} lies inside the checkpoint that is read: name a place outside it")
     contents = open_source(source)
     before = contents.nbytes
     if base is not None:

@@ -29,6 +29,9 @@ def expected_shapes(
             value = part.get(key, 0)
             if not isinstance(value, int | None) or (value or 0) > _DEEPEST:
                 raise CheckpointError(f"{component}/config.json: {key} {str(value):.30} is no number of layers")
+        blocks, deep = part.get("block_out_channels"), part.get("layers_per_block") or 0
+        if isinstance(blocks, list) and len(blocks) * deep > _DEEPEST:  # each is few enough, all together are not
+            raise CheckpointError(f"{component}/config.json: {len(blocks)} blocks of {deep} layers are too many")
         long = [key for key, value in part.items() if isinstance(value, list | dict) and len(value) > _DEEPEST]
         if long:
             raise CheckpointError(f"{component}/config.json: {long[0]:.30} has more than {_DEEPEST} entries")

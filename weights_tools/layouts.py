@@ -116,10 +116,12 @@ class Contents:
         """Name of the component's weights without suffix, and tensor -> shard, if an index of shards says so."""
         for path in sorted(self.files):
             if path.startswith(f"{component}/") and path.endswith(".safetensors.index.json"):
-                shards = self.json(path).get("weight_map")
+                index = self.json(path)
+                shards, notes = index.get("weight_map"), index.get("metadata") or {}
                 stem = path.removeprefix(f"{component}/").removesuffix(".safetensors.index.json")
                 names = shards.values() if isinstance(shards, dict) else [""]
-                if all(isinstance(name, str) and name.endswith(".safetensors") and safe_path(name) for name in names):
+                safe = all(isinstance(n, str) and n.endswith(".safetensors") and safe_path(n) for n in names)
+                if safe and isinstance(notes, dict):
                     return stem, dict(shards or {})
                 raise CheckpointError(f"{path} is not an index of shards, or names files outside its folder")
         return None
@@ -218,7 +220,10 @@ def _small_files(root: Path, own: str) -> dict[str, bytes]:
             if _is_carried(name) and path.is_file():
                 size = path.stat().st_size
                 _require_small(name, size, found)
-                found[name] = contained(folder, path).read_bytes()
+                try:
+                    found[name] = contained(folder, path).read_bytes()
+                except OSError as error:
+                    raise CheckpointError(f"{path} cannot be read ({error.strerror}): see its permissions") from error
     return found
 
 

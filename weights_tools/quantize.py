@@ -22,7 +22,7 @@ from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, PACKED, SCALE, group_size
 from glmimg.packed_linear import dequantize, quantize
 from glmimg.weights_tools.packing_plan import PACKABLE, Unit, choose, packed_nbytes, require_possible, units
-from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
+from glmimg.weights_tools.rewrite import Bytes, pass_through, record, require_new, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
 
 __all__ = ["ComponentReport", "QuantizeResult", "quantize_checkpoint", "weight_errors"]
@@ -108,6 +108,7 @@ def quantize_checkpoint(
             raise UnknownName.of("component", name, PACKABLE)
     group_size(GROUP, group)  # refuses what is no size
     checkpoint = Checkpoint.open(source)
+    require_new(target, checkpoint)  # measuring takes long
     for name in COMPONENTS:
         if CONFIG_KEY in checkpoint.config(name):
             raise BadInput(f"{checkpoint.name} is quantised already ({name}): start from the original checkpoint")
@@ -154,7 +155,7 @@ def quantize_checkpoint(
 
 def weight_errors(weight_NK: torch.Tensor, group: int, rows: int = SAMPLE_ROWS) -> dict[int, float]:
     """Relative squared error of the weight in 8 and in 4 bits, from at most `rows` of its rows."""
-    sample = weight_NK[:: max(1, weight_NK.shape[0] // rows)].float()
+    sample = weight_NK[:: max(1, -(-weight_NK.shape[0] // rows))].float()
     total = sample.square().sum().clamp_min(1e-30)
     found = {}
     for bits in BITS:

@@ -27,7 +27,18 @@ from glmimg.weights_tools.streaming import (
     tensor_writer,
 )
 
-__all__ = ["LINEAGE", "SHARD_BYTES", "Bytes", "pass_through", "record", "rewritten", "stem", "write_component"]
+__all__ = [
+    "LINEAGE",
+    "SHARD_BYTES",
+    "Bytes",
+    "pass_through",
+    "record",
+    "require_new",
+    "rewritten",
+    "stem",
+    "sync_files",
+    "write_component",
+]
 
 LINEAGE = "lineage.json"
 SHARD_BYTES = 5_000_000_000
@@ -47,10 +58,23 @@ class Bytes:
         if done == of:
             self.done += done
 
+    def end(self) -> None:
+        """Tells that all is done, where less was to do than thought."""
+        if self.progress and self.done < self.total:
+            self.progress(self.total, self.total)
+
 
 def stem(component: str) -> str:
     """What the component's weight files are called."""
     return "model" if component in ("vision_language_encoder", "text_encoder") else "diffusion_pytorch_model"
+
+
+def require_new(target: str | Path, source: Checkpoint) -> None:
+    """BadInput if `target` exists, or lies inside the checkpoint that is read."""
+    if os.path.lexists(target):  # a link to nothing is in the way as well
+        raise BadInput(f"{target} exists already: name a folder that does not, or delete it first")
+    if source.root.resolve() in Path(target).absolute().resolve().parents:
+        raise BadInput(f"{target} lies inside the checkpoint that is read: name a folder outside it")
 
 
 @contextmanager
@@ -60,10 +84,7 @@ def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[P
     It holds the source's files already, except its weights, of which `needed` bytes will be written.
     """
     target = Path(target)
-    if target.exists():
-        raise BadInput(f"{target} exists already: name a folder that does not, or delete it first")
-    if source.root.resolve() in target.absolute().resolve().parents:
-        raise BadInput(f"{target} lies inside the checkpoint that is read: name a folder outside it")
+    require_new(target, source)
     require_space(target, needed)
     with atomic_folder(target) as folder:
         root = source.root
@@ -74,13 +95,19 @@ def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[P
                         copied = folder / file.relative_to(root)
                         copied.parent.mkdir(exist_ok=True)
                         shutil.copyfile(contained(part, file), copied)
+        _lineage(folder, source)  # damage should be told before hours of work, not after
         yield folder
-        for file in folder.rglob("*"):
-            if file.is_file() and file.suffix != ".safetensors":  # weights are flushed by their writer
-                with file.open("rb+") as stream:
-                    os.fsync(stream.fileno())
-        sync_folder(folder)
+        sync_files(folder)
     sync_folder(target.absolute().parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Makes every file in a folder survive a power cut, before the folder gets its name."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+    sync_folder(folder)
 
 
 def write_component(
@@ -109,6 +136,12 @@ def pass_through(folder: Path, component: str, reader: TensorReader, progress: P
 
 def record(folder: Path, did: str, source: Checkpoint, **settings: Any) -> None:
     """Adds a line to the folder's lineage."""
+    lineage = _lineage(folder, source)
+    lineage.append({"did": did, "from": source.name, "hash": source.hash, **settings})
+    (folder / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
+
+
+def _lineage(folder: Path, source: Checkpoint) -> list[Any]:
     path = folder / LINEAGE
     try:
         lineage = json.loads(path.read_bytes()) if path.exists() else []
@@ -116,5 +149,4 @@ def record(folder: Path, did: str, source: Checkpoint, **settings: Any) -> None:
         lineage = None
     if not isinstance(lineage, list):
         raise CheckpointError(f"{path.name} of {source.name} is damaged: it should be a json list; repair or delete it")
-    lineage.append({"did": did, "from": source.name, "hash": source.hash, **settings})
-    path.write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
+    return lineage

@@ -20,6 +20,7 @@ from glmimg.weight_files import contained, read_header, read_index
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import is_pruned, misfits
 from glmimg.weights_tools.layouts import Contents, read_contents, read_folder, safe_path
+from glmimg.weights_tools.rewrite import Bytes
 from glmimg.weights_tools.streaming import PIECE, Progress, torch_dtype
 
 __all__ = ["CHECKSUMS", "Report", "verify"]
@@ -74,6 +75,9 @@ def verify(
     report.tensors = sum(map(len, contents.tensors.values()))
     report.nbytes = contents.nbytes
     report.text_to_image_only = is_pruned(contents)
+    summed = root.is_dir() and (write_checksums or (root / CHECKSUMS).exists())
+    hashed = sum((root / name).stat().st_size for name in _listed_files(root)) if summed else 0
+    told = Bytes(progress, (contents.nbytes if values else 0) + hashed)
     problems += _absent(contents)
     if root.is_dir():
         problems += [line for part in contents.tensors for line in _index_problems(root, part)]
@@ -88,14 +92,15 @@ def verify(
             problems += [f"{component}: {kind}: {name}" for kind, names in found.items() for name in names]
     problems += clashes(contents)
     if values:
-        problems += _not_finite(contents, progress)
+        problems += _not_finite(contents, told)
         report.values_checked = True
-    if root.is_dir() and (root / CHECKSUMS).exists() and not write_checksums:
-        listed, wrong = _compare_checksums(root)
+    if summed and not write_checksums:
+        listed, wrong = _compare_checksums(root, told)
         report.checksums = f"{listed} compared"
         problems += wrong
     if write_checksums and not problems:
-        report.checksums = f"{_write_checksums(root)} written"
+        report.checksums = f"{_write_checksums(root, told)} written"
+    told.end()
     return report
 
 
@@ -136,11 +141,10 @@ def _index_problems(root: Path, component: str) -> list[str]:
     return found
 
 
-def _not_finite(contents: Contents, progress: Progress | None) -> list[str]:
+def _not_finite(contents: Contents, told: Bytes) -> list[str]:
     import torch
 
     found: list[str] = []
-    done, total = 0, contents.nbytes
     for component, tensors in contents.tensors.items():
         for name, tensor in tensors.items():
             bad = 0
@@ -155,9 +159,7 @@ def _not_finite(contents: Contents, progress: Progress | None) -> list[str]:
                     found.append(f"{component}: {error}")
             if bad:
                 found.append(f"{component}: {name} holds NaN or infinity in {bad} places")
-            done += tensor.spec.nbytes
-            if progress:
-                progress(done, total)
+            told.part(tensor.spec.nbytes, tensor.spec.nbytes)
     return found
 
 
@@ -167,23 +169,24 @@ def _listed_files(root: Path) -> list[str]:
     return sorted(filter(safe_path, names))
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, told: Bytes) -> str:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as stream:
         while piece := stream.read(PIECE):
             digest.update(piece)
+            told.part(len(piece), len(piece))
     return digest.hexdigest()
 
 
-def _write_checksums(root: Path) -> int:
+def _write_checksums(root: Path, told: Bytes) -> int:
     names = _listed_files(root)
-    lines = [f"{_sha256(root / name)}  {name}\n" for name in names]
+    lines = [f"{_sha256(root / name, told)}  {name}\n" for name in names]
     with atomic_file(root / CHECKSUMS) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return len(lines)
 
 
-def _compare_checksums(root: Path) -> tuple[int, list[str]]:
+def _compare_checksums(root: Path, told: Bytes) -> tuple[int, list[str]]:
     try:
         lines = (root / CHECKSUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -197,7 +200,7 @@ def _compare_checksums(root: Path) -> tuple[int, list[str]]:
             found.append(f"{CHECKSUMS} names {name!r:.100}, which is no file of this folder")
         elif not (root / name).is_file():
             found.append(f"{name} is in {CHECKSUMS} and is missing")
-        elif _sha256(root / name) != digest.lower():
+        elif _sha256(root / name, told) != digest.lower():
             found.append(f"{name} has changed since {CHECKSUMS} was written")
     unlisted = [name for name in _listed_files(root) if name not in listed and name.endswith(".safetensors")]
     return len(listed), found + [f"{name} is not in {CHECKSUMS}" for name in unlisted]
