@@ -20,13 +20,14 @@ def init(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--scale", type=float, help="with --like: times its widths and depths (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     parser.add_argument(
-        "--dtype", default="float32", help="of the stored weights: float32 or bfloat16 (default: float32)"
+        "--dtype", default="float32", help="of the stored weights: float32, bfloat16 or float16 (default: float32)"
     )
     parser.add_argument("--json", action="store_true", help="print one object for programs")
     return _init
 
 
 def _init(arguments: argparse.Namespace) -> int:
+    from glmimg.cli_progress import ByteBar
     from glmimg.errors import BadInput
 
     if arguments.like is None:
@@ -34,11 +35,16 @@ def _init(arguments: argparse.Namespace) -> int:
             raise BadInput("--scale is for --like PATH: the sizes of a preset are fixed")
         from glmimg.weights_tools.init import init_checkpoint
 
-        made = init_checkpoint(arguments.directory, arguments.preset, seed=arguments.seed, dtype=arguments.dtype)
+        made = init_checkpoint(
+            arguments.directory,
+            arguments.preset,
+            seed=arguments.seed,
+            dtype=arguments.dtype,
+            progress=ByteBar("init"),
+        )
     else:
         if arguments.preset != "tiny":  # the default, which --like overrides
             raise BadInput("--preset and --like exclude each other: each names an architecture")
-        from glmimg.cli_progress import ByteBar
         from glmimg.weights_tools.init_like import init_like
 
         made = init_like(
@@ -69,10 +75,10 @@ def inspect(parser: argparse.ArgumentParser) -> Run:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from glmimg.cli_progress import ByteBar
-    from glmimg.weights_tools.inspect import as_text, inspect
+    from glmimg.weights_tools.inspect import as_text, finite, inspect
 
     report = inspect(arguments.checkpoint, stats=arguments.stats, depth=arguments.depth, progress=ByteBar("inspect"))
-    print(json.dumps(report) if arguments.json else as_text(report))
+    print(json.dumps(finite(report)) if arguments.json else as_text(report))
     return 0
 
 

@@ -70,8 +70,13 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_bfloat16_is_half_the_size(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    small = Checkpoint.open(init_checkpoint(tmp_path / "bf16", "tiny", dtype="bfloat16"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_two_bytes_are_half_the_size(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+    calls: list[tuple[int, int]] = []
+    small = Checkpoint.open(
+        init_checkpoint(tmp_path / "small", "tiny", dtype=dtype, progress=lambda *call: calls.append(call))
+    )
+    assert len(calls) == 4 and calls[-1] == (sum(w.nbytes() for w in small.weights.values()),) * 2
     large = Checkpoint.open(tiny_checkpoint)
     for component, weights in small.weights.items():
         assert weights.nbytes() * 2 == large.weights[component].nbytes()
@@ -80,10 +85,13 @@ def test_bfloat16_is_half_the_size(tiny_checkpoint: Path, tmp_path: Path) -> Non
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="did you mean 'tiny'"):
         init_checkpoint(tmp_path / "a", "tinny")
-    with pytest.raises(UnknownName, match="choose from bfloat16, float32"):
-        init_checkpoint(tmp_path / "a", "tiny", dtype="float16")
-    with pytest.raises(BadInput, match="exists already"):
-        init_checkpoint(tmp_path, "tiny")
+    with pytest.raises(UnknownName, match="choose from bfloat16, float16, float32"):
+        init_checkpoint(tmp_path / "a", "tiny", dtype="float8")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for place in (tmp_path, tmp_path / "link"):
+        with pytest.raises(BadInput, match="exists already"):
+            init_checkpoint(place, "tiny")
+    (tmp_path / "link").unlink()
     with pytest.raises(BadInput, match="needs .*vae"):
         init_checkpoint(tmp_path / "a", {"transformer": {}})
     assert not list(tmp_path.iterdir())

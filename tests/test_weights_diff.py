@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from glmimg.cli import main
-from glmimg.errors import BadInput
-from glmimg.weights_tools.diff import _DARK, _EQUAL, _GONE, Diff, diff_checkpoints, draw_diff
+from glmimg.errors import BadInput, CheckpointError
+from glmimg.weights_tools import diff as diff_module
+from glmimg.weights_tools.diff import _DARK, _EQUAL, _GONE, Diff, TensorDiff, diff_checkpoints, draw_diff
 from glmimg.weights_tools.quantize import quantize_checkpoint
 
 CHANGED = "transformer_blocks.1.attn1.to_q.weight"
@@ -78,14 +79,51 @@ def test_packed_weights_are_compared_as_what_they_stand_for(tiny_checkpoint: Pat
     assert {file for file, *_ in found.settings} == {"transformer/config.json"}
 
 
-def test_nan_is_a_change(tiny_checkpoint: Path, tiny_copy: Path) -> None:
+@pytest.mark.parametrize("damage", ["weight_scale", "weight_packed"])
+def test_packed_weights_that_are_none(tiny_checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "q", 4, components=["transformer"])
+    file = tmp_path / "q/transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    name = CHANGED.removesuffix("weight") + damage
+    changes: list[Any] = [lambda t: t.flatten(), lambda t: t[:, :-1].contiguous(), lambda t: t[:-1].contiguous()]
+    for change in [lambda t: None, *changes] if damage == "weight_scale" else changes:
+        changed = change(state[name])
+        rest = {key: tensor for key, tensor in state.items() if key != name}
+        save_file(rest if changed is None else rest | {name: changed}, file)
+        try:
+            found = diff_checkpoints(tiny_checkpoint, tmp_path / "q")
+        except CheckpointError as error:
+            assert "is no packed matrix with its scales" in str(error)
+        else:  # a matrix of another shape
+            assert next(row.state for row in found.tensors if row.name == CHANGED) == "reshaped"
+
+
+def test_nan_is_a_change(tiny_checkpoint: Path, tiny_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tiny_copy / "vae/diffusion_pytorch_model.safetensors"
     state = load_file(file)
     state["decoder.conv_in.bias"][0] = math.nan
+    state["decoder.conv_out.bias"][0] = math.inf
+    state["decoder.conv_norm_out.weight"] += 1
     save_file(state, file)
-    assert [row.name for row in diff_checkpoints(tiny_checkpoint, tiny_copy).tensors if row.state == "changed"] == [
-        "decoder.conv_in.bias"
-    ]
+    path = tiny_copy / "vision_language_encoder/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"odd": [math.nan]}))
+    found = diff_checkpoints(tiny_checkpoint, tiny_copy)
+    changed = {row.name: row for row in found.tensors if row.state == "changed"}
+    assert len(changed) == 3 and math.isnan(changed["decoder.conv_in.bias"].largest)
+    told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert told["relative_change"]["vae"] is None and told["settings"][0]["b"] == [None]
+    assert main(["weights", "diff", str(tiny_checkpoint), str(tiny_copy)]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("vae/")]
+    assert lines[-1] == "vae/decoder.conv_norm_out.weight", "what is finite comes last"
+    assert all(row.state == "equal" for row in diff_checkpoints(tiny_copy, tiny_copy).tensors if "conv_out" in row.name)
+
+
+def test_any_number_for_a_layer_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"a.{number}.b" for number in (3, 999_999_999, 7, "9" * 5000)]
+    rows = [TensorDiff("vae", name, "changed", 1.0, 1.0, 1.0) for name in names]
+    assert draw_diff(Diff(rows, [], {})).size[0] < 500
+    monkeypatch.setattr(diff_module, "_MOST_COLUMNS", 2)
+    assert draw_diff(Diff(rows, [], {})).size[0] < draw_diff(Diff(rows[:2], [], {})).size[0] + 1
 
 
 def test_picture(tiny_checkpoint: Path, edited: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from glmimg.checkpoint import Checkpoint, save_component
+from glmimg.cli import main
 from glmimg.errors import CheckpointError, GlmimgError
 from glmimg.weight_files import read_header
 from glmimg.weights_tools.convert import convert
@@ -197,6 +199,61 @@ def test_indices_that_are_none(tiny_copy: Path, tmp_path: Path, text: str) -> No
     with pytest.raises(CheckpointError):
         convert(tiny_copy, tmp_path / "out")
     assert not verify(tiny_copy).sound
+
+
+def test_an_index_whose_notes_are_none(tiny_copy: Path, tmp_path: Path) -> None:
+    save_component(tiny_copy, "transformer", Checkpoint.open(tiny_copy).decoder(), max_shard_size="200KB")
+    convert(tiny_copy, tmp_path / "one.safetensors")
+    (index,) = (tiny_copy / "transformer").glob("*.index.json")
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": "x"}))
+    assert not verify(tiny_copy).sound
+    reader = TensorReader(tmp_path / "one.safetensors")
+    notes = reader.metadata | {f"file:transformer/{index.name}": index.read_text()}
+    save_file(load_file(tmp_path / "one.safetensors"), tmp_path / "bad.safetensors", metadata=notes)
+    for source in (tiny_copy, tmp_path / "bad.safetensors"):
+        with pytest.raises(CheckpointError, match="is not an index of shards"):
+            convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_from_hostile_weights(
+    tiny_checkpoint: Path, tiny_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, out = str(tiny_copy), str(tmp_path / "out")
+    commands = (
+        ["quantize", bad, out],
+        ["merge", bad, out, "--average", str(tiny_checkpoint)],
+        ["merge", str(tiny_checkpoint), out, "--average", bad],
+        ["diff", str(tiny_checkpoint), bad, "-o", out],
+        ["card", bad, "-o", out],
+    )
+    for content, _ in HOSTILE.values():
+        (tiny_copy / "vae/diffusion_pytorch_model.safetensors").write_bytes(content)
+        for command in commands:
+            assert main(["weights", *command]) == 1
+            assert "Traceback" not in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_names_with_endless_numbers(tiny_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tiny_copy / "vae/diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {f"a.{'9' * 5000}.b": torch.zeros(1), "a.10.b": torch.zeros(1)}, file)
+    assert main(["weights", "inspect", str(tiny_copy)]) == 0
+    assert "a.10" not in capsys.readouterr().out, "layers are told together"
+
+
+def test_files_that_cannot_be_read(tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sane = Path.open
+
+    def broken(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.suffix == ".safetensors" and tiny_copy in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return sane(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(CheckpointError, match="cannot be read .Permission denied"):
+        convert(tiny_copy, tmp_path / "out")
+    assert any("Permission denied" in line for line in verify(tiny_copy).problems)
 
 
 def test_links_that_leave_the_folder(tiny_copy: Path, tmp_path: Path) -> None:

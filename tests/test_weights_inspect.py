@@ -167,3 +167,25 @@ def test_headers_need_no_torch(tiny_checkpoint: Path, tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, str(tiny_checkpoint)]
     assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
+
+
+def test_odd_settings_and_values(tiny_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tiny_copy / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["decoder.conv_in.bias"] = torch.full((4,), 3e38).bfloat16()
+    state["decoder.conv_out.bias"] = torch.full((4,), 1.7e308, dtype=torch.float64)
+    save_file(state, file)
+    assert main(["weights", "inspect", str(tiny_copy), "--stats", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    values = values["components"]["vae"]["values"]
+    assert values["decoder.conv_in.bias"]["norm"] == pytest.approx(6e38, rel=0.01)
+    assert values["decoder.conv_out.bias"]["norm"] is None
+    path = tiny_copy / "vision_language_encoder/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"default_size": 5}))
+    with pytest.raises(CheckpointError, match="default_size 5 is no"):
+        inspect(tiny_copy)
+    file.unlink()
+    config = tiny_copy / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": {"a": 1}}))
+    with pytest.raises(CheckpointError, match="describes no model"):
+        inspect(config)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from glmimg.checkpoint import COMPONENTS, Checkpoint
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import PACKED, SCALE
 from glmimg.packed_linear import dequantize
-from glmimg.weight_files import json_object
-from glmimg.weights_tools.streaming import Progress, TensorReader
+from glmimg.weight_files import TensorInfo, json_object
+from glmimg.weights_tools.inspect import finite
+from glmimg.weights_tools.streaming import Progress, TensorReader, row_blocks
 
 __all__ = ["Diff", "TensorDiff", "diff_checkpoints", "draw_diff"]
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 22  # numbers compared at a time
 _SETTINGS = (
     *(f"{component}/config.json" for component in COMPONENTS),
     "vision_language_encoder/generation_config.json",
@@ -62,21 +63,20 @@ class Diff:
         return not self.settings and all(t.state == "equal" and t.dtypes is None for t in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """For --json, which knows no infinity; tensors that are equal in everything are only counted."""
-        rows = [asdict(t) for t in self.tensors if t.state != "equal" or t.dtypes]
-        for row in rows:
-            row["relative"] = None if math.isinf(row["relative"]) else row["relative"]
-        return {
-            "equal": self.equal,
-            "tensors": len(self.tensors),
-            "relative_change": {k: None if math.isinf(v) else v for k, v in self.totals.items()},
-            "differences": rows,
-            "settings": [{"file": file, "key": key, "a": a, "b": b} for file, key, a, b in self.settings],
-        }
+        """For --json, which knows neither NaN nor infinity; tensors that are equal in everything are only counted."""
+        return finite(
+            {
+                "equal": self.equal,
+                "tensors": len(self.tensors),
+                "relative_change": self.totals,
+                "differences": [asdict(t) for t in self.tensors if t.state != "equal" or t.dtypes],
+                "settings": [{"file": file, "key": key, "a": a, "b": b} for file, key, a, b in self.settings],
+            }
+        )
 
 
 def diff_checkpoints(a: str | Path | Checkpoint, b: str | Path | Checkpoint, progress: Progress | None = None) -> Diff:
-    """Compares everything; one tensor of each is in memory at a time."""
+    """Compares everything, a few million numbers of each at a time."""
     first, second = Checkpoint.open(a), Checkpoint.open(b)
     sides = {part: (_Weights(first.root / part), _Weights(second.root / part)) for part in COMPONENTS}
     total = sum(left.reader.nbytes() for left, _ in sides.values())
@@ -107,8 +107,11 @@ class _Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, info in self.reader.infos.items():
             if name.endswith(PACKED):
-                rows, columns = info.shape
-                self.shapes[_plain(name)] = (rows, columns if info.dtype == "I8" else 2 * columns)
+                scale = self.reader.infos.get(name.removesuffix(PACKED) + SCALE)
+                shape = None if scale is None else _packed_shape(info, scale)
+                if shape is None:
+                    raise CheckpointError(f"{folder}: {name!r:.100} is no packed matrix with its scales: damaged?")
+                self.shapes[_plain(name)] = shape
             elif not name.endswith(SCALE):
                 self.shapes[name] = info.shape
 
@@ -124,9 +127,23 @@ class _Weights:
     def dtype(self, name: str) -> str:
         return "+".join(self.reader.infos[stored].dtype for stored in self._stored(name))
 
-    def tensor(self, name: str) -> torch.Tensor:
-        parts = [self.reader.tensor(stored) for stored in self._stored(name)]
-        return parts[0] if len(parts) == 1 else dequantize(parts[0], parts[1], torch.float32)
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Its numbers, flat, some rows at a time: the same for every tensor of that shape."""
+        for part in row_blocks(self.shapes[name], _BLOCK):
+            parts = [self.reader.rows(stored, part) for stored in self._stored(name)]
+            whole = parts[0] if len(parts) == 1 else dequantize(parts[0], parts[1], torch.float32)
+            yield whole.flatten()
+
+
+def _packed_shape(packed: TensorInfo, scale: TensorInfo) -> tuple[int, int] | None:
+    """Of the matrix that both stand for; None if they stand for none."""
+    if len(packed.shape) != 2 or packed.dtype not in ("I8", "U8") or not scale.is_float:
+        return None
+    rows, columns = packed.shape
+    if packed.dtype == "I8":
+        return (rows, columns) if scale.shape == (rows,) else None
+    groups = scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == rows else 0
+    return (rows, 2 * columns) if groups and 2 * columns % groups == 0 else None
 
 
 def _plain(packed: str) -> str:
@@ -134,13 +151,13 @@ def _plain(packed: str) -> str:
 
 
 def _compare(component: str, name: str, left: _Weights, right: _Weights) -> tuple[TensorDiff, torch.Tensor]:
-    a, b = left.tensor(name), right.tensor(name)
-    sums, largest, changed = torch.zeros(2, dtype=torch.float64), 0.0, 0
-    for x, y in zip(a.flatten().split(_BLOCK), b.flatten().split(_BLOCK), strict=True):
+    sums, largest, changed = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
+    for x, y in zip(left.blocks(name), right.blocks(name), strict=True):
         x, y = x.double(), y.double()
-        distance = y - x
+        distance = (y - x).masked_fill_(x == y, 0.0)  # infinity less itself is NaN
         sums += torch.stack([distance @ distance, x @ x])
-        largest = max(largest, float(distance.abs().max())) if len(x) else largest
+        if len(x):
+            largest = torch.maximum(largest, distance.abs().max())  # keeps NaN
         changed += int((distance != 0).sum())  # NaN counts: it is not equal to anything
     dtypes = (left.dtype(name), right.dtype(name))
     row = TensorDiff(
@@ -148,8 +165,8 @@ def _compare(component: str, name: str, left: _Weights, right: _Weights) -> tupl
         name,
         "changed" if changed else "equal",
         _ratio(*sums.tolist()),
-        largest,
-        changed / max(1, a.numel()),
+        float(largest),
+        changed / max(1, math.prod(left.shapes[name])),
         dtypes if dtypes[0] != dtypes[1] else None,
     )
     return row, sums
@@ -162,7 +179,7 @@ def _ratio(change: float, size: float) -> float:
 def _settings(a: Path, b: Path) -> list[tuple[str, str, Any, Any]]:
     found = []
     for file in _SETTINGS:
-        left, right = (_flat(json_object((root / file).read_bytes(), root / file)) for root in (a, b))
+        left, right = (_flat(_json(root / file)) for root in (a, b))
         for key in sorted(left.keys() | right.keys()):
             x, y = left.get(key, _ABSENT), right.get(key, _ABSENT)
             if x != y:
@@ -170,6 +187,13 @@ def _settings(a: Path, b: Path) -> list[tuple[str, str, Any, Any]]:
     if (a / "processor/tokenizer.json").read_bytes() != (b / "processor/tokenizer.json").read_bytes():
         found.append(("processor/tokenizer.json", "(its bytes)", None, None))
     return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json_object(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): not downloaded completely?") from error
 
 
 def _flat(value: Mapping[str, Any], start: str = "") -> dict[str, Any]:
@@ -183,6 +207,7 @@ def _flat(value: Mapping[str, Any], start: str = "") -> dict[str, Any]:
 
 _CELL, _LABEL, _TITLE = 14, 380, 24
 _LEAST = 1e-4  # relative changes below are drawn as this
+_MOST_ROWS, _MOST_COLUMNS = 2000, 256  # what goes beyond is told to be left out
 _EQUAL, _GONE, _INK = (236, 236, 236), (90, 90, 200), (20, 20, 20)
 _LIGHT, _DARK = (255, 236, 160), (120, 0, 30)
 
@@ -190,12 +215,22 @@ _LIGHT, _DARK = (255, 236, 160), (120, 0, 30)
 def draw_diff(diff: Diff) -> Image.Image:
     """Squares from light (0.0001 of the tensor's length) to dark (all of it); grey is equal, blue is in one only."""
     table: dict[tuple[str, str], list[tuple[int, TensorDiff]]] = {}
+    layers: dict[str, set[int]] = {}
     for row in diff.tensors:
-        number = re.search(r"\.(\d+)\.", row.name)
+        number = re.search(r"\.(\d{1,18})\.", row.name)
         kind = row.name if number is None else f"{row.name[: number.start(1)]}*{row.name[number.end(1) :]}"
-        table.setdefault((row.component, kind), []).append((int(number[1]) if number else 0, row))
+        layer = int(number[1]) if number else -1
+        layers.setdefault(row.component, set()).add(layer)
+        table.setdefault((row.component, kind), []).append((layer, row))
     if not table:
         raise BadInput("there are no tensors to draw")
+    # Layers stand in the order of their numbers, which may be anything: a number is no place in a picture.
+    places = {part: {n: k for k, n in enumerate(sorted(found - {-1}))} | {-1: 0} for part, found in layers.items()}
+    table = {
+        key: [(places[key[0]][layer], row) for layer, row in cells if places[key[0]][layer] < _MOST_COLUMNS]
+        for key, cells in list(table.items())[:_MOST_ROWS]
+    }
+    left_out = len(diff.tensors) - sum(map(len, table.values()))
     columns = 1 + max(column for cells in table.values() for column, _ in cells)
     headings = len({component for component, _ in table})
     size = (_LABEL + columns * _CELL + 16, (headings + 1) * _TITLE + len(table) * _CELL + 16)
@@ -219,6 +254,8 @@ def draw_diff(diff: Diff) -> Image.Image:
         x = 16 + k * 90
         draw.rectangle((x, y + 8, x + _CELL - 2, y + 6 + _CELL), colour)
         draw.text((x + _CELL + 4, y + 7), text, _INK, font)
+    if left_out:
+        draw.text((_LABEL, 8), f"{left_out} more tensors are not drawn", _INK, font)
     return picture
 
 

@@ -7,6 +7,7 @@ The folder is what `diffusers.GlmImagePipeline.from_pretrained` reads. Training 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from glmimg.atomic_write import atomic_folder
 from glmimg.checkpoint import save_component
 from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS, Preset
+from glmimg.weights_tools.rewrite import sync_files
+from glmimg.weights_tools.streaming import Progress, sync_folder
 
 __all__ = ["build_models", "init_checkpoint", "preset_of", "train_bpe", "write_settings"]
 
@@ -22,7 +25,7 @@ __all__ = ["build_models", "init_checkpoint", "preset_of", "train_bpe", "write_s
 TEXT_SPECIALS = ("<|endoftext|>", "<|image|>", "<sop>", "<eop>")
 # A word with its leading space, one digit with its leading space, a run of signs, or white space.
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 _WORDS = """a red apple on a wooden table, a blue boat on the sea, two green trees under a yellow sun, a white cat and
 a black dog on the grass, a small house with a round door, a bowl of hot soup, a sign that says "OPEN", the word "hello"
@@ -36,11 +39,13 @@ def init_checkpoint(
     seed: int = 0,
     dtype: str = "float32",
     training_texts: Iterable[str] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Writes a whole folder at `directory`, which must not exist yet, and returns it.
 
     `preset` is a name of glmimg.presets.PRESETS or a dict of that form. `training_texts` are what the tokenizer's
-    merges are learnt from; without them a few dozen built-in words serve, and the rest of the vocabulary is unused.
+    merges are learnt from; without them a few dozen built-in words serve, and the rest of the vocabulary is unused. All
+    weights are in memory at once, as float32: presets are small. `progress(done, total)` is told the bytes written.
     """
     import torch
 
@@ -48,13 +53,22 @@ def init_checkpoint(
     if dtype not in DTYPES:
         raise UnknownName.of("dtype", dtype, DTYPES)
     target = Path(directory)
-    if target.exists():
+    if os.path.lexists(target):
         raise BadInput(f"{target} exists already: name a folder that does not, or delete it first")
     with atomic_folder(target) as folder:
         write_settings(folder, values, train_bpe(training_texts or [_WORDS], values))
-        for name, module in build_models(values, seed=seed).items():
+        models = build_models(values, seed=seed)
+        width = getattr(torch, dtype).itemsize
+        sizes = {name: width * sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+        done = 0
+        for name, module in models.items():
             torch.nn.Module.to(module, getattr(torch, dtype))  # diffusers' own `to` logs a warning about nothing
             save_component(folder, name, module)
+            done += sizes[name]
+            if progress:
+                progress(done, sum(sizes.values()))
+        sync_files(folder)
+    sync_folder(target.absolute().parent)
     return target
 
 

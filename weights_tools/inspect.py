@@ -14,7 +14,7 @@ from glmimg.packed_format import CONFIG_KEY, PACKED, SCALE
 from glmimg.weights_tools.layouts import Contents, StoredTensor, class_of, read_contents
 from glmimg.weights_tools.streaming import Progress, TensorSpec, natural_order, torch_dtype
 
-__all__ = ["as_text", "inspect", "open_headers", "parameters", "tree", "value_stats"]
+__all__ = ["as_text", "default_size", "finite", "inspect", "open_headers", "parameters", "tree", "value_stats"]
 
 _SETTINGS = ["*.json", "*/*.json", "*/*.jinja", "*/*.txt"]
 
@@ -96,6 +96,15 @@ def as_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5 or unit == "GB":
@@ -172,24 +181,24 @@ def value_stats(contents: Contents, progress: Progress | None = None) -> dict[st
 def _stats(tensor: StoredTensor) -> dict[str, Any]:
     import torch
 
-    squares = added = 0.0
+    norm = added = 0.0
     least, greatest = math.inf, -math.inf
     nan = infinite = count = 0
     dtype = torch_dtype(tensor.spec.dtype)
     for piece in tensor.pieces():
         values = torch.frombuffer(piece, dtype=dtype)
         values = values.abs() if values.is_complex() else values
-        values = values.double() if values.element_size() > 2 else values.float()
-        finite = values[values.isfinite()]
+        values = values.double()  # squares of bfloat16's largest are beyond float32
+        sound = values[values.isfinite()]
         nan += int(values.isnan().sum())
         infinite += int(values.isinf().sum())
-        if len(finite):
-            squares += float(finite.square().sum(dtype=torch.float64))
-            added += float(finite.sum(dtype=torch.float64))
-            least, greatest = min(least, float(finite.min())), max(greatest, float(finite.max()))
-            count += len(finite)
+        if len(sound):
+            norm = math.hypot(norm, float(torch.linalg.vector_norm(sound)))
+            added += float(sound.sum())
+            least, greatest = min(least, float(sound.min())), max(greatest, float(sound.max()))
+            count += len(sound)
     return {
-        "norm": math.sqrt(squares),
+        "norm": norm,
         "mean": added / count if count else None,
         "least": least if count else None,
         "greatest": greatest if count else None,
@@ -210,8 +219,8 @@ def _by_dtype(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, int]]:
 def _from_config(component: str, config: Mapping[str, Any]) -> dict[str, TensorSpec]:
     from glmimg.weights_tools.fit import expected_shapes
 
-    word = config.get("dtype") or config.get("torch_dtype") or "float32"
-    dtype = {"bfloat16": "BF16", "float16": "F16"}.get(word, "F32")
+    word = config.get("dtype") or config.get("torch_dtype")
+    dtype = {"bfloat16": "BF16", "float16": "F16"}.get(str(word), "F32")
     return {name: TensorSpec(dtype, shape) for name, shape in expected_shapes(component, config).items()}
 
 
@@ -248,10 +257,18 @@ def _sizes(contents: Contents) -> dict[str, Any] | None:
         "patch": patch,
         "token_side": 2 * patch * factor,
         "preview_side": generation.get("preview_side", 16),
-        "default": generation.get("default_size", [1024, 1024]),
+        "default": default_size(generation),
         "least": generation.get("min_size", 512),
         "greatest": generation.get("max_size", 2048),
     }
+
+
+def default_size(generation: Mapping[str, Any]) -> list[int]:
+    """[height, width] of pictures, as a generation_config.json says it."""
+    size = generation.get("default_size", [1024, 1024])
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)):
+        raise CheckpointError(f"generation_config.json: default_size {str(size):.40} is no [height, width]")
+    return size
 
 
 def _remote(hub_id: str) -> Contents:
