@@ -71,3 +71,26 @@ def test_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "## Files" in capsys.readouterr().out
     with pytest.raises(BadInput, match="SPDX"):
         write_card(tiny_checkpoint, target, license="all mine")
+
+
+def test_records_of_strangers(tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes into a card is text of this folder, and not endless."""
+    (tiny_copy / "training.json").write_text(json.dumps({"decoder": {"held_out": 0.5}, "vae": {"held_out": [1]}}))
+    config = tiny_copy / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization": 5}))
+    assert "| decoder | - | - | 0.5 |" in card(describe(tiny_copy))
+    file = tiny_copy / "ATTRIBUTION.md"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="ATTRIBUTION.md is no UTF-8 text"):
+        describe(tiny_copy)
+    file.unlink()
+    (tmp_path / "secret").write_text("a key")
+    for name in ("ATTRIBUTION.md", "lineage.json"):
+        (tiny_copy / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            describe(tiny_copy)
+        (tiny_copy / name).unlink()
+    file.write_text("a" * 100)
+    monkeypatch.setattr("glmimg.weights_tools.card._MAX_RECORD", 99)
+    with pytest.raises(CheckpointError, match="more than 99 bytes"):
+        describe(tiny_copy)

@@ -17,12 +17,14 @@ from glmimg.atomic_write import atomic_file
 from glmimg.checkpoint import COMPONENTS, EMBEDDED, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import CONFIG_KEY, PACKED, SCALE
+from glmimg.weight_files import contained
 from glmimg.weights_tools.rewrite import LINEAGE
 from glmimg.weights_tools.streaming import Progress
 
 __all__ = ["card", "describe", "write_card"]
 
 _PIECE = 1 << 22
+_MAX_RECORD = 4 << 20  # bytes of training.json, lineage.json or ATTRIBUTION.md
 _TITLES = {
     "vision_language_encoder": "token generator, vision tower, codebook",
     "text_encoder": "glyph encoder",
@@ -121,10 +123,11 @@ def write_card(
 
 def _stored(part: Mapping[str, Any]) -> str:
     packed = part["quantization"]
-    if not packed:
+    matrices = packed.get("matrices") if isinstance(packed, dict) else None
+    if not isinstance(matrices, dict):
         return ", ".join(part["dtypes"])
-    counts = ", ".join(f"{n} matrices in {bits.replace('_', ' ')}" for bits, n in packed["matrices"].items())
-    return f"{counts} (groups of {packed['group_size']}); the rest as it was"
+    counts = ", ".join(f"{n} matrices in {bits.replace('_', ' ')}" for bits, n in matrices.items())
+    return f"{counts} (groups of {packed.get('group_size')}); the rest as it was"
 
 
 def _lineage(told: Mapping[str, Any], base: str | None) -> list[str]:
@@ -133,8 +136,8 @@ def _lineage(told: Mapping[str, Any], base: str | None) -> list[str]:
     if training and all(isinstance(stage, dict) for stage in training.values()):
         lines += ["| trained stage | steps | minutes | held out |", "|---|---|---|---|"]
         for name, stage in training.items():
-            held = stage.get("held_out") or {}
-            figures = ", ".join(f"{key} {_short(value)}" for key, value in held.items())
+            held = stage.get("held_out")
+            figures = ", ".join(f"{k} {_short(v)}" for k, v in held.items()) if isinstance(held, dict) else _short(held)
             lines.append(f"| {name} | {_short(stage.get('steps'))} | {_short(stage.get('minutes'))} | {figures} |")
     elif training:
         lines += [f"- {key}: {json.dumps(value)}" for key, value in training.items()]
@@ -166,10 +169,11 @@ def _short(value: Any) -> str:
 
 
 def _record(path: Path, kind: type) -> Any:
-    if not path.is_file():
+    text = _text(path)
+    if text is None:
         return None
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): repair it, or delete it") from error
     wrong = not isinstance(value, kind)
@@ -179,7 +183,17 @@ def _record(path: Path, kind: type) -> Any:
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    """What the file says, which goes into a card to be published: no file of another folder, and no endless one."""
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > _MAX_RECORD:
+            raise CheckpointError(f"{path} has more than {_MAX_RECORD:,} bytes: shorten it, or delete it")
+        return contained(path.parent, path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is no UTF-8 text ({error.reason}): repair it, or delete it") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): see its permissions") from error
 
 
 def _hashes(checkpoint: Checkpoint, progress: Progress | None) -> dict[str, dict[str, Any]]:
