@@ -169,14 +169,45 @@ def test_packings_that_the_library_cannot_undo(
 def test_endless_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = gguf.GGUFWriter(tmp_path / "long.gguf", "glm_image")
     writer.add_array("x", list(range(5000)))
+    writer.add_array("y", ["é"] * 50)
+    for number in range(500):
+        writer.add_uint32(f"n{number}", number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     assert read_gguf(tmp_path / "long.gguf").tensors == {GENERATOR: {}}
-    monkeypatch.setattr("glmimg.weights_tools.gguf_files._MOST_VALUES", 4000)
-    with pytest.raises(CheckpointError, match="too many values"):
-        read_gguf(tmp_path / "long.gguf")
+    for limit, most in (("_MOST_VALUES", 2000), ("_MOST_TEXTS", 49)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"glmimg.weights_tools.gguf_files.{limit}", most)
+            with pytest.raises(CheckpointError, match="too many values"):
+                read_gguf(tmp_path / "long.gguf")
+    data = (tmp_path / "long.gguf").read_bytes()
+    for kind, told in ((5, "x"), (8, "y")):  # arrays of numbers and of texts that claim to be endless
+        place = data.index(told.encode() + struct.pack("<2I", 9, kind)) + 9
+        (tmp_path / "bad.gguf").write_bytes(data[:place] + struct.pack("<Q", 4_000_000) + data[place + 8 :])
+        with pytest.raises(CheckpointError, match="cut short"):
+            read_gguf(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("processor/tokenizer.json", lambda value: value["model"].pop("vocab")),
+        ("processor/tokenizer.json", lambda value: value.update(model=[])),
+        ("processor/tokenizer.json", lambda value: value["added_tokens"][0].update(content=5)),
+        ("processor/tokenizer.json", lambda value: value["model"].update(merges=[[1, 2]])),
+        (f"{GENERATOR}/config.json", lambda value: value["text_config"].update(eos_token_id=-1)),
+        (f"{GENERATOR}/config.json", lambda value: value["text_config"].update(rope_parameters=7)),
+    ],
+)
+def test_garbled_settings(tiny_copy: Path, tmp_path: Path, path: str, change: Any) -> None:
+    value = json.loads((tiny_copy / path).read_text())
+    change(value)
+    (tiny_copy / path).write_text(json.dumps(value))
+    with pytest.raises(CheckpointError):
+        convert(tiny_copy, tmp_path / "out.gguf", component=GENERATOR)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 def test_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

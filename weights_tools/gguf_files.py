@@ -10,7 +10,10 @@ import json
 import math
 import os
 import re
+import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +42,8 @@ _PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")  # the same na
 _OWN = "glmimg."
 _FILES = ("config.json", "generation_config.json")
 _LONGEST = 63  # bytes of a tensor's name, in ggml
-_MOST_VALUES = 5_000_000  # of the metadata: the published vocabulary takes about one million
+_MOST_VALUES = 200_000  # of metadata and tensors' descriptions; what lies in arrays is passed over
+_MOST_TEXTS = 5_000_000  # in an array: the published vocabulary has half a million with its merges
 
 
 def write_gguf(
@@ -70,15 +74,16 @@ def write_gguf(
     require_space(target, total)
     with atomic_file(target) as temporary:
         writer = library.GGUFWriter(temporary, ARCHITECTURES[component])
-        _describe(writer, contents, component, quantized, [tensors[name].spec.dtype for name in tensors])
-        for name, item in written.items():
-            writer.add_tensor_info(name, tensors[name].spec.shape, item.dtype, item.nbytes, raw_dtype=item.kind)
-        if packed:
-            was = {name: tensors[name].spec.dtype for name in sorted(packed)}
-            writer.add_string(_OWN + "dtypes", json.dumps(was))
         try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
+            with _told(component):
+                _describe(writer, contents, component, quantized, [tensors[name].spec.dtype for name in tensors])
+                for name, item in written.items():
+                    writer.add_tensor_info(name, tensors[name].spec.shape, item.dtype, item.nbytes, raw_dtype=item.kind)
+                if packed:
+                    was = {name: tensors[name].spec.dtype for name in sorted(packed)}
+                    writer.add_string(_OWN + "dtypes", json.dumps(was))
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             done = 0
             for item in written.values():
@@ -220,6 +225,18 @@ def _dtypes(text: object, path: Path) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def _told(component: str) -> Iterator[None]:
+    """Settings of a stranger hold anything where numbers and texts should be."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"the config or the tokenizer of {component} cannot be told in GGUF ({type(error).__name__}: "
+            f"{str(error):.100}): check them with glmimg weights verify"
+        ) from error
+
+
 def _describe(writer: Any, contents: Contents, component: str, quantized: str | None, dtypes: list[str]) -> None:
     """GGUF's own keys, then ours."""
     import gguf
@@ -291,7 +308,8 @@ def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], text: dict[str, Any])
 
 def _strict_reader(library: Any) -> Any:
     class StrictReader(library.GGUFReader):
-        """Refuses what lies outside the file, which the library would take for nothing, and endless metadata."""
+        """Refuses what lies outside the file, which the library would take for nothing, and endless metadata; passes
+        over arrays, of which the library would make an object for each number."""
 
         taken = 0
 
@@ -303,6 +321,28 @@ def _strict_reader(library: Any) -> Any:
             if end > len(self.data) or self.taken > _MOST_VALUES:
                 raise ValueError("it is cut short" if end > len(self.data) else "it has too many values")
             return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            import numpy
+
+            kinds = library.GGUFValueType
+            if raw_type != kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = kinds(self._get(orig_offs, numpy.uint32)[0]), int(self._get(orig_offs + 4, numpy.uint64)[0])
+            end = int(orig_offs) + 12
+            if kind == kinds.STRING:
+                if count > _MOST_TEXTS:
+                    raise ValueError("it has too many values")
+                data, order = memoryview(self.data), sys.byteorder if self.byte_order == "I" else "big"
+                for _ in range(count):
+                    end += 8 + int.from_bytes(data[end : end + 8], order)
+                    if end > len(data):
+                        break
+            else:
+                end += numpy.dtype(self.gguf_scalar_to_np[kind]).itemsize * count
+            if end > len(self.data):
+                raise ValueError("it is cut short")
+            return end - int(orig_offs), [], [], [kinds.ARRAY]
 
     return StrictReader
 
