@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,10 @@ def _quantize(arguments: argparse.Namespace) -> int:
     runs = arguments.report or arguments.sensitivity == "outputs"
     backend = pick_backend(arguments.backend or "auto") if runs else None
     source = Checkpoint.open(arguments.source)
+    if arguments.report and backend is not None:
+        from glmimg.cli_weights_report import require_possible
+
+        require_possible(source, backend, dtype=arguments.dtype, size=size, bank=arguments.bank)
 
     def by_outputs(found: Any, group: int) -> Any:
         from glmimg.weights_tools.sampled import PROMPTS
@@ -107,6 +112,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
             size=size,
             bank=arguments.bank,
             card_prompts=arguments.card_prompts or 60,
+            progress=Count("report"),
         )
     print(json.dumps(told) if arguments.json else "\n".join(_quantized_lines(told)))
     return 0
@@ -262,7 +268,8 @@ def _diff_lines(found: Diff, everything: bool) -> list[str]:
     lines = table(rows)
     if differing:
         # What is in one only comes first, then what changed most.
-        ranked = sorted(differing, key=lambda row: (row.state == "changed", row.state == "equal", -row.relative))
+        amounts = {id(row): math.inf if math.isnan(row.relative) else row.relative for row in differing}
+        ranked = sorted(differing, key=lambda r: (r.state == "changed", r.state == "equal", -amounts[id(r)]))
         shown = ranked if everything else ranked[:SHOWN]
         rows = [["tensor", "state", "relative", "largest", "share", "stored as"]]
         for row in shown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from glmimg.backends import Backend
     from glmimg.checkpoint import Checkpoint
 
-__all__ = ["card_change", "lines", "report"]
+__all__ = ["card_change", "lines", "report", "require_possible"]
 
 
 def report(
@@ -30,22 +30,31 @@ def report(
     size: tuple[int, int] | None,
     bank: str | None,
     card_prompts: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """For --json: the comparison, "use": {"source", "quantised"} as glmimg.cli_measure gives it, and with a bank
-    "card" as `card_change` gives it."""
+    "card" as `card_change` gives it. `progress(done, total)` counts what is run."""
     from glmimg.checkpoint import Checkpoint
     from glmimg.cli_measure import measure
     from glmimg.weights_tools.compare import compare_checkpoints
     from glmimg.weights_tools.sampled import PROMPTS
 
+    prompts = prompts or PROMPTS
+    compared = 4 * len(prompts)
+
+    def count(done: int, _: int = 0) -> None:
+        if progress:
+            progress(done, compared + (2 if bank is None else 3))
+
     told = compare_checkpoints(
         source,
         Checkpoint.open(target),
         backend,
-        prompts=prompts or PROMPTS,
+        prompts=prompts,
         dtype=None if dtype is None else backend.resolve_dtype(dtype),
         steps=steps,
         size=size,
+        progress=count,
     ).to_dict()
     settings: dict[str, Any] = {
         "size": size or source.settings.default_size,
@@ -53,14 +62,35 @@ def report(
         "backend": str(backend.device),
         "dtype": dtype,
     }
-    told["use"] = {
-        name: measure(str(model), **settings) for name, model in (("source", source.root), ("quantised", target))
-    }
+    told["use"] = {}
+    for name, model in (("source", source.root), ("quantised", target)):
+        told["use"][name] = measure(str(model), **settings)
+        count(compared + len(told["use"]))
     if bank is not None:
         told["card"] = card_change(
             str(source.root), target, bank, card_prompts, size=size, steps=steps, backend=str(backend.device)
         )
+        count(compared + 3)
     return told
+
+
+def require_possible(
+    source: Checkpoint, backend: Backend, *, dtype: str | None, size: tuple[int, int] | None, bank: str | None
+) -> None:
+    """Raises what `report` would, before anything is written for it."""
+    from glmimg.config import check_size
+
+    if size is not None:
+        check_size(size[1], size[0], min_size=source.settings.min_size, max_size=source.settings.max_size)
+    backend.resolve_dtype(dtype)
+    if bank is not None:
+        from glmimg.corpus.stickers import StickerBank
+        from glmimg.evaluation.text import rapidocr_reader
+
+        if dtype is not None:
+            raise BadInput("--dtype is not for --bank: report cards are made in the device's own dtype")
+        StickerBank(bank)
+        rapidocr_reader()
 
 
 def card_change(

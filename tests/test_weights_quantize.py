@@ -21,11 +21,11 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.cli import main
 from glmimg.errors import BadInput, CheckpointError, GlmimgError, UnknownName
 from glmimg.generator import TokenGenerator
-from glmimg.packed_linear import PackedLinear, dequantize
+from glmimg.packed_linear import PackedLinear, dequantize, quantize
 from glmimg.weight_files import WeightFiles
 from glmimg.weights_tools.compare import compare_checkpoints
 from glmimg.weights_tools.packing_plan import Unit, choose, packed_nbytes, units
-from glmimg.weights_tools.quantize import quantize_checkpoint
+from glmimg.weights_tools.quantize import quantize_checkpoint, weight_errors
 
 GENERATOR = "vision_language_encoder"
 
@@ -184,11 +184,42 @@ def test_refusals(tiny_checkpoint: Path, packed: tuple[int, Path], tmp_path: Pat
         quantize_checkpoint(tiny_checkpoint, target, 8, components=["vae"])
     with pytest.raises(BadInput, match="quantised already"):
         quantize_checkpoint(packed[1], target, 8)
-    with pytest.raises(BadInput, match="exists already"):
-        quantize_checkpoint(tiny_checkpoint, tmp_path, 8)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("measured for a target that cannot be")
+
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for place in (tmp_path, tmp_path / "link"):
+        with pytest.raises(BadInput, match="exists already"):
+            quantize_checkpoint(tiny_checkpoint, place, budget=10**9, errors=never)
+    (tmp_path / "link").unlink()
     with pytest.raises(BadInput, match="inside the checkpoint"):
-        quantize_checkpoint(tiny_checkpoint, tiny_checkpoint / "sub", 8)
+        quantize_checkpoint(tiny_checkpoint, tiny_checkpoint / "sub", budget=10**9, errors=never)
+    for long in ("a" * 300, f"{'a' * 300}/b"):
+        with pytest.raises(BadInput, match="cannot write"):
+            quantize_checkpoint(tiny_checkpoint, tmp_path / long, 8)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_lineage_is_told_before_the_work(tiny_copy: Path, tmp_path: Path) -> None:
+    (tiny_copy / "lineage.json").write_text("{")
+    calls: list[tuple[int, int]] = []
+    with pytest.raises(CheckpointError, match="lineage.json of .* is damaged"):
+        quantize_checkpoint(tiny_copy, tmp_path / "q", 8, progress=lambda *call: calls.append(call))
+    assert calls == [] and not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("rows", [255, 256, 511, 513])
+def test_weight_errors_take_a_few_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def watch(weight: torch.Tensor, *rest: Any) -> Any:
+        taken.append(len(weight))
+        return quantize(weight, *rest)
+
+    monkeypatch.setattr("glmimg.weights_tools.quantize.quantize", watch)
+    assert weight_errors(torch.randn(rows, 64), 64).keys() == {8, 4}
+    assert min(taken) > 100 and max(taken) <= 256
 
 
 def test_nan_stops_it_and_leaves_nothing(tiny_copy: Path, tmp_path: Path) -> None:
@@ -282,7 +313,9 @@ def test_units_follow_names_and_shapes() -> None:
 def test_comparison(tiny_checkpoint: Path, packed: tuple[int, Path]) -> None:
     source, backend = Checkpoint.open(tiny_checkpoint), pick_backend("cpu")
     options: dict[str, Any] = {"steps": 2, "size": (64, 64), "dtype": torch.float32, "prompts": ['a "B"', "two"]}
-    same = compare_checkpoints(source, source, backend, **options)
+    calls: list[tuple[int, int]] = []
+    same = compare_checkpoints(source, source, backend, **options, progress=lambda *call: calls.append(call))
+    assert calls == [(k, 8) for k in range(1, 9)]
     assert same.top1_agreement == 1 and same.bits_source == same.bits_other and same.psnr == math.inf
     assert (same.tokens, same.pictures, same.to_dict()["psnr"]) == (2 * (16 + 4), 2, None)
     other = compare_checkpoints(source, Checkpoint.open(packed[1]), backend, **options)
@@ -302,6 +335,15 @@ def test_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert set(told["report"]["use"]) == {"source", "quantised"} and told["report"]["use"]["source"]["peak"] > 0
     assert main(["weights", "quantize", str(tiny_checkpoint), str(target)]) == 2
     assert "exists already" in capsys.readouterr().err
+    again = ["weights", "quantize", str(tiny_checkpoint), str(tmp_path / "b"), "--report", "--backend", "cpu"]
+    for bad, message in (
+        (["--size", "65x64"], "multiples of 32"),
+        (["--dtype", "fp23"], "dtype 'fp23'"),
+        (["--bank", str(tmp_path)], "no sticker bank"),
+        (["--bank", str(tmp_path), "--dtype", "fp32"], "--dtype is not for --bank"),
+    ):
+        assert main([*again, *bad]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "b").exists()
     again = ["weights", "quantize", str(tiny_checkpoint), str(tmp_path / "b"), "--budget", "1300KB"]
     outputs = ["--sensitivity", "outputs", "--prompt", "a cat", "--size", "64x64", "--backend", "cpu"]
     assert main([*again, "--components", "transformer,vision_language_encoder", *outputs]) == 0

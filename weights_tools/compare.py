@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import patch_ids
 from glmimg.weights_tools.sampled import PROMPTS, Sample, draw_samples, sequence_of
+from glmimg.weights_tools.streaming import Progress
 
 __all__ = ["Comparison", "compare_checkpoints"]
 
@@ -58,26 +59,37 @@ def compare_checkpoints(
     steps: int | None = None,
     size: tuple[int, int] | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Comparison:
     """One picture for each prompt, of `size` (height, width) and in `steps`, by default the source's own.
 
-    One model is in memory at a time. The checkpoints must share settings and tokenizer: BadInput if they do not.
+    One model is in memory at a time. `progress(done, total)` counts, for both and each prompt, tokens scored and
+    pictures made. The checkpoints must share settings and tokenizer: BadInput if they do not.
     """
     if source.settings != other.settings:
         raise BadInput(f"{source.name} and {other.name} have different settings: only versions of one model compare")
     settings, dtype = source.settings, backend.resolve_dtype(dtype)
     samples: list[Sample] = []
+    counted = 0
+
+    def told(result: Any) -> Any:
+        nonlocal counted
+        counted += 1
+        if progress:
+            progress(counted, 4 * len(prompts))
+        return result
+
     scored: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     for checkpoint in (source, other):
         model = TokenGenerator(checkpoint.generator(backend.device, dtype))
         samples = samples or draw_samples(source, model, prompts, size, seed)
-        scored.append([_scores(model, sample) for sample in samples])
+        scored.append([told(_scores(model, sample)) for sample in samples])
         del model
         _release(backend)
     ours, theirs = ([torch.cat(column) for column in zip(*side, strict=True)] for side in scored)
 
     steps = steps or settings.num_inference_steps
-    pixels = [_pictures(checkpoint, backend, dtype, samples, steps, seed) for checkpoint in (source, other)]
+    pixels = [_pictures(checkpoint, backend, dtype, samples, steps, seed, told) for checkpoint in (source, other)]
     ratios = [_psnr(a, b) for a, b in zip(*pixels, strict=True)]
     return Comparison(
         len(ours[0]),
@@ -105,6 +117,7 @@ def _pictures(
     samples: Sequence[Sample],
     steps: int,
     seed: int,
+    told: Callable[[Any], Any],
 ) -> list[torch.Tensor]:
     """Pixels_3HW in [-1, 1] of each grid, picture k from noise of seed + k."""
     settings, device = checkpoint.settings, backend.device
@@ -123,7 +136,7 @@ def _pictures(
         shape = (settings.latent_channels, 2 * with_prompt.grid[0], 2 * with_prompt.grid[1])
         noise_1Chw = noise_like(shape, [torch.Generator().manual_seed(seed + k)]).to(device)
         schedule = Schedule.published(steps, patches, settings.scheduler)
-        made.append(sample(guided(predict, settings.guidance_scale), noise_1Chw, schedule))
+        made.append(told(sample(guided(predict, settings.guidance_scale), noise_1Chw, schedule)))
     del model, decoder, glyphs
     _release(backend)
     wanted = compute_dtype(checkpoint.config("vae")) or dtype
