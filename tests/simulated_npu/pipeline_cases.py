@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ def editing(path: Path) -> None:
         pipeline = ImageToImagePipeline.from_pretrained(path, "npu", "fp32", offload)
         same(pipeline(PROMPTS, rows, seed=5, **SIZE), expected)
     assert pipeline.extract_tokens(reference()).grid == (2, 3)
+
+
+def packed(path: Path) -> None:
+    """Weights in 8 and 4 bits move to the device packed, and are unpacked there for each product."""
+    from glmimg.weights_tools.quantize import quantize_checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        for bits in (8, 4):
+            small = quantize_checkpoint(path, Path(folder) / str(bits), bits).path
+            expected = TextToImagePipeline.from_pretrained(small, "cpu", "fp32")(PROMPTS, **SIZE)
+            for offload in ("none", "block"):
+                pipeline = TextToImagePipeline.from_pretrained(small, "npu", "fp32", offload)
+                same(pipeline(PROMPTS, **SIZE), expected)
+                pipeline.stages.release()
 
 
 def stages_apart(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipeline_cases import editing, stages_apart, text_to_image
+from pipeline_cases import editing, packed, stages_apart, text_to_image
 
 from glmimg import TextToImagePipeline
 from glmimg.backends import pick_backend, probe_all
@@ -187,6 +187,7 @@ CASES: dict[str, Callable[[Path], None]] = {
     "training_step": training_step,
     "text_to_image": text_to_image,
     "editing": editing,
+    "packed": packed,
     "stages_apart": stages_apart,
 }
 
