@@ -4,7 +4,8 @@
     python benchmarks/plan_accuracy.py --model FOLDER --size 512x512 --steps 4
 
 Every way (bits x offload) runs in a process of its own, twice, the second time measured; memory is that of the whole
-process, or of the device. The aim: memory within 10 %, seconds within 30 %. Nothing else should run meanwhile.
+process, or of the device. The aim: memory within 10 %, seconds within 30 %; exit status 1 if any is outside it. Nothing
+else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ def main() -> None:
     for name, aim in (("memory", MEMORY), ("seconds", TIME)):
         inside = sum(abs(error(row, name)) <= aim for row in rows)
         print(f"{name}: {inside} of {len(rows)} within {aim:.0%}, worst {max(abs(error(r, name)) for r in rows):.0%}")
+    outside = [row for row in rows if abs(error(row, "memory")) > MEMORY or abs(error(row, "seconds")) > TIME]
+    if outside:
+        raise SystemExit(f"{len(outside)} of {len(rows)} outside the aims")
 
 
 def error(row: dict[str, Any], name: str) -> float:

@@ -41,8 +41,8 @@ def plan(parser: argparse.ArgumentParser) -> Run:
     machine.add_argument(
         "--measure",
         metavar="BACKEND",
-        help="measure a device of this machine instead: its speeds, and blocks of this very architecture with random "
-        "weights",
+        help="measure a device of this machine instead: its memory, unless --device says it, its speeds, and blocks of "
+        "this very architecture with random weights",
     )
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--size", metavar="WxH", help="of the pictures (default: the checkpoint's)")
@@ -172,14 +172,16 @@ def _machine(arguments: argparse.Namespace) -> Machine:
         for name in ("bandwidth", "link", "host_bandwidth")
         if (value := getattr(arguments, name)) is not None
     } | {name: value for name in ("flops", "host_flops") if (value := getattr(arguments, name)) is not None}
+    devices = tuple(parse_size(size) for size in arguments.device or ())
     if arguments.measure:
         backend = pick_backend(arguments.measure)
         host = "" if backend.has_pinned_memory else "host_"
         speeds = {host + name: value for name, value in measure_machine(backend).items()} | speeds
-    needed = ["bandwidth", "flops", "link"] if arguments.device else []
+        if backend.has_pinned_memory and not devices:
+            devices = (backend.memory().total,)
+    needed = ["bandwidth", "flops", "link"] if devices else []
     assumed = [name for name in [*needed, "host_bandwidth", "host_flops"] if name not in speeds]
     ram = parse_size(arguments.ram) if arguments.ram else pick_backend("cpu").memory().total
-    devices = tuple(parse_size(size) for size in arguments.device or ())
     return Machine(devices, ram, watts=arguments.watts, price=arguments.price, assumed=tuple(assumed), **speeds)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from glmimg import TextToImagePipeline, generator
+from glmimg import TextToImagePipeline, cli_weights_plan, generator
 from glmimg.backends import pick_backend
-from glmimg.checkpoint import COMPONENTS, Checkpoint
+from glmimg.checkpoint import COMPONENTS, PICTURE_PARTS, Checkpoint
 from glmimg.cli import main
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.pipelines import stages, steps
@@ -41,6 +44,13 @@ def test_counts_are_the_published_ones(published: Costs) -> None:
     assert published.tokens(PICTURE) == 16 * 16 + 32 * 32
     per_token = published.cache(PICTURE) / (published.tokens(PICTURE) + PICTURE.prompt_tokens)
     assert per_token == 40960  # bytes of keys and values
+
+
+def test_what_pruning_saves_of_the_published_model(published: Costs) -> None:
+    """2.7 GB: vision tower, quantiser and VAE encoder without the codebook, which stays."""
+    whole, kept = (sum(published.weights(part, whole=whole) for part in PICTURE_PARTS) for whole in (True, False))
+    codebook = 2 * math.prod(published.shapes["vision_language_encoder"]["model.vqmodel.quantize.embedding.weight"])
+    assert whole - kept - codebook == pytest.approx(2.7e9, rel=0.01)
 
 
 def test_published_times_and_memory(published: Costs) -> None:
@@ -137,6 +147,32 @@ def test_calls_open_a_pipeline(tiny_checkpoint: Path, tmp_path: Path, monkeypatc
         pipe = eval(call, {"TextToImagePipeline": TextToImagePipeline})
         assert pipe.stages.offload == option.offload and str(pipe.stages.backends["decoder"].device) == "cpu"
     assert {option.bits for option in found} == {16, 8, 4}
+
+
+def test_calls_can_be_typed(published: Costs) -> None:
+    two = options(published, Machine((32 * GB, 24 * GB), 64 * GB), PICTURE)
+    four = next(option for option in two if option.bits == 4)
+    assert four.calls("/a b/My Model/", "xpu")[0] == (
+        "glmimg weights quantize '/a b/My Model/' 'my model-int4' --bits 4"
+    )
+    assert shlex.split(four.calls("/a b/My Model/", "xpu")[0])[3:5] == ["/a b/My Model/", "my model-int4"]
+    assert "KIND" not in " ".join(four.calls("m", "xpu")) and "# for KIND put" in " ".join(four.calls("m"))
+    host = options(published, Machine((), 64 * GB), PICTURE)[0]
+    assert "KIND" not in " ".join(host.calls("m"))
+
+
+def test_a_measured_device_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device: Any = SimpleNamespace(has_pinned_memory=True, memory=lambda: SimpleNamespace(total=24 * GB))
+    here = pick_backend("cpu")
+    monkeypatch.setattr("glmimg.backends.pick_backend", lambda name: here if name == "cpu" else device)
+    speeds = {"bandwidth": 1e12, "flops": 1e14, "link": 2e10}
+    monkeypatch.setattr(plan_module, "measure_machine", lambda backend: dict(speeds))
+    names = ("bandwidth", "link", "host_bandwidth", "flops", "host_flops", "device", "ram", "watts", "price")
+    given: Any = Namespace(**dict.fromkeys(names), measure="xpu")
+    found = cli_weights_plan._machine(given)
+    assert found.devices == (24 * GB,) and found.assumed == ("host_bandwidth", "host_flops")
+    given.device = ["16GB", "8GB"]
+    assert cli_weights_plan._machine(given).devices == (16 * GB, 8 * GB)
 
 
 def test_nothing_fits(published: Costs) -> None:

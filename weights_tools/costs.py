@@ -22,7 +22,7 @@ from glmimg.packed_format import CONFIG_KEY, GROUP
 from glmimg.presets import PRESETS
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.weights_tools.fit import expected_shapes
-from glmimg.weights_tools.inspect import open_headers
+from glmimg.weights_tools.inspect import default_size, open_headers
 from glmimg.weights_tools.packing_plan import packed_nbytes, units
 from glmimg.weights_tools.published import NAMES, PUBLISHED
 
@@ -66,8 +66,8 @@ class Costs:
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width), as glmimg.checkpoint reads it."""
-        height, width = self.configs["generation"].get("default_size", (1024, 1024))
-        return int(height), int(width)
+        height, width = default_size(self.configs["generation"])
+        return height, width
 
     @property
     def default_steps(self) -> int:

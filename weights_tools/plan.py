@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from glmimg.errors import BadInput
@@ -102,12 +103,14 @@ class Option:
         """The commands and the from_pretrained call that run it; `kind` is the devices' name, such as doctor prints."""
         lines, name = [], model
         if self.bits < 16:
-            name = f"{model.rsplit('/', 1)[-1].lower()}-int{self.bits}"
-            lines.append(f"glmimg weights quantize {model} {name} --bits {self.bits}")
+            name = f"{model.rstrip('/').rsplit('/', 1)[-1].lower()}-int{self.bits}"
+            lines.append(f"glmimg weights quantize {quote(model)} {quote(name)} --bits {self.bits}")
         arguments = [repr(name)]
         places = {"generator": self.generator, "decoder": self.decoder}
         if set(places.values()) != {0} or len(self.device_peaks) > 1:
             named = {s: HOST if p == HOST else f"{kind or 'KIND'}:{p}" for s, p in places.items()}
+            if kind is None and set(places.values()) != {HOST}:
+                lines.append("# for KIND put what `glmimg doctor` calls the devices of that machine")
             one = len(set(named.values())) == 1
             arguments.append(f"backend={named['decoder']!r}" if one else f"backend={named!r}")
         elif kind:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from glmimg.errors import BadInput, UnknownName
@@ -79,7 +80,8 @@ class TrainOption:
 
     def command(self, model: str, work: TrainWork, kind: str | None = None) -> str:
         """The call of glmimg finetune that runs it; `kind` is the device's name, such as doctor prints."""
-        words = [f"glmimg finetune PHOTOS -o ADAPTER --model {model} --stage {self.stage} --method {self.method}"]
+        words = [f"glmimg finetune PHOTOS -o ADAPTER --model {quote(model)}"]
+        words += [f"--stage {self.stage} --method {self.method}"]
         words += [f"--batch-size {work.batch} --steps {work.steps} --resolution {max(work.height, work.width)}"]
         words += [f"--rank {work.rank}"] if self.method != "full" else []
         words += ["--checkpointing"] if self.checkpointing else []
