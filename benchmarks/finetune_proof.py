@@ -11,8 +11,9 @@ many of the set's own drawings would count as such), and the accuracy on prompts
 subject: 8 pictures of one concept that training never saw, called "zibble". Reported: how often the judge recognises it
 on other backgrounds and beside other things, and the same concept accuracy.
 
-The aims, with both adapters: the distance halved, other prompts less than 5 points worse, at most 20 minutes on two
-cores; the subject recognised more often than without. Exit status 1 where one is missed.
+The aims, with both adapters: what the distance is above that of other drawings of the set halved (few pictures lie far
+from each other, whatever drew them), other prompts less than 5 points worse, at most 20 minutes on two cores; the
+subject recognised more often than without. Exit status 1 where one is missed.
 
 Each seed trains both stages once; a row of the table takes one of the adapters, both or none. --work/PROOF gets
 table.json, table.md and page.png. Started again with the same arguments it goes on where it was stopped. The bank is
@@ -234,8 +235,12 @@ class Style:
         }
 
     def aims(self, rows: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
-        share = mean(rows, "both", "Frechet distance") / mean(rows, "none", "Frechet distance")
-        return [(f"distance {share:.2f} of before", share <= 0.5), *common_aims(rows)]
+        before, after = (mean(rows, name, "Frechet distance") for name in ("none", "both"))
+        share = (after - self.floor) / (before - self.floor)
+        told = (
+            f"distance {before:.0f} before, {after:.0f} after, {self.floor:.0f} at best: {share:.2f} of what was over"
+        )
+        return [(told, share <= 0.5), *common_aims(rows)]
 
 
 class Subject:
