@@ -1,30 +1,50 @@
 """The page in a real browser, with real pictures; and that axe finds nothing wrong with it.
 
-Needs `pip install playwright axe-playwright-python` and a Chromium on the machine; skipped where either is missing.
+Needs `pip install -e '.[dev]'` and a Chromium (Debian: `apt-get install chromium`); skipped where either is missing.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from glmimg.serving.settings import ServerSettings
 
-playwright = pytest.importorskip("playwright.sync_api")
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None:
-    pytest.skip("no Chromium on this machine", allow_module_level=True)
+    pytest.skip("no Chromium on this machine: apt-get install chromium", allow_module_level=True)
 
 WAIT = 120_000  # milliseconds
+# The driver does not see forms with files: the page notes the names of their fields.
+FORMS = """() => {
+    window.forms = [];
+    const send = window.fetch;
+    window.fetch = (path, how) => {
+        if (how?.body instanceof FormData) forms.push([...how.body.keys()]);
+        return send(path, how);
+    };
+}"""
 
 
 @pytest.fixture(scope="module")
-def url(tiny_checkpoint: Path, serve: Any) -> Iterator[str]:
-    server = serve(ServerSettings(model=str(tiny_checkpoint), model_name="tiny", backend="cpu", dtype="fp32"))
+def url(
+    tiny_checkpoint: Path, serve: Any, tmp_path_factory: pytest.TempPathFactory, write_adapter: Any
+) -> Iterator[str]:
+    adapters = tmp_path_factory.mktemp("adapters")
+    write_adapter(adapters / "ink", tiny_checkpoint, 1)
+    server = serve(
+        ServerSettings(
+            model=str(tiny_checkpoint), model_name="tiny", backend="cpu", dtype="fp32", adapters=str(adapters)
+        )
+    )
     yield server.url
     server.stop()
 
@@ -115,11 +135,94 @@ def test_a_visit(page: Any, tmp_path: Path) -> None:
         page.press("#prompt", "Control+Enter")
     assert done(page).startswith("Done")
 
+    page.evaluate(FORMS)
+    with page.expect_request("**/v1/images/edits"):  # what it was made after goes along
+        page.click("#other-seed")
+    assert {"tokens", "image[]"} <= set(page.evaluate("forms[0]"))
+    assert done(page).startswith("Done")
+
     page.reload()
-    page.wait_for_function("document.querySelectorAll('#history img').length === 6")
+    page.wait_for_function("document.querySelectorAll('#history img').length === 7")
     page.locator("#history button").last.click()
     page.wait_for_function("document.getElementById('status').textContent.startsWith('Seed')")
     assert shown(page) == first
+
+
+def test_examples_adapters_files_and_the_copied_call(page: Any, tmp_path: Path) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    theme = page.get_attribute("html", "data-theme")
+    page.click("#theme")
+    assert page.get_attribute("html", "data-theme") != theme
+    page.locator("#examples button").nth(1).click()
+    assert page.input_value("#prompt") == 'a sign that says "HELLO"'
+    page.select_option("#adapter", "ink")
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            new MutationObserver(() => seen.push(document.getElementById("status").textContent))
+                .observe(document.getElementById("status"), { childList: true });
+        }"""
+    )
+    with page.expect_request("**/v1/images/generations") as sent:
+        page.click("#make")
+    assert sent.value.post_data_json["adapters"] == [{"name": "ink"}]
+    assert done(page).startswith("Done")
+    seen = page.evaluate("seen")
+    assert any(text.startswith("Layout: token") for text in seen), seen
+    assert any(text.startswith("Picture: step") for text in seen), seen
+    page.click("#copy")
+    page.wait_for_function("document.getElementById('status').textContent === 'Copied.'")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    (body,) = re.findall(r"-d '(.*)'", copied.replace("\\\n", ""))
+    assert copied.startswith("curl http://127.0.0.1:") and json.loads(body)["adapters"] == [{"name": "ink"}]
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    page.set_input_files("#files", tmp_path / "red.png")
+    dropped = """() => {
+        const data = new DataTransfer();
+        data.items.add(new File([new Blob(["x"])], "blue.png", { type: "image/png" }));
+        data.items.add(new File(["x"], "notes.txt", { type: "text/plain" }));
+        document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: data }));
+    }"""
+    page.evaluate(dropped)
+    names = page.eval_on_selector_all("#references img", "images => images.map((image) => image.alt)")
+    assert names == ["red.png", "blue.png"]
+    page.get_by_role("button", name="Remove blue.png").click()
+    page.evaluate(FORMS)
+    with page.expect_request("**/v1/images/edits"):
+        page.press("#prompt", "Control+Enter")
+    assert "image[]" in page.evaluate("forms[0]")
+    assert done(page).startswith("Done")
+
+
+def test_a_finger_selects_sideways_and_scrolls_the_page(url: str) -> None:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(bypass_csp=True, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+        page.set_default_timeout(WAIT)
+        page.goto(url)
+        page.wait_for_function("document.getElementById('sampler').options.length > 0")
+        make(page)
+        page.locator("#picture").scroll_into_view_if_needed()
+        page.evaluate("document.getElementById('picture').scrollIntoView({ block: 'center' })")
+        touch = page.context.new_cdp_session(page)
+
+        def drag(x: float, y: float) -> None:
+            box = page.locator("#picture").bounding_box()
+            at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+            touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [at]})
+            for k in range(1, 9):
+                moved = {"x": at["x"] + x * k / 8, "y": at["y"] + y * k / 8}
+                touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [moved]})
+            touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+        before = page.evaluate("scrollY")
+        drag(0, -120)
+        page.wait_for_function(f"scrollY !== {before}")
+        assert page.input_value("#right") == ""
+        drag(60, 30)
+        page.wait_for_function("document.getElementById('right').value !== ''")
+        browser.close()
 
 
 def test_stopping_errors_and_phones(page: Any) -> None:

@@ -62,7 +62,7 @@ export function curl(path, fields, files) {
   if (sessionStorage.getItem("key")) lines.push('-H "Authorization: Bearer $GLMIMG_KEY"');
   if (files.length) {
     for (const [name, value] of Object.entries(fields)) {
-      lines.push(`-F ${quoted(`${name}=${typeof value === "object" ? JSON.stringify(value) : value}`)}`);
+      lines.push(`--form-string ${quoted(`${name}=${typeof value === "object" ? JSON.stringify(value) : value}`)}`);
     }
     files.forEach((file, k) => lines.push(`-F ${quoted(`image[]=@${file.name || `reference-${k + 1}.png`}`)}`));
   } else {

@@ -258,7 +258,7 @@ $("frame").onpointermove = (event) => {
   ];
   if (box[0] < box[2] && box[1] < box[3]) select(box);
 };
-$("frame").onpointerup = () => { corner = null; };
+$("frame").onpointerup = $("frame").onpointercancel = () => { corner = null; };
 
 // Buttons.
 
@@ -278,8 +278,12 @@ $("show-layout").onclick = () => {
   $("show-layout").setAttribute("aria-pressed", on);
   $("layout").className = on ? "on" : "";
 };
-$("other-seed").onclick = () => run("/v1/images/decode", again(current));
-$("resample").onclick = () => run("/v1/images/regions", { ...again(current), region: SIDES.map((side) => Number($(side).value)) });
+function remake(path, more) {
+  // What a picture was made after goes along: edits take a layout and a region as well.
+  run(current.files.length ? "/v1/images/edits" : path, { ...again(current), ...more }, current.files);
+}
+$("other-seed").onclick = () => remake("/v1/images/decode", {});
+$("resample").onclick = () => remake("/v1/images/regions", { region: SIDES.map((side) => Number($(side).value)) });
 $("reuse").onclick = () => addReferences([new File([current.blob], `seed-${current.seed}.png`, { type: "image/png" })]);
 $("download").onclick = () => {
   const link = document.createElement("a");
