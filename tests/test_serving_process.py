@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+from glmimg.serving.auth import add_key
+
 pytest.importorskip("uvicorn")
 if sys.platform != "linux":
     pytest.skip("reads /proc", allow_module_level=True)
@@ -27,7 +30,8 @@ PLAIN = {"prompt": "a cat", "size": "64x64", "steps": 2, "seed": 5}
 @contextmanager
 def started(folder: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "glmimg.cli", "serve", "--port", "0", "--backend", "cpu", *flags]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         yield process
     finally:
@@ -53,6 +57,52 @@ def gone(pids: list[int]) -> bool:
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.05)
     return not any(map(alive, pids))
+
+
+def test_the_embedded_model_with_keys_and_rules(tmp_path: Path) -> None:
+    """As whoever installs it would use it: OpenAI's client, curl, two keys, rules; and no prompt in the log."""
+    openai = pytest.importorskip("openai")
+    ada, bob = (add_key(tmp_path / "keys.json", name) for name in ("ada", "bob"))
+    rules = "def picture(image):\n    return 'too narrow' if image.width < image.height else None\n"
+    (tmp_path / "rules.py").write_text(rules)
+    flags = ["--keys", "keys.json", "--max-batch", "1", "--picture-rules", "rules:picture", "--dtype", "fp32"]
+    with started(tmp_path, *flags) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=ada, max_retries=0, timeout=300)
+        prompt, small = "a secret red boat", {"seed": 7, "steps": 1}
+        reply = client.images.generate(prompt=prompt, size="64x64", extra_body=small)
+        assert reply.data and reply.data[0].b64_json and reply.model_dump()["data"][0]["seed"] == 7
+        with pytest.raises(openai.BadRequestError, match="too narrow"):
+            client.images.generate(prompt=prompt, size="64x96", extra_body=small)
+        usage = httpx.get(f"{url}/v1/usage", headers={"Authorization": f"Bearer {ada}"}).json()
+        assert usage["pictures"] == 2, "one that the rules refuse was made all the same"
+        if shutil.which("curl"):
+            body = json.dumps({"prompt": prompt, "size": "64x64", **small})
+            command = ["curl", "-sS", f"{url}/v1/images/generations", "-H", f"Authorization: Bearer {ada}"]
+            command += ["-H", "Content-Type: application/json", "-d", body]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert json.loads(told)["data"][0]["b64_json"] == reply.data[0].b64_json
+
+        async def burst() -> list[str]:
+            ended: list[str] = []
+
+            async def ask(http: httpx.AsyncClient, name: str, key: str) -> None:
+                body = {"prompt": prompt, "size": "64x64", **small}
+                headers = {"Authorization": f"Bearer {key}"}
+                (await http.post(f"{url}/v1/images/generations", json=body, headers=headers)).raise_for_status()
+                ended.append(name)
+
+            async with httpx.AsyncClient(timeout=300) as http:
+                first = [asyncio.create_task(ask(http, "ada", ada)) for _ in range(8)]
+                while not ended:
+                    await asyncio.sleep(0.01)
+                await asyncio.gather(*first, ask(http, "bob", bob))
+            return ended
+
+        assert asyncio.run(burst()).index("bob") < 6, "a burst delays its own requests alone"
+    log = (tmp_path / "log").read_text()
+    assert "ada POST /v1/images/generations 200" in log and "secret" not in log
 
 
 def test_under_load_everybody_is_answered_when_it_is_stopped(tiny_checkpoint: Path, tmp_path: Path) -> None:
