@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["attend"]
+__all__ = ["attend", "written_out"]
 
 # Scores of one picture up to which writing them out is twice as fast as the fused kernel on CPUs in bf16. It goes by
 # the picture, not the batch: a batch must do what its pictures would do alone.
@@ -19,15 +19,21 @@ def attend(
     q_BHSd: torch.Tensor, k_BHKd: torch.Tensor, v_BHKd: torch.Tensor, mask_B11K: torch.Tensor | None = None
 ) -> torch.Tensor:
     """(B, H, S, d); `mask_B11K` (bool) is False on keys that nobody sees."""
-    training = torch.is_grad_enabled()
     heads, queries, keys = q_BHSd.shape[1], q_BHSd.shape[2], k_BHKd.shape[2]
-    few = q_BHSd.dtype == torch.bfloat16 and heads * queries * keys <= _FEW_SCORES
-    if q_BHSd.device.type != "cpu" or not (training or few):
+    written = torch.is_grad_enabled() or heads * queries * keys <= _FEW_SCORES
+    if q_BHSd.device.type != "cpu" or q_BHSd.dtype != torch.bfloat16 or not written:
         return F.scaled_dot_product_attention(q_BHSd, k_BHKd, v_BHKd, attn_mask=mask_B11K)
-    # Written out, training on CPUs is up to five times as fast: their fused backward is slow on short sequences.
+    return written_out(q_BHSd, k_BHKd, v_BHKd, mask_B11K)
+
+
+def written_out(
+    q_BHSd: torch.Tensor, k_BHKd: torch.Tensor, v_BHKd: torch.Tensor, mask_B11K: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Up to five times as fast to train in bf16 on CPUs, whose fused backward is slow on short sequences; in fp32 it
+    takes half as long again on whole pictures (benchmarks/training_attention.py)."""
     scores = (q_BHSd * q_BHSd.shape[-1] ** -0.5) @ k_BHKd.transpose(-1, -2)
     if mask_B11K is not None:
         scores = scores.masked_fill(~mask_B11K, float("-inf"))
-    if not training:
+    if not torch.is_grad_enabled():
         return scores.softmax(-1) @ v_BHKd
     return scores.softmax(-1, dtype=torch.float32).to(v_BHKd.dtype) @ v_BHKd

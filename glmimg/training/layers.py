@@ -1,7 +1,7 @@
 """Two operations whose stock versions are slow to train on CPUs: RMS norm and causal attention.
 
 Measured on one core in bf16 at 48 x 125 tokens of width 320, forward and backward: RMS norm 24 ms stock, 7 ms here;
-attention 159 ms fused, 53 ms written out.
+attention 159 ms fused, 53 ms written out. In fp32 the fused kernel is the faster one.
 
 Legend: B batch, H heads, G key/value heads, T sequence, D width, d head width.
 """
@@ -44,7 +44,7 @@ def causal_attention(q_BHTd: torch.Tensor, k_BGTd: torch.Tensor, v_BGTd: torch.T
     """Causal attention (B, H, T, d); H is a multiple of G, and query heads of a group are neighbours."""
     B, H, T, d = q_BHTd.shape
     G = k_BGTd.shape[1]
-    if q_BHTd.device.type != "cpu":
+    if q_BHTd.device.type != "cpu" or q_BHTd.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True, enable_gqa=G != H)
     scores = (q_BHTd * d**-0.5).reshape(B, G, H // G * T, d) @ k_BGTd.transpose(-1, -2)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
