@@ -9,6 +9,7 @@ Letters: N outputs, K inputs, G columns of a group, R rows of input.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
 
 _FEW_ROWS = 16  # up to here a processor's own kernels for packed weights beat unpacking them (measured: 8 to 32)
 _KERNEL_ROWS = 16  # torch's 4-bit kernel for processors wants N a multiple of it
+_TILES = 8  # sixteens of columns in a tile of CUDA's; K must be a multiple of all of them
 _BLOCK = 1 << 22  # weights quantised at a time: bounds the memory that their errors take
 # What the extreme of a group is multiplied by before it is given the last level: cutting it off may pay for the rest.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -133,7 +135,8 @@ def packed_product(x_RK: Tensor, matrix: Tensor, *rest: Any) -> Tensor:
     if not rest:
         return torch.mm(x_RK, matrix)
     if len(rest) == 2:
-        return torch._weight_int4pack_mm_for_cpu(x_RK, matrix, *rest)
+        kernel = torch._weight_int4pack_mm_for_cpu if x_RK.is_cpu else torch._weight_int4pack_mm
+        return kernel(x_RK, matrix, *rest)
     if matrix.dtype == torch.int8:
         if x_RK.is_cpu and x_RK.shape[0] <= _FEW_ROWS and x_RK.dtype == rest[0].dtype and _kernel_takes(matrix):
             x_RK = x_RK.contiguous()
@@ -152,14 +155,44 @@ def _kernel_takes(matrix: Tensor) -> bool:
 
 
 def ready(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What `packed_product` takes after its input in `dtype`: as stored, or for a processor's 4-bit kernel."""
+    """What `packed_product` takes after its input in `dtype`: as stored, or for the device's own 4-bit kernel."""
     scale = scale.to(dtype)
     group = 2 * packed.shape[1] // scale.shape[-1]
-    kernel = packed.is_cpu and packed.dtype == torch.uint8 and group in KERNEL_GROUPS
-    if not kernel or packed.shape[0] % _KERNEL_ROWS:
+    if packed.dtype != torch.uint8 or group not in KERNEL_GROUPS:
         return packed, scale
-    scales_and_zeros = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()
-    return torch._convert_weight_to_int4pack_for_cpu(_levels(packed).int(), 1), group, scales_and_zeros
+    if packed.is_cpu and packed.shape[0] % _KERNEL_ROWS == 0:
+        return torch._convert_weight_to_int4pack_for_cpu(_levels(packed).int(), 1), group, _with_zeros(scale)
+    tiled = packed.shape[0] % 8 == 0 and packed.shape[1] % (8 * _TILES) == 0 and dtype == torch.bfloat16
+    if packed.is_cuda and tiled and _cuda_kernel_agrees(packed.device):
+        return _tiles(packed), group, _with_zeros(scale)
+    return packed, scale
+
+
+def _with_zeros(scale_NG: Tensor) -> Tensor:
+    """Scales as the kernels take them, (groups, N, 2); the second number would be added to the weights."""
+    return torch.stack([scale_NG, torch.zeros_like(scale_NG)], -1).transpose(0, 1).contiguous()
+
+
+def _tiles(packed: Tensor) -> Tensor:
+    """In the tiles of CUDA's kernel (torch's own, which torchao uses too), which takes the even columns as high."""
+    levels = _levels(packed)
+    return torch._convert_weight_to_int4pack(levels[:, ::2] << 4 | levels[:, 1::2], _TILES)
+
+
+@cache
+def _cuda_kernel_agrees(device: torch.device) -> bool:
+    """Whether it is there (compute capability 8.0) and computes here what unpacked weights do: its layout is nowhere
+    promised."""
+    generator = torch.Generator().manual_seed(0)
+    packed, scale = quantize(torch.randn(64, 256, generator=generator).bfloat16(), 4)
+    x = torch.randn(4, 256, generator=generator).bfloat16().to(device)
+    packed, scale = packed.to(device), scale.to(device)
+    wanted = torch.mm(x, dequantize(packed, scale, x.dtype).T).float()
+    try:
+        found = torch._weight_int4pack_mm(x, _tiles(packed), GROUP, _with_zeros(scale)).float()
+    except RuntimeError:
+        return False
+    return bool((found - wanted).norm() < 0.02 * wanted.norm())
 
 
 def joined(layers: Iterable[nn.Module], place: str) -> tuple[Tensor, Tensor]:

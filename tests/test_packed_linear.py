@@ -10,6 +10,7 @@ from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import group_size
 from glmimg.packed_linear import (
     PackedLinear,
+    _cuda_kernel_agrees,
     dequantize,
     joined,
     packed_product,
@@ -190,3 +191,20 @@ def test_odd_widths_keep_clear_of_the_kernel_that_reads_past_them(inputs: int) -
     exact = x.float() @ dequantize(packed, scale, torch.float32).T
     product = packed_product(x, *ready(packed, scale, torch.bfloat16))
     assert torch.allclose(product.float(), exact, atol=0.02 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("even_is_high", [True, False])
+def test_cudas_kernel_is_taken_only_where_it_agrees(even_is_high: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is imitated here: tiles are left as bytes, and read in the order that it documents, or the other."""
+
+    def product(x: torch.Tensor, tiles: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+        halves = (tiles >> 4, tiles & 15) if even_is_high else (tiles & 15, tiles >> 4)
+        groups = torch.stack(halves, -1).flatten(1).to(x.dtype).sub(8).unflatten(1, (-1, group))
+        scale, zero = scales.permute(2, 1, 0)[..., None]
+        return x @ (groups * scale + zero).flatten(1).T
+
+    agrees = _cuda_kernel_agrees.__wrapped__
+    assert not agrees(torch.device("cpu"))  # which has no such kernel
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda levels, tiles: levels)
+    monkeypatch.setattr(torch, "_weight_int4pack_mm", product)
+    assert agrees(torch.device("cpu")) == even_is_high
