@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from glmimg import weight_files
 from glmimg.checkpoint import COMPONENTS, EMBEDDED, Checkpoint, save_component
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.weight_files import WeightFiles
@@ -90,6 +91,24 @@ def test_dtype_is_cast_and_rotary_frequencies_stay_exact(tiny_checkpoint: Path) 
     rotary = generator.model.language_model.rotary_emb
     assert rotary.inv_freq.dtype == torch.float32 and rotary.inv_freq.device.type == "cpu"
     assert torch.equal(rotary.inv_freq, peers_own(tiny_checkpoint)[GENERATOR].model.language_model.rotary_emb.inv_freq)
+
+
+def test_files_that_are_copied_from_do_not_stay_mapped_whole(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of a mapping count as this process's memory until the mapping goes."""
+    weights = WeightFiles(tiny_checkpoint / "transformer")
+    names = list(weights.infos)
+    monkeypatch.setattr(weight_files, "_COPIED", weights.nbytes() // 4)
+    stored = next(iter(weights.load(names[:1], device="cpu", dtype=None).values())).dtype
+    other = torch.float64 if stored == torch.float32 else torch.float32
+    assert len(list(weights._mappings(names, True, None))) == len(list(weights._mappings(names, True, stored))) == 1
+    for parts in (weights._mappings(names, True, other), weights._mappings(names, False, stored)):
+        found = list(parts)
+        assert len(found) >= 4 and sorted(name for _, some in found for name in some) == sorted(names)
+    cast = weights.load(names, device="cpu", dtype=other)
+    plain = weights.load(names, device="cpu", dtype=None)
+    assert cast.keys() == plain.keys() and all(torch.equal(cast[name], plain[name].to(other)) for name in names)
 
 
 def test_settings(tiny_checkpoint: Path, tiny_copy: Path) -> None:
