@@ -81,7 +81,8 @@ def compare(model: str, arguments: argparse.Namespace, work: Path) -> list[dict[
     on_device = backend.has_pinned_memory
     memory = backend.memory().total
     speeds = {("" if on_device else "host_") + name: value for name, value in measure_machine(backend).items()}
-    machine = Machine((memory,) if on_device else (), pick_backend("cpu").memory().total, **speeds)
+    host = pick_backend("cpu")
+    machine = Machine((memory,) if on_device else (), host.memory().total, **speeds, host_itemsize=host.dtype.itemsize)
     machine = replace(machine, timed={on_device: measure_work(costs, picture, backend, bits=arguments.bits)})
     place = 0 if on_device else HOST
     planned = {

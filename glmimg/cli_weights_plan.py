@@ -181,7 +181,9 @@ def _machine(arguments: argparse.Namespace) -> Machine:
             devices = (backend.memory().total,)
     needed = ["bandwidth", "flops", "link"] if devices else []
     assumed = [name for name in [*needed, "host_bandwidth", "host_flops"] if name not in speeds]
-    ram = parse_size(arguments.ram) if arguments.ram else pick_backend("cpu").memory().total
+    here = pick_backend("cpu")  # another machine's processor is taken for one with bfloat16
+    ram = parse_size(arguments.ram) if arguments.ram else here.memory().total
+    speeds["host_itemsize"] = 2 if arguments.ram and not arguments.measure else here.dtype.itemsize
     return Machine(devices, ram, watts=arguments.watts, price=arguments.price, assumed=tuple(assumed), **speeds)
 
 

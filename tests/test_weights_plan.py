@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,22 @@ def test_options_cost_what_they_do(published: Costs) -> None:
         for work in (PICTURE, Workload(1024, 1024, 1, 50, False))
     )
     assert plain.seconds["decoder"] == pytest.approx(guided.seconds["decoder"] / 2, rel=0.02)
+
+
+def test_a_processor_without_bfloat16_holds_and_moves_twice_as_much(tiny_checkpoint: Path) -> None:
+    costs, work = costs_of(tiny_checkpoint), Workload(64, 64, 1, 2, True)
+    wide = replace(costs, itemsize=4)
+    for component in ("vision_language_encoder", "transformer", "text_encoder"):
+        for bits, least in ((16, 2.0), (8, 1.0)):
+            assert least <= wide.weights(component, bits) / costs.weights(component, bits) <= 2, (component, bits)
+    assert wide.cache(work) == 2 * costs.cache(work)
+    two, four = (
+        {(o.bits, o.offload): o for o in options(costs, Machine((), 4 * GB, host_itemsize=size), work)}
+        for size in (2, 4)
+    )
+    grown = {key: four[key].ram - two[key].ram for key in two}
+    assert all(more > 0 for more in grown.values()) and grown[16, "none"] > grown[8, "none"]
+    assert all(four[key].weights == two[key].weights for key in two)  # as they are stored
 
 
 def test_calls_open_a_pipeline(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

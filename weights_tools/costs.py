@@ -1,7 +1,8 @@
 """What a checkpoint's architecture costs: bytes of weights by precision, bytes read, arithmetic, memory at work.
 
 Everything follows from the config files; tensors exist on the meta device alone. Weights count two bytes a number
-(bfloat16) unless they are packed. What is taken from measurements is a constant with its source.
+(bfloat16) unless they are packed, or cast to float32 when they are loaded (`Costs.itemsize`). What is taken from
+measurements is a constant with its source.
 
 Letters: S tokens of the decoder, P its patches, D width, L layers, N emitted tokens, T prompt tokens.
 """
@@ -62,6 +63,7 @@ class Costs:
     name: str
     configs: dict[str, dict[str, Any]]
     shapes: dict[str, Shapes]
+    itemsize: int = 2  # bytes of a number at work: 4 on a processor without instructions for bfloat16
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -85,20 +87,20 @@ class Costs:
             for name, shape in self.shapes[component].items()
             if not name.startswith(left_out or ("\0",)) and (not only or re.match(only, name))
         }
-        total = 2 * sum(math.prod(shape) for _, shape in tensors.values())
+        total = self.itemsize * sum(math.prod(shape) for _, shape in tensors.values())
         if bits < 16:
             for unit in units(component, tensors, low=bits):
-                total -= unit.kept - packed_nbytes(unit, min(unit.allowed), GROUP)
+                total -= unit.kept // 2 * self.itemsize - packed_nbytes(unit, min(unit.allowed), GROUP)
         return total
 
     def vae_bytes(self) -> int:
         """The VAE's decoder, in the dtype that it runs in."""
-        return self.weights("vae") * self.vae_itemsize // 2
+        return self.weights("vae") * self.vae_itemsize // self.itemsize
 
     @property
     def vae_itemsize(self) -> int:
-        """4 where the config asks for float32, 2 otherwise."""
-        return 4 if self.configs["vae"].get("force_upcast", True) else 2
+        """4 where the config asks for float32."""
+        return 4 if self.configs["vae"].get("force_upcast", True) else self.itemsize
 
     def building(self, bits: int) -> int:
         """What the generator needs beside its weights while it is built: copies that join its projections."""
@@ -109,8 +111,11 @@ class Costs:
 
     def host_copies(self, bits: int) -> tuple[int, int]:
         """What (generator, decoder) keep on a processor beside their weights, which stay mapped from the files: the
-        generator its matrices in 8 bits (16) or laid out for the 4-bit kernel (4), both stages joined projections."""
+        generator its matrices in 8 bits (16) or laid out for the 4-bit kernel (4), both stages joined projections.
+        Nothing where weights are cast."""
         language = self._packed_numbers("vision_language_encoder")
+        if bits == 16 and self.itemsize > 2:
+            return 0, 0
         if bits == 16:
             head = self.weights("vision_language_encoder", only="lm_head") // 2
             return language + head, self.weights("transformer", only=r".*attn1\.to_[qkv]")
@@ -153,15 +158,18 @@ class Costs:
         """Keys and values of all pictures."""
         text = self._text
         width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        per_token = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * width * 2
+        per_token = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * width * self.itemsize
         return per_token * (work.prompt_tokens + self.tokens(work)) * work.pictures
 
     def step_traffic(self, work: Workload, bits: int, kernels: bool) -> int:
         """Bytes read and written to emit a token of every picture; `kernels` take packed weights as they are."""
         layers = self.blocks("vision_language_encoder", bits)
         head = self.weights("vision_language_encoder", only="lm_head")
-        unpacking = 0 if kernels else UNPACK_TRAFFIC[bits] * self._packed_numbers("vision_language_encoder")
+        unpacking = 0 if kernels else self._unpacking("vision_language_encoder", bits)
         return layers + head + unpacking + self.cache(work) // 2
+
+    def _unpacking(self, component: str, bits: int) -> int:
+        return UNPACK_TRAFFIC[bits] * self.itemsize // 2 * self._packed_numbers(component)
 
     def _packed_numbers(self, component: str) -> int:
         """Numbers in the matrices that quantising packs."""
@@ -200,19 +208,19 @@ class Costs:
 
     def unpacked_per_forward(self, bits: int) -> int:
         """Bytes read and written to make the decoder's weights whole, and to read them, once."""
-        return self.weights("transformer", bits) + UNPACK_TRAFFIC[bits] * self._packed_numbers("transformer")
+        return self.weights("transformer", bits) + self._unpacking("transformer", bits)
 
     def decoder_activations(self, work: Workload, batch: int) -> int:
         """At the widest place of a block: the stream, the feed-forward's 4D before and after its activation, and
-        queries and keys in float32 while they are turned; 14 numbers of two bytes for each of a token's channels."""
-        return 14 * 2 * (work.patches + GLYPH_TOKENS) * self._width * batch
+        queries and keys in float32 while they are turned; 14 numbers for each of a token's channels."""
+        return 14 * self.itemsize * (work.patches + GLYPH_TOKENS) * self._width * batch
 
     def whole_matrix(self, bits: int) -> int:
         """The largest packed weight of the decoder or the generator, made whole for a product."""
         if bits == 16:
             return 0
         sizes = [
-            2 * rows * columns
+            self.itemsize * rows * columns
             for component in ("transformer", "vision_language_encoder")
             for unit in units(component, {n: ("BF16", s) for n, s in self.shapes[component].items()})
             for rows, columns in unit.layers.values()

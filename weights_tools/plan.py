@@ -7,7 +7,7 @@ the larger of what memory traffic, arithmetic, calls of the device and the link 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ RELUCTANCE = {16: 1.0, 8: 1.15, 4: 1.5}
 @dataclass(frozen=True)
 class Machine:
     """Bytes of each device and of the host, and their speeds: bytes a second of memory and of the link to the devices,
-    arithmetic operations a second. `watts` of the whole machine, `price` of an hour of it. `assumed` names what is
+    arithmetic operations a second. `host_itemsize`: bytes of a number there, 4 on a processor without instructions for
+    bfloat16. `watts` of the whole machine, `price` of an hour of it. `assumed` names what is
     neither stated nor measured. `timed`: of the devices (True) or the host (False), what glmimg.weights_tools.timing
     measured of this very work; it takes the place of what the speeds give."""
 
@@ -48,6 +49,7 @@ class Machine:
     link: float = 16e9
     host_bandwidth: float = 30e9
     host_flops: float = 3e11
+    host_itemsize: int = 2
     watts: float | None = None
     price: float | None = None
     assumed: tuple[str, ...] = ()
@@ -129,9 +131,12 @@ def options(costs: Costs, machine: Machine, work: Workload) -> list[Option]:
             raise BadInput(f"{name} {getattr(machine, name)}: give a number above 0")
     found = []
     for bits in (16, 8, 4):
-        version = _Version.of(costs, work, bits)
+        versions = {
+            on_device: _Version.of(replace(costs, itemsize=2 if on_device else machine.host_itemsize), work, bits)
+            for on_device in (False, True)
+        }
         for generator, decoder, offload in _placements(len(machine.devices)):
-            found.append(_option(version, machine, work, generator, decoder, offload))
+            found.append(_option(versions, machine, work, generator, decoder, offload))
     return sorted(found, key=lambda option: (not option.fits, option.total * RELUCTANCE[option.bits], -option.bits))
 
 
@@ -204,23 +209,29 @@ class _Version:
 
 
 def _option(
-    version: _Version, machine: Machine, work: Workload, generator: int | str, decoder: int | str, offload: str
+    versions: Mapping[bool, _Version],
+    machine: Machine,
+    work: Workload,
+    generator: int | str,
+    decoder: int | str,
+    offload: str,
 ) -> Option:
-    costs = version.costs
+    first, second = versions[generator != HOST], versions[decoder != HOST]
     batch, together = _batch(work, decoder, offload)
     # Memory of each stage: weights that stay, and what is needed on top of them.
-    held_g, held_d = version.generator, version.decoder + version.others
+    held_g, held_d = first.generator, second.decoder + second.others
     if offload == "block":
-        held_g += 2 * version.generator_block - version.generator_blocks
-        held_d += 2 * version.decoder_block - version.decoder_blocks
+        held_g += 2 * first.generator_block - first.generator_blocks
+        held_d += 2 * second.decoder_block - second.decoder_blocks
     else:
-        held_g += version.host_copies[0] * (generator == HOST)
-        held_d += version.host_copies[1] * (decoder == HOST)
-    top_g = costs.cache(work) + (0 if generator == HOST else version.whole_matrix)
-    building = 0 if offload == "block" or generator == HOST else version.building
+        held_g += first.host_copies[0] * (generator == HOST)
+        held_d += second.host_copies[1] * (decoder == HOST)
+    top_g = first.costs.cache(work) + (0 if generator == HOST else first.whole_matrix)
+    mapped = generator == HOST and first.costs.itemsize == 2  # copies were counted, and nothing else is the process's
+    building = 0 if offload == "block" or mapped else first.building
     side = [min(edge, TILE) if offload != "none" else edge for edge in (work.height, work.width)]
-    decoding = int(RESERVED * costs.vae_activations(*side)) * together
-    top_d = max(costs.decoder_activations(work, batch) + version.whole_matrix, decoding)
+    decoding = int(RESERVED * second.costs.vae_activations(*side)) * together
+    top_d = max(second.costs.decoder_activations(work, batch) + second.whole_matrix, decoding)
     peaks: dict[int | str, int] = {}
     if generator != decoder:
         peaks[generator], peaks[decoder] = held_g + max(top_g, building), held_d + top_d
@@ -231,8 +242,8 @@ def _option(
     pinned = 0
     moved = 0
     for place, blocks, runs in (
-        (generator, version.generator_blocks, costs.tokens(work)),
-        (decoder, version.decoder_blocks, work.steps * work.pictures),
+        (generator, first.generator_blocks, first.costs.tokens(work)),
+        (decoder, second.decoder_blocks, work.steps * work.pictures),
     ):
         if place != HOST and offload == "block":
             pinned, moved = pinned + blocks, moved + blocks * runs
@@ -240,7 +251,7 @@ def _option(
         moved = held_g + held_d
     device_peaks = tuple(peaks[k] + CONTEXT if k in peaks else 0 for k in range(len(machine.devices)))
     ram = PROCESS + pinned + peaks.get(HOST, 0)
-    seconds = _seconds(version, machine, work, generator, decoder, offload, batch)
+    seconds = _seconds(versions, machine, work, generator, decoder, offload, batch)
     if offload == "stage":
         seconds["loading"] = moved / machine.link
     short = [
@@ -253,7 +264,7 @@ def _option(
     hours = sum(seconds.values()) / 3600 / work.pictures
     energy, cost = (None if rate is None else rate * hours for rate in (machine.watts, machine.price))
     places = generator, decoder, device_peaks, ram, moved, seconds, energy, cost
-    return Option(version.bits, offload, *places, version.total, tuple(short))
+    return Option(first.bits, offload, *places, versions[True].total, tuple(short))
 
 
 def _batch(work: Workload, decoder: int | str, offload: str) -> tuple[int, int]:
@@ -265,7 +276,7 @@ def _batch(work: Workload, decoder: int | str, offload: str) -> tuple[int, int]:
 
 
 def _seconds(
-    version: _Version,
+    versions: Mapping[bool, _Version],
     machine: Machine,
     work: Workload,
     generator: int | str,
@@ -273,6 +284,7 @@ def _seconds(
     offload: str,
     batch: int,
 ) -> dict[str, float]:
+    version = versions[generator != HOST]
     costs = version.costs
     bandwidth, flops = _speeds(machine, generator)
     tokens = costs.tokens(work)
@@ -287,6 +299,7 @@ def _seconds(
         prompt, measured = timed.prompt, timed.step
         streaming = version.generator_blocks / machine.link if generator != HOST and offload == "block" else 0.0
         step = max(measured, streaming)
+    version = versions[decoder != HOST]
     bandwidth, flops = _speeds(machine, decoder)
     forwards = costs.forwards(work) * work.pictures
     forward = costs.forward_flops(work) / flops + version.unpacked / bandwidth / batch

@@ -58,22 +58,16 @@ def measure_work(
     found = {}
     with torch.inference_mode():
         vae = _vae(costs, work, backend)
-        mapping = 0.0 if backend.has_pinned_memory else _mapping(len(costs.shapes[_GENERATOR]) // 8, backend)
         for some in bits:
-            (forward,) = _whole(costs, _DECODER, lambda count, b=some: _forward(costs, work, backend, count, b))  # type: ignore[misc]
+            forward, reading = _whole(costs, _DECODER, lambda count, b=some: _forward(costs, work, backend, count, b))  # type: ignore[misc]
             for streamed in (False, True):
                 prompt, step = _whole(
                     costs,
                     _GENERATOR,
                     lambda count, b=some, s=streamed: _tokens(costs, work, backend, count, b, s),  # type: ignore[misc]
                 )
-                extra = mapping if streamed else 0.0
-                found[some, streamed] = Timed(
-                    prompt + extra * costs.layers(_GENERATOR),
-                    step + extra * costs.layers(_GENERATOR),
-                    forward + extra * costs.layers(_DECODER),  # once for both halves
-                    vae,
-                )
+                # streamed blocks are read once for both halves of guidance
+                found[some, streamed] = Timed(prompt, step, forward + reading * streamed, vae)
     return found
 
 
@@ -138,14 +132,17 @@ def _tokens(
         uniform_B = torch.rand(work.pictures).to(generator.device)
         logits_BV = generator.step(state, draw(logits_BV, sampling, uniform_B))
 
+    reading = layers * _reading(costs, _GENERATOR, blocks[0], backend) if streamed else 0.0
     seconds = seconds_of(prompt, backend)
-    return seconds * work.prompt_tokens / before, seconds_of(step, backend)
+    return seconds * work.prompt_tokens / before + reading, seconds_of(step, backend) + reading
 
 
-def _forward(costs: Costs, work: Workload, backend: Backend, layers: int, bits: int) -> tuple[float]:
+def _forward(costs: Costs, work: Workload, backend: Backend, layers: int, bits: int) -> tuple[float, float]:
+    """Seconds of one decoder step of one picture, and of reading all blocks from a file."""
     config = copy.deepcopy(costs.configs[_DECODER]) | {"num_layers": layers}
     model = empty_component(_DECODER, config)
     _materialise(model, _DECODER, backend, backend.dtype, bits)
+    reading = layers * _reading(costs, _DECODER, model.transformer_blocks[0], backend)
     fuse_qkv(model)
     decoder, device = Decoder(model), backend.device
     ids_BP = torch.randint(int(config["prior_vq_quantizer_codebook_size"]), (1, work.patches), device=device)
@@ -156,7 +153,7 @@ def _forward(costs: Costs, work: Workload, backend: Backend, layers: int, bits: 
     predict = decoder.predictor(conditioning, without)
     shape = (1, int(config["in_channels"]), 2 * conditioning.grid[0], 2 * conditioning.grid[1])
     noise_BChw = torch.randn(shape).to(device)
-    return (seconds_of(lambda: predict(noise_BChw, 500.0, work.guidance), backend),)
+    return seconds_of(lambda: predict(noise_BChw, 500.0, work.guidance), backend), reading
 
 
 def _vae(costs: Costs, work: Workload, backend: Backend) -> float:
@@ -172,16 +169,24 @@ def _vae(costs: Costs, work: Workload, backend: Backend) -> float:
     return seconds * work.height * work.width / (sides[0] * sides[1] * factor**2)
 
 
-def _mapping(tensors: int, backend: Backend) -> float:
-    """Of mapping one streamed block's tensors from a file, whatever their size."""
+def _reading(costs: Costs, component: str, block: nn.Module, backend: Backend) -> float:
+    """Of reading one streamed block from a file that holds as many tensors as the component's; 0 on an accelerator,
+    where copies from the host count."""
     from safetensors.torch import save_file
 
+    if backend.has_pinned_memory:
+        return 0.0
+    stored = {
+        f"0.{name}": tensor.bfloat16() if tensor.is_floating_point() else tensor
+        for name, tensor in block.state_dict().items()
+    }
+    others = {f"{k}.weight": torch.zeros(1) for k in range(1, len(costs.shapes[component]) - len(stored))}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "block.safetensors"
-        save_file({f"{k}.weight": torch.zeros(1, dtype=backend.dtype) for k in range(max(8, tensors // 16))}, path)
+        path = Path(folder) / "blocks.safetensors"
+        save_file(stored | others, path)
         weights = WeightFiles(path)
         return seconds_of(
-            lambda: weights.load(weights.infos, device=backend.device, dtype=backend.dtype, check_finite=False), backend
+            lambda: weights.load(stored, device=backend.device, dtype=backend.dtype, check_finite=False), backend
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from shlex import quote
 from typing import Any
 
@@ -134,8 +134,11 @@ def _option(
     costs: Costs, machine: Machine, work: TrainWork, stage: str, method: str, bits: int, checkpointing: bool
 ) -> TrainOption:
     component, full = COMPONENT[stage], method == "full"
+    on_host = not machine.devices
+    if on_host:
+        costs = replace(costs, itemsize=machine.host_itemsize)
     whole = costs.weights(component)
-    learning = whole // 2 if full else _adapter_numbers(costs, stage, method, work.rank)
+    learning = whole // costs.itemsize if full else _adapter_numbers(costs, stage, method, work.rank)
     weights = 0 if full else costs.weights(component, bits)
     state = learning * STATE
     sequence, once, layer = _activations(costs, work, stage, method)
@@ -147,13 +150,12 @@ def _option(
     matrices = [rows * columns for rows, columns in _targets(costs, stage)]
     copies = {"lora": 0, "dora": 3 * 4 * max(matrices), "full": costs.weights(component)}[method]
     copies += 0 if bits == 16 else 2 * costs.block(component, 16)
-    on_host = not machine.devices
     if on_host:  # attention is written out there (glmimg.attention, glmimg.training.layers)
         config = costs.configs[component]
         heads = int(config.get("text_config", config)["num_attention_heads"])
         pairs = WRITTEN_OUT * heads * sequence**2 // work.batch
         kept += pairs if checkpointing else layers * pairs
-    activations = kept + once + copies
+    activations = (kept + once + copies) * costs.itemsize // 2  # in float32 at most twice as much
     size = machine.ram if on_host else machine.devices[0]
     peak = weights + state + activations + (PROCESS if on_host else CONTEXT)
     flops = machine.host_flops if on_host else machine.flops
