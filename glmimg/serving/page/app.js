@@ -100,6 +100,7 @@ async function run(path, fields, files = []) {
   $("tools").hidden = $("region").hidden = true;
   for (const stage of ["tokens", "decoder"]) $(`bar-${stage}`).value = 0;
   say("Sent.");
+  if (matchMedia("(max-width: 879px)").matches) $("stage").scrollIntoView(); // there it is below the form
   const all = { ...fields, stream: true, progress: true, partial_images: 2, return_tokens: true };
   try {
     const shown = [];
