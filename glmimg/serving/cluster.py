@@ -22,7 +22,7 @@ def build(arguments: dict[str, Any]) -> Any:
     """A Ray Serve application. `arguments` are fields of ServerSettings and `replicas`, `gpus` and `cpus` (of each).
 
     Urls are refused: the balancer may ask another replica for the picture. Keys, rules and adapters are files that
-    every machine needs in the same place.
+    every machine needs in the same place. What a machine was making when it died, Ray answers with 500.
     """
     own, settings = _arguments(arguments)
     try:
