@@ -48,7 +48,7 @@ async function about() {
   const [model] = (await get("/v1/models")).data;
   const it = model.glmimg, usual = it.defaults;
   $("model").textContent = `${model.id} on ${[...new Set(Object.values(it.backend))].join(" and ")}`;
-  $("size").replaceChildren(new Option(`${usual.width}x${usual.height} (usual)`, "auto"));
+  $("size").replaceChildren(new Option("auto", "auto"));
   const sides = new Set();
   for (const [w, h] of [[1, 1], [3, 2], [2, 3], [16, 9], [9, 16], [2, 2], [0.5, 0.5]]) {
     const unit = Math.sqrt((usual.width * usual.height) / (w === h ? 1 : w * h));
