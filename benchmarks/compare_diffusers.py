@@ -143,16 +143,21 @@ def ours(pipeline: Any, prompt: str, height: int, width: int, steps: int, batch:
     return run
 
 
-def theirs(pipeline: Any, prompt: str, height: int, width: int, steps: int, batch: int) -> Any:
-    """diffusers, made to emit as many tokens as ours: left alone it announces a preview grid of the published size."""
+def theirs(pipeline: Any, prompt: str, height: int, width: int, steps: int, batch: int, peer: Any = None) -> Any:
+    """diffusers, made to emit as many tokens as ours: left alone it announces a preview grid of the published size.
+
+    `peer`: its pipeline, by default the checkpoint's in the decoder's dtype.
+    """
     import torch
-    from diffusers import GlmImagePipeline
 
     from glmimg.token_grid import preview_grid
 
     checkpoint = pipeline.stages.checkpoint
     device, dtype = pipeline.stages.backends["decoder"].device, pipeline.stages.dtypes["decoder"]
-    peer = GlmImagePipeline.from_pretrained(checkpoint.root, torch_dtype=dtype).to(device)
+    if peer is None:
+        from diffusers import GlmImagePipeline
+
+        peer = GlmImagePipeline.from_pretrained(checkpoint.root, torch_dtype=dtype).to(device)
     peer.set_progress_bar_config(disable=True)
     h, w = height // 32, width // 32
     ph, pw = preview_grid(height, width, checkpoint.settings.preview_side)
@@ -181,12 +186,13 @@ def theirs(pipeline: Any, prompt: str, height: int, width: int, steps: int, batc
 def limits(pipeline: Any, height: int, width: int, steps: int, batch: int, emitted: int) -> dict[str, float]:
     """Seconds below which the stages cannot go on this machine."""
     stages = pipeline.stages
-    read = bandwidth(stages.backends["generator"])
+    large = stages.backends["generator"].has_pinned_memory  # an accelerator: a small call would time its launch
+    read = bandwidth(stages.backends["generator"], 1 << 31 if large else 1 << 28)
     layers = stages.checkpoint.weights["vision_language_encoder"]
     names = [name for name in layers.infos if name.startswith(("model.language_model.layers.", "lm_head."))]
     values = sum(_numel(layers.infos[name].shape) for name in names)
     size = 1 if stages.eight_bit_tokens else stages.dtypes["generator"].itemsize
-    rate = multiplications(stages.backends["decoder"], stages.dtypes["decoder"])
+    rate = multiplications(stages.backends["decoder"], stages.dtypes["decoder"], 8192 if large else 1024)
     config = stages.checkpoint.config("transformer")
     inner = config["num_attention_heads"] * config["attention_head_dim"]
     patches, blocks = height * width // 256, config["num_layers"]
@@ -214,7 +220,7 @@ def multiplications(backend: Any, dtype: Any, side: int = 1024) -> float:
     """Floating-point operations a second of a square product."""
     import torch
 
-    left = torch.ones(side, side, device=backend.device, dtype=dtype)
+    left = torch.rand(side, side).to(backend.device, dtype)  # some devices are faster on constant numbers
     return 2 * side**3 / fastest(backend, lambda: left @ left)
 
 

@@ -147,8 +147,9 @@ class Plain:
 
     def step(self, number: int) -> None:
         rows = self.order.rows(number)
+        found = self._encoded(rows)
         with self.pipeline.backend.autocast(self.pipeline.dtype):
-            loss = self._generator(rows) if self.stage == "generator" else self._decoder(rows)
+            loss = self._generator(rows, found) if self.stage == "generator" else self._decoder(rows, found)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.learning, self.config.clip)
         self.optimizer.step()
@@ -174,10 +175,9 @@ class Plain:
     def _caption(self, row: int) -> str:
         return self.config.captions.texts(self.train.examples[row].example.captions)[0]
 
-    def _generator(self, rows: list[int]) -> torch.Tensor:
+    def _generator(self, rows: list[int], found: dict[str, torch.Tensor]) -> torch.Tensor:
         from glmimg.positions import span_positions
 
-        found = self._encoded(rows)
         target, preview = found["tokens"].long(), found["preview"].long()
         grids = tuple(target.shape[1:]), tuple(preview.shape[1:])
         emitted_BN = torch.cat([preview.flatten(1), target.flatten(1)], 1)
@@ -199,12 +199,11 @@ class Plain:
             losses.append(F.cross_entropy(logits[k, start : start + N].float(), emitted_BN[k]))
         return torch.stack(losses).mean()
 
-    def _decoder(self, rows: list[int]) -> torch.Tensor:
+    def _decoder(self, rows: list[int], found: dict[str, torch.Tensor]) -> torch.Tensor:
         from glmimg.diffusion import training_sigmas
         from glmimg.prompt import glyph_texts
         from glmimg.token_grid import patch_ids
 
-        found = self._encoded(rows)
         x0, ids = found["latents"].float(), found["tokens"].long()
         _, H, W = ids.shape
         words = [glyph_texts(self._caption(row)) for row in rows]

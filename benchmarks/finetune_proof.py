@@ -37,6 +37,7 @@ from PIL import Image
 
 from glmimg.atomic_write import atomic_file
 from glmimg.corpus import drawing
+from glmimg.corpus.captions import article
 from glmimg.corpus.packages import Package, fetch
 from glmimg.corpus.sheet import contact_sheet
 from glmimg.corpus.splits import is_held_out_concept
@@ -45,7 +46,7 @@ from glmimg.corpus.words import BACKGROUNDS, FIRST_THINGS
 from glmimg.errors import BadInput
 from glmimg.evaluation.concepts import CROP, Judge, crop, crops_of, thing_boxes
 from glmimg.evaluation.distance import frechet, nearest
-from glmimg.evaluation.prompts import make_prompts
+from glmimg.evaluation.prompts import FIRST_SEED, make_prompts
 from glmimg.image_io import save_png
 
 ICONS = Package(
@@ -74,6 +75,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--prior-weight", type=float, default=0.0, help="of the model's own pictures, against forgetting"
+    )
+    parser.add_argument("--prior-pictures", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=80, help="made for each row of the table")
     parser.add_argument("--draw-steps", type=int, default=None)
     arguments = parser.parse_args()
@@ -85,7 +90,7 @@ def main() -> None:
     for seed in arguments.seeds:
         out = work / f"seed-{seed}"
         missing = [name for name in CONDITIONS if not any((r["seed"], r["adapter on"]) == (seed, name) for r in rows)]
-        minutes = train(arguments, proof.data, out, seed, proof.trigger) if missing else 0.0
+        minutes = train(arguments, proof.data, bank, out, seed, proof.trigger) if missing else 0.0
         for name in missing:
             made, told = measure(arguments, proof, bank, judge, [out / stage for stage in CONDITIONS[name]], seed)
             for number, picture in enumerate(made[:SHOWN]):
@@ -119,7 +124,7 @@ def rows_before(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return list(told["rows"])
 
 
-def train(arguments: argparse.Namespace, data: Path, out: Path, seed: int, trigger: str) -> float:
+def train(arguments: argparse.Namespace, data: Path, bank: StickerBank, out: Path, seed: int, trigger: str) -> float:
     """Trains both stages, or goes on where that was stopped; minutes, encoding and all, on the clock."""
     from glmimg.pipelines.finetune import FineTunePipeline
 
@@ -135,6 +140,9 @@ def train(arguments: argparse.Namespace, data: Path, out: Path, seed: int, trigg
         "seed": seed,
         "held_out": 0.0,  # so few pictures are all needed
         "captions": {"trigger": trigger},
+        "prior_weight": arguments.prior_weight,
+        "prior_prompts": prior_prompts(bank, arguments.prior_pictures) if arguments.prior_weight else (),
+        "prior_count": arguments.prior_pictures,
     }
     pipeline = FineTunePipeline.from_pretrained(arguments.model, config=config)
 
@@ -146,6 +154,13 @@ def train(arguments: argparse.Namespace, data: Path, out: Path, seed: int, trigg
     steps = pipeline(data, out, resume=resume, callback=progress).seconds  # a stopped run took no less than this
     told.write_text(json.dumps(max(steps, time.monotonic() - began) / 60))
     return float(json.loads(told.read_text()))
+
+
+def prior_prompts(bank: StickerBank, count: int) -> tuple[str, ...]:
+    """What is not to be forgotten: prompts of the kind that is asked for afterwards, but none of those."""
+    records = make_prompts(bank, 16 * count, size=(SIDE, SIDE), first_seed=FIRST_SEED + 500_000, signs=False)
+    prompts = [record.prompt for record in records if record.part == "concepts" and record.subset == "seen"]
+    return tuple(prompts[:count])
 
 
 def measure(
@@ -265,19 +280,19 @@ class Subject:
             box = (left, top, left + side, top + side)
             drawing.paste_sticker(canvas, bank, rows[k % len(rows)], box, None, bool(k % 2))
             Image.fromarray(canvas.round().astype(np.uint8)).save(path)
-            path.with_suffix(".txt").write_text(f"a {SUBJECT} on a {colour} background\n")
+            path.with_suffix(".txt").write_text(f"a {SUBJECT} on {article(colour)} background\n")
         new = backgrounds[8:] or backgrounds
         scenes = [  # prompt, things in it, layout, which of them is the subject
-            ("a {s} on a {b} background", 1, "single", 0),
-            ("a small {s}, {b} background", 1, "single", 0),
-            ("a {s} to the left of a {o} on a {b} background", 2, "pair:left", 0),
-            ("a {o} above a {s} on a {b} background", 2, "pair:above", 1),
+            ("a {s} on {b} background", 1, "single", 0),
+            ("a small {s}, {c} background", 1, "single", 0),
+            ("a {s} to the left of {o} on {b} background", 2, "pair:left", 0),
+            ("{o} above a {s} on {b} background", 2, "pair:above", 1),
         ]
         self.scenes = [scenes[k % len(scenes)] for k in range(count)]
-        self.prompts = [
-            scene[0].format(s=SUBJECT, b=new[k % len(new)], o=FIRST_THINGS[k % len(FIRST_THINGS)])
-            for k, scene in enumerate(self.scenes)
-        ]
+        self.prompts = []
+        for k, scene in enumerate(self.scenes):
+            colour, other = new[k % len(new)], article(FIRST_THINGS[k % len(FIRST_THINGS)])
+            self.prompts.append(scene[0].format(s=SUBJECT, o=other, b=article(colour), c=colour))
 
     def judge(self, made: Sequence[np.ndarray]) -> dict[str, float]:
         boxes = [thing_boxes(picture, s[1], s[2])[s[3]] for picture, s in zip(made, self.scenes, strict=True)]

@@ -57,7 +57,8 @@ class GlyphEncoder:
         lengths_N = torch.tensor([len(string) for string in distinct], device=device)
         mask_NL = torch.arange(longest, device=device) < lengths_N[:, None]
         states_NLG = self.model(input_ids=ids_NL, attention_mask=mask_NL.long()).last_hidden_state
-        rows = [torch.cat([states_NLG[distinct[string], : len(string)] for string in strings]) for strings in ids]
-        states_BTG = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths_B = torch.tensor([len(row) for row in rows], device=device)
-        return states_BTG, torch.arange(states_BTG.shape[1], device=device) < lengths_B[:, None]
+        rows = [[distinct[string] * longest + at for string in strings for at in range(len(string))] for strings in ids]
+        most = max(map(len, rows))
+        where_BT = torch.tensor([[*row, *[0] * (most - len(row))] for row in rows], device=device)
+        mask_BT = torch.tensor([[k < len(row) for k in range(most)] for row in rows], device=device)
+        return states_NLG.flatten(0, 1)[where_BT] * mask_BT[..., None].to(states_NLG.dtype), mask_BT

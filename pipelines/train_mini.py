@@ -25,7 +25,7 @@ import torch
 from glmimg.corpus import stickers
 from glmimg.corpus.cache import EditCache, SceneCache, render, render_edits
 from glmimg.corpus.captions import caption
-from glmimg.corpus.mini import FIRST, OTHER_SIZES, PLAIN, SMOKE, TRAINED_ON, Scale
+from glmimg.corpus.mini import EVERYTHING, FIRST, LARGE, OTHER_SIZES, PLAIN, SMOKE, TRAINED_ON, Scale
 from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
@@ -55,11 +55,14 @@ class MiniTraining:
         threads: int,
         seed: int,
         start_from: Path | None = None,
+        device: str = "cpu",
+        workers: int = 0,
     ) -> None:
         if preset not in PRESETS:
             raise UnknownName.of("preset", preset, PRESETS)
         self.work, self.preset_name, self.preset, self.scale = work, preset, PRESETS[preset], scale
         self.minutes, self.threads, self.seed, self.start_from = minutes, threads, seed, start_from
+        self.device, self.workers = device, workers
 
     # Data
 
@@ -68,24 +71,19 @@ class MiniTraining:
         if not (folder / "bank.npy").exists():
             stickers.build(folder, self.work / "packages", concepts=self.scale.concepts)
         (folder / "ATTRIBUTION.md").write_text(attribution())
-        bank = self.bank
-        render(self.work / "scenes", bank, self.scale.scenes, seed=0, start=self.seen)
-        render(self.work / "scenes_held_out", bank, self.scale.held_out, seed=1, **PLAIN)
-        render(self.work / "scenes_cells", bank, min(300, self.scale.held_out), split="cells", seed=2)
+
+        def draw(name: str, count: int, **options: Any) -> None:
+            render(self.work / name, self.bank, count, workers=self.workers, **options)
+
+        draw("scenes", self.scale.scenes, seed=0, start=self.seen)
+        draw("scenes_held_out", self.scale.held_out, seed=1, **PLAIN)
+        draw("scenes_cells", min(300, self.scale.held_out), split="cells", seed=2)
         for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
-            render(
-                self.work / name,
-                bank,
-                self.scale.others,
-                seed=4 + k,
-                start=self.seen,
-                height=height,
-                width=width,
-                **PLAIN,
-            )
-        render(self.work / "scenes_common", bank, self.scale.common, seed=6, start=self.seen, **PLAIN)
-        render(self.work / "scenes_first", bank, self.scale.first, seed=9, start=self.seen, **FIRST)
-        render_edits(self.work / "edits", bank, self.scale.edits, seed=3, **PLAIN)
+            draw(name, self.scale.others, seed=4 + k, start=self.seen, height=height, width=width, **PLAIN)
+        draw("scenes_common", self.scale.common, seed=6, start=self.seen, **PLAIN)
+        draw("scenes_first", self.scale.first, seed=9, start=self.seen, **FIRST)
+        draw("scenes_plain", self.scale.plain, seed=10, start=self.seen, **EVERYTHING)
+        render_edits(self.work / "edits", self.bank, self.scale.edits, seed=3, workers=self.workers, **PLAIN)
 
     @property
     def seen(self) -> int:
@@ -128,13 +126,13 @@ class MiniTraining:
         models = build_models(self.preset, seed=self.seed)
         if self.start_from:
             self._load_checkpoint(models, self.start_from)
-            return models
+            return {name: module.to(self.device) for name, module in models.items()}
         start_autoencoder(models["vae"])
         start_generator(models["vision_language_encoder"])
         start_decoder(models["transformer"])
         tower = models["vision_language_encoder"].model.visual
         torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.02)
-        return models
+        return {name: module.to(self.device) for name, module in models.items()}
 
     def load(self, stage: str) -> None:
         """Put a finished stage's averaged weights into the models."""
@@ -188,7 +186,10 @@ class MiniTraining:
     # Stages
 
     def _run(self, stage: str, task: Task, config: TrainConfig) -> None:
-        run = Run(task, replace(config, seed=self.seed), self.work / stage)
+        if self.device != "cpu" and stage not in ("generator", "decoder"):
+            raise BadInput(f"stage {stage} trains on processors only: leave --device out for it")
+        config = recipes.on_device(replace(config, seed=self.seed), self.device, self.workers)
+        run = Run(task, config, self.work / stage)
         if run.resume():
             print(f"{stage}: resumed at step {run.step}", file=sys.stderr)
         elif self.start_from and stage in KEPT:
@@ -275,6 +276,7 @@ class MiniTraining:
         scale = self.scale
         counts = {"scenes_held_out": 64, "scenes": scale.latents}
         counts |= {"scenes_common": scale.common_latents, "scenes_first": scale.first_latents}
+        counts["scenes_plain"] = scale.plain_latents
         for name, cache in self.caches():
             if not (self.work / name / "encoded" / "latents.npy").exists():
                 encode_latents(self.work / name / "encoded", cache, vae, counts.get(name, len(cache)))
@@ -359,7 +361,7 @@ class MiniTraining:
         with atomic_folder(out) as folder:
             write_settings(folder, self.preset, self.bpe())
             for name, module in self.models.items():
-                torch.nn.Module.to(module, torch.bfloat16)
+                torch.nn.Module.to(module, "cpu", torch.bfloat16)
                 save_component(folder, name, module)
             (folder / "ATTRIBUTION.md").write_text(attribution())
             (folder / "training.json").write_text(
@@ -398,6 +400,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start-from", type=Path, help="continue the weights of this checkpoint folder")
     parser.add_argument("--preset", default="mini", choices=sorted(PRESETS))
     parser.add_argument("--smoke", action="store_true", help="a few concepts and scenes, to see that the chain works")
+    parser.add_argument("--large", action="store_true", help="as many scenes as suit an accelerator")
+    parser.add_argument("--device", default="cpu", help="where generator and decoder train: cpu, cuda, cuda:1, npu ...")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes and make batches")
     parser.add_argument("--latents", type=int, help="scenes of the first things with latents on disk (32 KB each)")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
@@ -407,10 +412,10 @@ def main(argv: list[str] | None = None) -> int:
         if stage not in STAGES:
             raise UnknownName.of("stage", stage, STAGES)
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
-    scale = SMOKE if a.smoke else Scale()
+    scale = SMOKE if a.smoke else LARGE if a.large else Scale()
     scale = replace(scale, first_latents=a.latents or scale.first_latents)
     processes = Processes.current()
-    training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from)
+    training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from, a.device, a.workers)
     for stage in wanted:
         if processes.main or stage in SHARES:  # the other stages are one process' work
             print(f"stage {stage}", file=sys.stderr, flush=True)

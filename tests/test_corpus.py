@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from glmimg.corpus.cache import render
+from glmimg.corpus.cache import render, render_edits
 from glmimg.corpus.captions import caption
 from glmimg.corpus.drawing import letter_cells
 from glmimg.corpus.scenes import _PALE, SceneSampler, draw
@@ -126,3 +126,12 @@ def test_render_resumes_and_refuses_other_settings(bank: StickerBank, tmp_path: 
     assert len(again) == 10 and np.array_equal(kept, again.picture(9))
     with pytest.raises(BadInput, match="other settings"):
         render(tmp_path / "a", bank, 10, seed=4, height=64, width=64)
+
+
+def test_processes_draw_what_one_draws(bank: StickerBank, tmp_path: Path) -> None:
+    one = render(tmp_path / "one", bank, 300, height=64, width=64)
+    two = render(tmp_path / "two", bank, 300, height=64, width=64, workers=2)
+    assert len(two) == 300 and np.array_equal(one.pictures, two.pictures)
+    pairs = [render_edits(tmp_path / f"{w}", bank, 260, height=64, width=64, workers=w) for w in (0, 2)]
+    assert np.array_equal(pairs[0].pictures, pairs[1].pictures) and pairs[0].pictures.any(axis=(1, 2, 3)).all()
+    assert render_edits(tmp_path / "2", bank, 260, height=64, width=64).edit(7) == pairs[0].edit(7)

@@ -139,6 +139,32 @@ def test_training_moves_the_adapter_alone(tiny_checkpoint: Path) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 7), (torch.bfloat16, 7), (torch.float32, 0)])
+def test_one_node_learns_what_autograd_does(
+    dtype: torch.dtype, rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = torch.Generator().manual_seed(0)
+    layer = LoraLinear(torch.nn.Linear(24, 40, bias=bias).to(dtype), 4, 6.0, generator=stream)
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=stream)
+    x_BRK, grad_BRN = (torch.randn(2, rows, width, generator=stream) for width in (24, 40))
+    found = []
+    for one_node in (True, False):
+        if not one_node:
+            monkeypatch.setattr(LoraLinear, "_takes_one_node", lambda self, x: False)
+        x = x_BRK.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer(x)
+        assert (type(y.grad_fn).__name__ == "_AdaptedBackward") == one_node
+        wanted = (x, layer.lora_A, layer.lora_B)
+        found.append((y, *torch.autograd.grad(y, wanted, grad_BRN.to(y.dtype))))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=4 * tolerance)
+
+
 def test_packed_layers_carry_adapters(tiny_checkpoint: Path) -> None:
     model = Checkpoint.open(tiny_checkpoint).generator()
     attention = model.model.language_model.layers[0].self_attn

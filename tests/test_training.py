@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from glmimg.training.decoder_task import CROPS, DecoderTask, _Places
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.generator_task import GeneratorTask, forward_states
 from glmimg.training.loop import Run, TrainConfig
+from glmimg.training.optimizer import Muon
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import TeacherTask
 from glmimg.training.tokenizer_task import TokenizerTask, token_targets
@@ -142,6 +144,7 @@ _TWO = """
 import json, sys, torch
 from pathlib import Path
 from glmimg.training.loop import Run, TrainConfig
+from glmimg.training.optimizer import Muon
 class Task:
     def __init__(self):
         torch.manual_seed(0)
@@ -184,6 +187,40 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     _, same_position, alone = train("alone", 8, 8)
     assert position == same_position
     assert torch.allclose(torch.tensor(mixed), torch.tensor(alone), atol=2e-3)
+
+
+def test_batches_made_by_processes_train_alike(tmp_path: Path, scenes: SceneCache) -> None:
+    weights = []
+    for workers in (0, 2):
+        task = AutoencoderTask(build_models(PRESETS["tiny"], seed=0)["vae"], scenes, scenes, crop=32)
+        Run(task, config(workers=workers), tmp_path / str(workers)).train()
+        weights.append(torch.cat([p.detach().flatten() for p in task.modules["vae"].parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_muon_is_torchs() -> None:
+    """One by one or together, also for matrices without a gradient, and from torch's state."""
+    torch.manual_seed(0)
+    ours, theirs = (
+        [torch.nn.Parameter(torch.randn(*s)) for s in ((64, 96), (96, 64), (64, 96), (48, 48))] for _ in range(2)
+    )
+    for p, q in zip(ours, theirs, strict=True):
+        q.data.copy_(p.data)
+    begun = [p.detach().clone() for p in ours]
+    settings: dict = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    mine, reference = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for step in range(4):
+        for k, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = torch.randn_like(p) if k or step != 1 else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        mine.step()
+        reference.step()
+        if step == 1:
+            mine.load_state_dict(copy.deepcopy(reference.state_dict()))  # else they share their momenta
+    for p, q, first in zip(
+        ours, theirs, begun, strict=True
+    ):  # the iteration is in bf16, which rounds otherwise in batches
+        assert (p - q).norm() < 0.01 * (q - first).norm()
 
 
 def test_tokenizer_moves_its_codebook_and_reports(scenes: SceneCache, tmp_path: Path, models: dict) -> None:

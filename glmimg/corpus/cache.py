@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ class SceneCache:
             bank, self.settings["split"], seed=self.settings["seed"], sizes=((size, 1.0),), **self.settings["options"]
         )
         self.pictures = np.load(self.directory / "pictures.npy", mmap_mode="r")
+        self._scenes: dict[int, Scene] = {}
 
     def __len__(self) -> int:
         """Rows that are complete."""
@@ -42,7 +46,14 @@ class SceneCache:
         return self.pictures[k]
 
     def scene(self, k: int) -> Scene:
-        return self.sampler.sample(self.settings["start"] + k)
+        if k not in self._scenes:  # training asks for each many times
+            self._scenes[k] = self.sampler.sample(self.settings["start"] + k)
+        return self._scenes[k]
+
+    def draw_rows(self, start: int, end: int) -> None:
+        pictures = np.lib.format.open_memmap(self.directory / "pictures.npy", mode="r+")
+        for k in range(start, end):
+            pictures[k] = draw(self.scene(k), self.bank)
 
 
 def render(
@@ -56,9 +67,13 @@ def render(
     height: int = 256,
     width: int = 256,
     report: float = 30.0,
+    workers: int = 0,
     **options: Any,
 ) -> SceneCache:
-    """Draw scenes start .. start+count into `directory`; an interrupted run goes on where it stopped."""
+    """Draw scenes start .. start+count into `directory`; an interrupted run goes on where it stopped.
+
+    workers: so many processes draw (0: this one).
+    """
     directory.mkdir(parents=True, exist_ok=True)
     settings = dict(split=split, seed=seed, start=start, height=height, width=width, count=count, options=options)
     file = directory / "settings.json"
@@ -71,18 +86,44 @@ def render(
         (directory / "done").write_text("0")
         file.write_text(json.dumps(settings))
     cache = SceneCache(directory, bank)
-    pictures = np.lib.format.open_memmap(directory / "pictures.npy", mode="r+")
     begun, first = time.monotonic(), len(cache)
     last = begun
-    for k in range(first, count):
-        pictures[k] = draw(cache.scene(k), bank)
-        if k % 256 == 255 or k == count - 1:
-            (directory / "done").write_text(str(k + 1))
-            if time.monotonic() - last > report:
-                last = time.monotonic()
-                left = (last - begun) / (k + 1 - first) * (count - k - 1)
-                print(f"scenes {k + 1}/{count}, {left:.0f} s left", flush=True)
+    for end in _draw_parts(SceneCache, directory, bank, first, count, workers):
+        (directory / "done").write_text(str(end))
+        if time.monotonic() - last > report:
+            last = time.monotonic()
+            left = (last - begun) / (end - first) * (count - end)
+            print(f"scenes {end}/{count}, {left:.0f} s left", flush=True)
     return cache
+
+
+def _draw_parts(
+    kind: type[SceneCache] | type[EditCache], directory: Path, bank: StickerBank, first: int, count: int, workers: int
+) -> Iterator[int]:
+    """Draws the rows from `first` to `count` part by part; tells after each how many are complete."""
+    parts = [(start, min(start + 256, count)) for start in range(first, count, 256)]
+    if workers < 2 or len(parts) < 2:
+        cache = kind(directory, bank)
+        for start, end in parts:
+            cache.draw_rows(start, end)
+            yield end
+        return
+    with ProcessPoolExecutor(
+        min(workers, len(parts)), get_context("spawn"), _open_in_worker, (kind, directory, bank.directory)
+    ) as pool:
+        for (_, end), _ in zip(parts, pool.map(_draw_in_worker, parts), strict=True):
+            yield end
+
+
+_opened: list[SceneCache | EditCache] = []  # of a worker: the cache that it draws
+
+
+def _open_in_worker(kind: type[SceneCache] | type[EditCache], directory: Path, bank: Path) -> None:
+    _opened.append(kind(directory, StickerBank(bank)))
+
+
+def _draw_in_worker(rows: tuple[int, int]) -> None:
+    _opened[0].draw_rows(*rows)
 
 
 class EditCache:
@@ -96,6 +137,7 @@ class EditCache:
             bank, self.settings["split"], seed=self.settings["seed"], sizes=((size, 1.0),), **self.settings["options"]
         )
         self.pictures = np.load(self.directory / "pictures.npy", mmap_mode="r")
+        self._edits: dict[int, Edit] = {}
 
     def __len__(self) -> int:
         """Pictures, two a pair."""
@@ -105,7 +147,15 @@ class EditCache:
         return self.pictures[k]
 
     def edit(self, k: int) -> Edit:
-        return self.sampler.sample(k)
+        if k not in self._edits:
+            self._edits[k] = self.sampler.sample(k)
+        return self._edits[k]
+
+    def draw_rows(self, start: int, end: int) -> None:
+        pictures = np.lib.format.open_memmap(self.directory / "pictures.npy", mode="r+")
+        for k in range(start, end):
+            edit = self.edit(k)
+            pictures[2 * k], pictures[2 * k + 1] = draw(edit.source, self.bank), draw(edit.target, self.bank)
 
 
 def render_edits(
@@ -117,20 +167,19 @@ def render_edits(
     seed: int = 0,
     height: int = 256,
     width: int = 256,
+    workers: int = 0,
     **options: Any,
 ) -> EditCache:
-    """Draw `count` edit pairs into `directory`; a folder that is there is used as it is."""
-    if not (directory / "settings.json").exists():
+    """Draw `count` edit pairs into `directory`; a folder that is finished is used as it is."""
+    if not (directory / "done").exists():
         directory.mkdir(parents=True, exist_ok=True)
-        sampler = EditSampler(bank, split, seed=seed, sizes=(((height, width), 1.0),), **options)
         shape = (2 * count, height, width, 3)
-        pictures = np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape)
-        for k in range(count):
-            edit = sampler.sample(k)
-            pictures[2 * k], pictures[2 * k + 1] = draw(edit.source, bank), draw(edit.target, bank)
-        pictures.flush()
+        np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
         settings = dict(split=split, seed=seed, height=height, width=width, options=options)
         (directory / "settings.json").write_text(json.dumps(settings))
+        for end in _draw_parts(EditCache, directory, bank, 0, count, workers):
+            done = end
+        (directory / "done").write_text(str(done))
     return EditCache(directory, bank)
 
 
@@ -143,9 +192,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--size", default="256x256", help="WIDTHxHEIGHT in pixels")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw (0: this one)")
     a = parser.parse_args()
     w, h = (int(v) for v in a.size.split("x"))
-    made = render(
-        a.directory, StickerBank(a.bank), a.count, split=a.split, seed=a.seed, start=a.start, height=h, width=w
-    )
+    bank, size = StickerBank(a.bank), {"height": h, "width": w}
+    made = render(a.directory, bank, a.count, split=a.split, seed=a.seed, start=a.start, workers=a.workers, **size)
     print(f"{len(made)} scenes in {a.directory}")

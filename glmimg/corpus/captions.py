@@ -43,7 +43,8 @@ def pick_language(rng: np.random.Generator) -> str:
     return str(rng.choice(list(LANGUAGE_WEIGHTS), p=list(LANGUAGE_WEIGHTS.values())))
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
+    """The noun with its "a" or "an"."""
     return ("an " if noun[:1] in "aeiou" else "a ") + noun
 
 
@@ -84,8 +85,8 @@ def _noun(
     style = styles[0] if rng.random() < 0.6 else styles[-1]
     if i == 0:
         if colour:
-            return f"{colour} {style} of {_article(name)}"
-        return f"{style} of {_article(name)}" if style == styles[0] else f"{style} {name}"
+            return f"{colour} {style} of {article(name)}"
+        return f"{style} of {article(name)}" if style == styles[0] else f"{style} {name}"
     if i == 3:
         return f"{name}的{colour}{style}" if colour else f"{style}{name}"
     joiner = {1: "de", 2: "de"}[i]
@@ -112,7 +113,7 @@ def caption(scene: Scene, bank: StickerBank, rng: np.random.Generator, language:
     kind, _, detail = scene.layout.partition(":")
     nouns = [_noun(t, bank, lang, rng, styled=styled, tagged=kind == "single") for t in things]
     if i == 0:
-        nouns_a = [_article(n) for n in nouns]
+        nouns_a = [article(n) for n in nouns]
     elif i == 3:
         nouns_a = [f"一个{n}" if rng.random() < 0.5 else n for n in nouns]
     else:
@@ -168,7 +169,7 @@ def _with_background(text: str, background: tuple[str, ...], i: int, rng: np.ran
         )[i]
     else:
         forms = (
-            (f"on {_article(names[0])} background", f"on {names[0]}", f"{names[0]} background"),
+            (f"on {article(names[0])} background", f"on {names[0]}", f"{names[0]} background"),
             (f"sobre fondo {names[0]}", f"fondo {names[0]}"),
             (f"em fundo {names[0]}", f"fundo {names[0]}"),
             (f"{names[0]}背景",),
@@ -178,4 +179,4 @@ def _with_background(text: str, background: tuple[str, ...], i: int, rng: np.ran
     return f"{text}{joiner}{ending}"
 
 
-__all__ = ["LANGUAGE_WEIGHTS", "caption", "pick_language"]
+__all__ = ["LANGUAGE_WEIGHTS", "article", "caption", "pick_language"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from glmimg.corpus.captions import _PLACE, _article, _noun, pick_language
+from glmimg.corpus.captions import _PLACE, _noun, article, pick_language
 from glmimg.corpus.scenes import Scene, SceneSampler, Thing, _distance, _square
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_shape
 from glmimg.corpus.stickers import STYLES, StickerBank
@@ -252,7 +252,7 @@ def instruction(edit: Edit, bank: StickerBank, rng: np.random.Generator, languag
         else:
             old, place = _bare(thing, bank, i, lang), _TO_PLACE[edit.target.layout.partition(":")[2]][i]
     if i == 0 and edit.kind in ("add", "replace"):
-        x = _article(x)
+        x = article(x)
     return form.format(x=x, old=old, place=place)
 
 

@@ -9,37 +9,41 @@ from glmimg.corpus.words import FIRST_THINGS
 
 # Beside the square pictures: (height, width) in pixels.
 OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
-TRAINED_ON = ("scenes", "scenes_common", "scenes_first", *OTHER_SIZES)
+TRAINED_ON = ("scenes", "scenes_plain", "scenes_common", "scenes_first", *OTHER_SIZES)
 # What a small model can learn by heart: mostly common things, alone in the middle of a light background, on whole
-# tokens (32 pixels), two styles of five in most of them, most words in one font and on patches. `scenes` and
+# tokens (32 pixels), two styles of five in most of them, short words, most in one font and on patches. `scenes` and
 # `scenes_cells` are of everything, anywhere.
 PLAIN: dict[str, Any] = {
-    "kinds": (0.66, 0.12, 0.22),
+    "kinds": (0.58, 0.2, 0.22),
     "common": 0.95,
     "grid": 32,
-    "single": 0.85,
-    "centre": 0.85,
-    "styles": {"3d": 4.0, "flat": 2.5, "cartoon": 1.2, "simple": 0.8, "silhouette": 0.8},
-    "pale": 0.85,
+    "single": 0.75,
+    "centre": 0.8,
+    "styles": {"3d": 3.0, "flat": 2.5, "cartoon": 1.5, "simple": 1.2, "silhouette": 1.2},
+    "pale": 0.7,
     "spaced": 0.9,
+    "longest": 6,
 }
-# Of fewer things still: most of what is trained on.
-FIRST = {**PLAIN, "names": FIRST_THINGS, "centre": 0.9, "styles": {**PLAIN["styles"], "3d": 5.0}}
+# Of fewer things still, and of all things as plainly.
+FIRST = {**PLAIN, "names": FIRST_THINGS}
+EVERYTHING = {**PLAIN, "common": 0.0}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much data a run draws: scenes of everything (VAE and tokenizer take all of them), of common things, of the
-    first things and of each other size; of how many of the first three tokens and latents are kept, and so how often
-    they are drawn; edit pairs; texts for the text tokenizer's merges.
+    """How much data a run draws: scenes of everything (VAE and tokenizer take all of them), everything shown plainly,
+    common things, the first things, and each other size; of how many of them tokens and latents are kept, and so how
+    often they are drawn; edit pairs; texts for the text tokenizer's merges.
     """
 
     scenes: int = 16_000
     tokens: int = 3_000
+    plain: int = 4_000
     common: int = 12_000
     first: int = 28_000
     others: int = 300
     latents: int = 400
+    plain_latents: int = 800
     common_latents: int = 1_600
     first_latents: int = 4_800
     edits: int = 2_000
@@ -48,12 +52,28 @@ class Scale:
     concepts: int = 0  # 0: all
 
 
+# As much as an accelerator trains on in minutes.
+LARGE = Scale(
+    scenes=4_000,
+    tokens=4_000,
+    plain=20_000,
+    common=18_000,
+    first=12_000,
+    others=3_000,
+    latents=2_000,
+    plain_latents=20_000,
+    common_latents=18_000,
+    first_latents=12_000,
+    edits=5_000,
+)
 SMOKE = Scale(
     scenes=128,
+    plain=64,
     common=64,
     first=64,
     others=16,
     latents=64,
+    plain_latents=64,
     common_latents=64,
     first_latents=64,
     edits=32,

@@ -97,7 +97,7 @@ class SceneSampler:
     single: share of the sticker scenes that show one alone; centre: share of things alone that lie in the middle.
     styles: how often each of `STYLES` is drawn, by name (others: 1). pale: share of the backgrounds that are drawn from
     white and the light colours only. spaced: share of the signs in Latin letters that have one font, black or white
-    letters and each of those in a cell of its own, on patches.
+    letters and each of those in a cell of its own, on patches. longest: letters of a Latin word, at most.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class SceneSampler:
         styles: Mapping[str, float] | None = None,
         pale: float = 0.5,
         spaced: float = 0.0,
+        longest: int = 10,
     ) -> None:
         if split not in SPLITS:
             raise UnknownName.of("split", split, SPLITS)
@@ -127,7 +128,8 @@ class SceneSampler:
         self.numbers = [single, *((1 - single) / 0.45 * p for p in (0.25, 0.1, 0.1))]
         self.kinds = {"words": (0.0, 0.0, 1.0), "shapes": (0.0, 1.0, 0.0)}.get(split, kinds)
         names = frozenset(names)
-        self.words = words or sign_words(bank.concepts.values(), held_out=split == "words")
+        words = words or sign_words(bank.concepts.values(), held_out=split == "words")
+        self.words = {lang: [w for w in some if lang == "zh" or len(w) <= longest] for lang, some in words.items()}
         rows: dict[str, list[int]] = {style: [] for style in STYLES}
         weights: dict[str, list[float]] = {style: [] for style in STYLES}
         often: dict[str, list[float]] = {style: [] for style in STYLES}

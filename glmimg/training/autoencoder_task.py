@@ -96,9 +96,9 @@ def _carry(conv: nn.Conv2d) -> None:
         conv.bias[:_CARRIED] = 0.0
 
 
-def to_pixels(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+def to_pixels(pictures: Sequence[np.ndarray], device: torch.device | str = "cpu") -> torch.Tensor:
     """uint8 (h, w, 3) pictures of one size -> float BCHW in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def _gradients(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +35,7 @@ from glmimg.diffusion import (
     velocity_target,
 )
 from glmimg.glyph_encoder import GlyphEncoder
-from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from
+from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from, moved
 
 _PIXELS_PER_TOKEN = 32
 _LATENTS_PER_TOKEN = 4
@@ -196,6 +197,8 @@ class DecoderTask:
         width = self.decoder.heads * self.decoder.head_dim
         self.where, self.spell = nn.Linear(width, 2 * (_ROWS + 2)), nn.Linear(width, _LETTERS + _PARTS)
         self.count = nn.Linear(int(transformer.config.text_embed_dim), 2 * _NUMBERS)
+        self.device = transformer.device
+        nn.ModuleList((self.where, self.spell, self.count)).to(self.device)
         self.where_weight, self.spell_weight = where, spell
         self.modules: Mapping[str, nn.Module] = {
             "transformer": transformer,
@@ -297,12 +300,17 @@ class DecoderTask:
     def _velocity_error(
         self, batch: DecoderBatch, ids_Bhw: torch.Tensor, words: list[list[str]], drop_B: torch.Tensor, seed: int
     ) -> torch.Tensor:
-        """Squared error of the predicted velocity per picture (B,)."""
+        """Squared error of the predicted velocity per picture (B,), all tensors on the decoder's device."""
         generator = torch.Generator().manual_seed(seed)
         x0 = batch.latents_BCHW
-        timesteps_B = training_timesteps(len(x0), generator, mean=self.time_mean)
+        timesteps_B = training_timesteps(len(x0), generator, mean=self.time_mean).to(self.device)
         sigmas_B = training_sigmas(timesteps_B, batch.patches, self.scheduler)
-        noise = torch.randn(x0.shape, generator=generator)
+        if self.device.type != "cpu":
+            with suppress(
+                RuntimeError
+            ):  # large batches would wait for a processor's noise; not every device has its own
+                generator = torch.Generator(self.device).manual_seed(seed)
+        noise = torch.randn(x0.shape, generator=generator, device=generator.device).to(self.device)
         states, mask = self.glyph_states = self.glyphs.encode(words)
         h, w = ids_Bhw.shape[1:]
         conditioning = self.decoder.condition(
@@ -320,7 +328,7 @@ class DecoderTask:
 
     def loss(
         self, batch: DecoderBatch, progress: float, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         ids = batch.ids_Bhw.clone()
         share = torch.from_numpy(rng.random(len(ids)) * 2 * self.token_noise * (rng.random(len(ids)) < 0.5))
@@ -330,18 +338,21 @@ class DecoderTask:
         # Guidance needs both halves empty together: a dropped prior comes without glyphs, and some glyphs go alone.
         silent = drop_B.numpy() | (rng.random(len(ids)) < self.drop)
         words = [[] if quiet else word for word, quiet in zip(batch.words, silent, strict=True)]
-        error = self._velocity_error(batch, ids, words, drop_B, int(rng.integers(2**62))).mean()
-        lost, right = self._where(batch.ids_Bhw.shape[1:])
-        told = {"velocity": float(error.detach()), "where": right}
-        loss = error + self.where_weight * lost
+        seen_B2P = None
         if batch.letters_B2P is not None:
             seen_B2P = batch.letters_B2P.where(torch.from_numpy(~silent)[:, None, None], -1)
-            if (seen_B2P[:, 0] >= 0).any():
-                unspelt, told["letters"] = self._spell(seen_B2P)
-                loss = loss + self.spell_weight * (unspelt + self._count(words))
+            seen_B2P = seen_B2P.to(self.device) if (seen_B2P[:, 0] >= 0).any() else None
+        ids, drop_B = ids.to(self.device), drop_B.to(self.device)
+        error = self._velocity_error(moved(batch, self.device), ids, words, drop_B, int(rng.integers(2**62))).mean()
+        lost, right = self._where(batch.ids_Bhw.shape[1:])
+        told = {"velocity": error.detach(), "where": right}
+        loss = error + self.where_weight * lost
+        if seen_B2P is not None:
+            unspelt, told["letters"] = self._spell(seen_B2P)
+            loss = loss + self.spell_weight * (unspelt + self._count(words))
         return loss, told
 
-    def _spell(self, letters_B2P: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def _spell(self, letters_B2P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of reading off a patch's state, half way up, which letter it shows and which part of it, times
         the share of pictures with letters; and the share of letters read right. Errors of pixels alone teach where
         the quoted word's letters go only slowly."""
@@ -350,7 +361,7 @@ class DecoderTask:
         letters_N, parts_N = letters_B2P[:, 0][shown_BP], letters_B2P[:, 1][shown_BP]
         lost = nn.functional.cross_entropy(logits_N[:, :_LETTERS], letters_N)
         lost = lost + nn.functional.cross_entropy(logits_N[:, _LETTERS:], parts_N)
-        right = float((logits_N[:, :_LETTERS].argmax(-1) == letters_N).float().mean())
+        right = (logits_N[:, :_LETTERS].argmax(-1) == letters_N).float().mean()
         return lost * shown_BP.any(1).float().mean(), right
 
     def _count(self, words: list[list[str]]) -> torch.Tensor:
@@ -358,41 +369,42 @@ class DecoderTask:
         share of pictures with one word. Patches find their letter by its place, which glyphs learn slowly otherwise."""
         alone = [b for b, texts in enumerate(words) if len(texts) == 1]
         if not alone:
-            return torch.zeros(())
+            return torch.zeros((), device=self.device)
         lengths = [len(words[b][0].encode()) for b in alone]
-        states_NG = torch.cat([self.glyph_states[0][b, :n] for b, n in zip(alone, lengths, strict=True)])
-        logits_N2n = self.count(states_NG.to(self.count.weight.dtype)).float().unflatten(-1, (2, _NUMBERS))
         before_N = torch.cat([torch.arange(n) for n in lengths])
         after_N = torch.cat([torch.arange(n).flip(0) for n in lengths])
-        places_N2 = torch.stack([before_N, after_N], -1).clamp(max=_NUMBERS - 1)
+        whose_N = torch.repeat_interleave(torch.tensor(alone), torch.tensor(lengths))
+        states_NG = self.glyph_states[0][whose_N.to(self.device), before_N.to(self.device)]
+        logits_N2n = self.count(states_NG.to(self.count.weight.dtype)).float().unflatten(-1, (2, _NUMBERS))
+        places_N2 = torch.stack([before_N, after_N], -1).clamp(max=_NUMBERS - 1).to(self.device)
         lost = nn.functional.cross_entropy(logits_N2n.flatten(0, 1), places_N2.flatten())
         return lost * len(alone) / len(words)
 
-    def _where(self, tokens: Sequence[int]) -> tuple[torch.Tensor, float]:
+    def _where(self, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of reading each patch's row and column, and whether they are odd (which half of its token it
         is), off its state; and the share of rows and columns read right."""
         grid, states_BPD = [2 * n for n in tokens], self.decoder.states_BPD[self.watched]
         logits_BP2n = self.where(states_BPD.to(self.where.weight.dtype)).float().unflatten(-1, (2, -1))
         which, odd = logits_BP2n[..., :_ROWS], logits_BP2n[..., _ROWS:]
         places_P2 = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).flatten(0, 1)
-        places_BP2 = places_P2.expand(len(logits_BP2n), -1, 2)
+        places_BP2 = places_P2.to(self.device).expand(len(logits_BP2n), -1, 2)
         lost = nn.functional.cross_entropy(which.flatten(0, 2), places_BP2.flatten())
         lost = lost + nn.functional.cross_entropy(odd.flatten(0, 2), places_BP2.flatten() % 2)
-        return lost, float((which.argmax(-1) == places_BP2).float().mean())
+        return lost, (which.argmax(-1) == places_BP2).float().mean()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        batch = self._read(self.held_out, [(k, 0, 0) for k in range(48)], self.held_out.target)
-        keep = torch.zeros(48, dtype=torch.bool)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        batch = moved(self._read(self.held_out, [(k, 0, 0) for k in range(48)], self.held_out.target), self.device)
+        keep = torch.zeros(48, dtype=torch.bool, device=self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
             error = self._velocity_error(batch, batch.ids_Bhw, batch.words, keep, 0)
-        said = torch.tensor([bool(w) for w in batch.words])
+        said = torch.tensor([bool(w) for w in batch.words], device=self.device)
         out = {"loss": float(error.mean()), "loss_words": float(error[said].mean())}
         if self.edits:
             rows = np.arange(self.edits.trained, len(self.edits.tokens))
-            edits = self._read_edits(self.edits, rows, np.random.default_rng(0))
-            keep = torch.zeros(len(rows), dtype=torch.bool)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            edits = moved(self._read_edits(self.edits, rows, np.random.default_rng(0)), self.device)
+            keep = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 out["edit_loss"] = float(self._velocity_error(edits, edits.ids_Bhw, edits.words, keep, 0).mean())
                 alone = replace(edits, reference_BCHW=None)
                 out["edit_loss_alone"] = float(self._velocity_error(alone, edits.ids_Bhw, edits.words, keep, 0).mean())
@@ -406,10 +418,10 @@ class DecoderTask:
         h, w = ids_Bhw.shape[1:]
         size = (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN)
         generators = [torch.Generator().manual_seed(seed + k) for k in range(len(ids_Bhw))]
-        noise = noise_like((16, h * _LATENTS_PER_TOKEN, w * _LATENTS_PER_TOKEN), generators)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        noise = noise_like((16, h * _LATENTS_PER_TOKEN, w * _LATENTS_PER_TOKEN), generators).to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
             states, mask = self.glyphs.encode(words)
-            ids = upsample_ids(ids_Bhw)
+            ids = upsample_ids(ids_Bhw.to(self.device))
             told = self.decoder.condition(ids, states, mask, size=size)
             empty, empty_mask = self.glyphs.encode([[]] * len(ids))
             untold = self.decoder.condition(ids, empty, empty_mask, size=size, drop_prior=True)
@@ -434,4 +446,4 @@ class DecoderTask:
 
 def to_uint8(pixels_CHW: torch.Tensor) -> np.ndarray:
     """[-1, 1] -> (h, w, 3) uint8."""
-    return ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +57,12 @@ class EncodedScenes:
         return self.preview[0] * self.preview[1]
 
 
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch (a dataclass) with its tensors on the device."""
+    tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)}
+    return replace(batch, **{name: value.to(device) for name, value in tensors.items()})
+
+
 def draw_from(sources: Sequence[EncodedScenes], rng: np.random.Generator, *, latents: bool = False) -> EncodedScenes:
     """One of the sources (each of one picture size), as often as it has scenes, or scenes with latents."""
     counts = np.array([len(s.tokens if s.latents is None or not latents else s.latents) for s in sources], dtype=float)
@@ -72,7 +80,7 @@ def encode_tokens(
     n, begun = min(count or len(cache), len(cache)), time.monotonic()
     rows = np.empty((n, preview[0] * preview[1] + target[0] * target[1]), dtype=np.int16)
     for start in range(0, n, 64):
-        pixels = to_pixels([cache.picture(k) for k in range(start, min(start + 64, n))])
+        pixels = to_pixels([cache.picture(k) for k in range(start, min(start + 64, n))], tokenizer.visual.device)
         with torch.autocast(tokenizer.visual.device.type, dtype=torch.bfloat16):
             small, large = tokenizer.tokenize(pixels, preview), tokenizer.tokenize(pixels)
         rows[start : start + 64] = torch.cat([small.flatten(1), large.flatten(1)], 1).to(torch.int16).cpu().numpy()
@@ -94,11 +102,13 @@ def encode_latents(
     height, width = cache.settings["height"] // vae.factor, cache.settings["width"] // vae.factor
     out = np.empty((count, 16, height, width), dtype=np.float16)
     begun, done = time.monotonic(), 0
-    for start in range(0, count, 16):
-        pixels = to_pixels([cache.picture(k) for k in range(start, min(start + 16, count))])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            part = vae.encode(pixels.contiguous(memory_format=torch.channels_last))
-        out[start : start + len(part)] = part.to(torch.float16).numpy()
+    device = vae.vae.device
+    size, layout = (16, torch.channels_last) if device.type == "cpu" else (128, torch.contiguous_format)
+    for start in range(0, count, size):
+        pixels = to_pixels([cache.picture(k) for k in range(start, min(start + size, count))], device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            part = vae.encode(pixels.contiguous(memory_format=layout))
+        out[start : start + len(part)] = part.to(torch.float16).cpu().numpy()
         done = start + len(part)
         if start % 1600 == 0:
             print(f"latents {done}/{count}, {time.monotonic() - begun:.0f} s", flush=True)

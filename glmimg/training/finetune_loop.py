@@ -85,7 +85,11 @@ class FineTuneLoop:
         self.order = BatchOrder(train, config.batch_size, config.seed)
         self.prior_order = None if prior is None else BatchOrder(prior, config.batch_size, config.seed + 1)
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=config.rate, betas=config.betas, weight_decay=config.weight_decay
+            list(self.parameters.values()),
+            lr=config.rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True if backend.device.type == "cpu" else None,  # torch itself chooses a fast way elsewhere only
         )
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema else {}
         self.step, self.saved, self.seconds = 0, -1, 0.0
@@ -220,7 +224,7 @@ class FineTuneLoop:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             processes.average([p.grad for p in self.parameters.values() if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip, foreach=True)
         return processes.mean(total), float(norm)
 
     def apply(self, rate: float) -> None:

@@ -23,7 +23,7 @@ from glmimg.corpus.captions import caption
 from glmimg.corpus.edits import instruction
 from glmimg.positions import rotary_tables, span_positions
 from glmimg.prompt import Prompt, PromptBuilder
-from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from
+from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from, moved
 from glmimg.training.layers import causal_attention, rms_norm
 
 
@@ -120,6 +120,7 @@ class GeneratorTask:
         self.model, self.builder, self.train, self.held_out = model, builder, train, held_out
         self.preview_weight, self.drop, self.noise, self.seed, self.paint = preview_weight, drop, noise, seed, paint
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
+        self.device = model.device
         config = model.config
         self.codes, self.end = int(config.vq_config.num_embeddings), int(config.image_end_token_id)
         self.modules: Mapping[str, nn.Module] = {"language_model": model.model.language_model, "lm_head": model.lm_head}
@@ -178,24 +179,25 @@ class GeneratorTask:
 
     def _losses(self, batch: GeneratorBatch) -> torch.Tensor:
         """Cross-entropy (B, N) in nats of every emitted token and the end."""
+        batch = moved(batch, self.device)
         states_BTD = forward_states(self.model.model.language_model, batch.ids_BT, batch.positions_3BT)
         B, N = batch.labels_BN.shape
-        where = batch.first_B[:, None] + torch.arange(N)
-        emitted_BND = states_BTD[torch.arange(B)[:, None], where]
+        where = batch.first_B[:, None] + torch.arange(N, device=self.device)
+        emitted_BND = states_BTD[torch.arange(B, device=self.device)[:, None], where]
         logits = self.model.lm_head(emitted_BND).float()
         return F.cross_entropy(logits.flatten(0, 1), batch.labels_BN.flatten(), reduction="none").view(B, N)
 
     def loss(
         self, batch: GeneratorBatch, progress: float, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses_BN = self._losses(batch)
         p = batch.previews
-        weights_N = torch.ones(losses_BN.shape[1])
+        weights_N = torch.ones(losses_BN.shape[1], device=self.device)
         weights_N[:p] = self.preview_weight
         loss = (losses_BN * weights_N).sum() / (weights_N.sum() * len(losses_BN))
         means = losses_BN.detach().mean(0)
-        target = float(means[p:-1].mean())
-        return loss, {"preview": float(means[:p].mean()), "target": target} if p else {"edit": target}
+        target = means[p:-1].mean()
+        return loss, {"preview": means[:p].mean(), "target": target} if p else {"edit": target}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -203,14 +205,14 @@ class GeneratorTask:
         out = {}
         for name, shuffled in (("", False), ("shuffled_", True)):
             batch = self._read(self.held_out, rows, np.random.default_rng(0), shuffled=shuffled)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 bits = self._losses(batch).mean(0) / np.log(2)
             out[f"{name}preview_bits"] = float(bits[:p].mean())
             out[f"{name}target_bits"] = float(bits[p:-1].mean())
         if self.edits:
             rows = np.arange(self.edits.trained, len(self.edits.tokens))
             batch = self._read_edits(self.edits, rows, np.random.default_rng(0))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 out["edit_bits"] = float(self._losses(batch)[:, :-1].mean() / np.log(2))
         return out
 

@@ -6,14 +6,15 @@ whole state is written to one file by temporary name and rename, so that a kille
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glmimg.errors import BadInput
 from glmimg.training.optimizer import Optimizers
@@ -34,7 +36,8 @@ class TrainConfig:
 
     steps: optimizer steps in all (0: bounded by `minutes` alone). minutes: wall-clock bound over all resumptions (0:
     bounded by steps alone); the decay follows whichever ends the run. decay: the last part of the run, in which the
-    learning rate falls linearly to zero. ema: decay of the moving average (0: none). save_minutes, sheet_minutes,
+    learning rate falls linearly to zero. ema: decay of the moving average (0: none). workers: processes that make
+    batches (0: a thread of this one, which is enough beside training on processors). save_minutes, sheet_minutes,
     evaluate_minutes: how often state, sample sheet and held-out loss are written.
     """
 
@@ -51,6 +54,7 @@ class TrainConfig:
     muon: bool = True
     seed: int = 0
     threads: int = 0
+    workers: int = 0
     device: str = "cpu"
     autocast: bool = True
     save_minutes: float = 10.0
@@ -66,7 +70,8 @@ class TrainConfig:
 
 class Task(Protocol):
     """What is trained. `position` counts the samples drawn so far and decides the batch; all randomness of a loss comes
-    from the run's own generator, whose state is saved with the run."""
+    from the run's own generator, whose state is saved with the run. A loss moves its batch to the modules' device; what
+    it tells beside the loss may stay there as scalars."""
 
     modules: Mapping[str, nn.Module]
 
@@ -74,7 +79,7 @@ class Task(Protocol):
 
     def loss(
         self, batch: Any, progress: float, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, float]]: ...
+    ) -> tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]: ...
 
     def evaluate(self) -> dict[str, float]: ...
 
@@ -171,9 +176,8 @@ class Run:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for name, module in self.modules.items():
-                for key, value in module.state_dict().items():
-                    if value.is_floating_point():
-                        self.ema[name][key].lerp_(value, 1 - decay)
+                values = {key: v for key, v in module.state_dict().items() if v.is_floating_point()}
+                torch._foreach_lerp_([self.ema[name][key] for key in values], list(values.values()), 1 - decay)
 
     def _log(self, row: dict[str, Any]) -> None:
         if not self.processes.main:
@@ -215,16 +219,14 @@ class Run:
             module.train()
         begun = last = last_log = last_sheet = last_evaluation = time.monotonic()
         last_save = self.elapsed  # the first process' clock: all must save at the same step
-        sums: dict[str, list[float]] = {}  # what each step told; not every batch tells everything
+        sums: dict[str, list[float | torch.Tensor]] = {}  # what each step told; not every batch tells everything
         counted = 0
         autocast = torch.autocast(c.device.split(":")[0], dtype=torch.bfloat16, enabled=c.autocast)
-        with ThreadPoolExecutor(1) as pool:
-            mine, all_of_them = self.processes.rank * c.batch_size, self.processes.count * c.batch_size
-            ahead: Future[Any] = pool.submit(self.task.batch, self.position + mine, c.batch_size)
+        mine, all_of_them = self.processes.rank * c.batch_size, self.processes.count * c.batch_size
+        with _batches(self.task, c, self.position + mine, all_of_them) as batches:
             while self.progress() < 1 and self.processes.first(time.monotonic() - begun) / 60 < until_minutes:
-                batch = ahead.result()
+                batch = next(batches)
                 self.position += all_of_them
-                ahead = pool.submit(self.task.batch, self.position + mine, c.batch_size)
                 self.optimizers.scale_learning_rate(self.learning_rate_factor())
                 with autocast:
                     loss, metrics = self.task.loss(batch, self.progress(), self.generator)
@@ -243,7 +245,7 @@ class Run:
                 self.step += 1
                 if c.ema:
                     self._update_ema()
-                for key, value in {"loss": float(loss.detach()), **metrics}.items():
+                for key, value in {"loss": loss.detach(), **metrics}.items():
                     sums.setdefault(key, []).append(value)
                 counted += 1
                 now = time.monotonic()
@@ -251,7 +253,7 @@ class Run:
                 last = now
                 if now - last_log > 20:
                     rate = counted * all_of_them / (now - last_log)
-                    self._log({**{k: sum(v) / len(v) for k, v in sums.items()}, "per_s": rate})
+                    self._log({**{k: float(sum(v)) / len(v) for k, v in sums.items()}, "per_s": rate})
                     sums, counted, last_log = {}, 0, now
                 if self.elapsed - last_save > c.save_minutes * 60:
                     self.save()
@@ -263,6 +265,51 @@ class Run:
                     last_sheet = last_evaluation if sheet else last_sheet
         self.save()
         self._report(sheet=True)
+
+
+@contextmanager
+def _batches(task: Task, config: TrainConfig, start: int, stride: int) -> Iterator[Iterator[Any]]:
+    """The batches of positions start, start + stride, ..., made ahead by a thread or by `config.workers` processes."""
+    positions = itertools.count(start, stride)
+    if config.workers:
+        # Forked: the workers share what the task holds in memory, and use nothing of it that lies on a device.
+        loader: DataLoader[Any] = DataLoader(
+            _ByPosition(task, config.batch_size),
+            batch_size=None,
+            sampler=_Endless(positions),
+            num_workers=config.workers,
+            prefetch_factor=4,
+            multiprocessing_context="fork",
+        )
+        yield iter(loader)
+        return
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def ahead() -> Iterator[Any]:
+            coming = pool.submit(task.batch, next(positions), config.batch_size)
+            while True:
+                batch = coming.result()
+                coming = pool.submit(task.batch, next(positions), config.batch_size)
+                yield batch
+
+        yield ahead()
+
+
+class _ByPosition(Dataset[Any]):
+    def __init__(self, task: Task, size: int) -> None:
+        self.task, self.size = task, size
+
+    def __getitem__(self, position: int) -> Any:
+        return self.task.batch(position, self.size)
+
+
+class _Endless(Sampler[int]):
+    def __init__(self, positions: Iterator[int]) -> None:
+        self.positions = positions
+
+    def __iter__(self) -> Iterator[int]:
+        return self.positions
 
 
 def _board(directory: Path) -> Any:

@@ -19,6 +19,36 @@ from glmimg.lora import Adapter, Low, row_lengths, target_names
 __all__ = ["LoraLinear", "attach", "detach"]
 
 
+class _Adapted(torch.autograd.Function):
+    """x W^T + bias + scale (x A^T) B^T with W frozen, in the dtype of W.
+
+    Autograd would make some twenty nodes of it, which on small models take longer than the products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_rK: Tensor, b_Nr: Tensor, scale: float
+    ) -> Tensor:
+        dtype = weight_NK.dtype
+        x_RK, a_rK, b_Nr = x.to(dtype).flatten(0, -2), a_rK.to(dtype), b_Nr.mul(scale).to(dtype)
+        y_RN = F.linear(x_RK, weight_NK, bias_N)
+        inner_Rr = x_RK @ a_rK.T
+        ctx.save_for_backward(x_RK, inner_Rr, weight_NK, a_rK, b_Nr)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y_RN.addmm_(inner_Rr, b_Nr.T).view(*x.shape[:-1], y_RN.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x_RK, inner_Rr, weight_NK, a_rK, b_Nr = ctx.saved_tensors
+        grad_RN = grad.flatten(0, -2)
+        grad_inner_Rr = grad_RN @ b_Nr
+        grad_a_rK, grad_b_Nr = (grad_inner_Rr.T @ x_RK).float(), (grad_RN.T @ inner_Rr).float().mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_RN @ weight_NK).addmm_(grad_inner_Rr, a_rK).view(ctx.shape)
+        return grad_x, None, None, grad_a_rK, grad_b_Nr, None
+
+
 class LoraLinear(nn.Module):
     """Stands where a linear layer, plain or packed, stood; that layer no longer learns. Starts as no change at all.
 
@@ -56,6 +86,9 @@ class LoraLinear(nn.Module):
         return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._takes_one_node(x):
+            base = self.base_layer
+            return _Adapted.apply(x, base.weight, base.bias, self.lora_A, self.lora_B, self.scale)
         y = self.base_layer(x)
         shown = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if not torch.is_autocast_enabled(x.device.type):
@@ -67,6 +100,13 @@ class LoraLinear(nn.Module):
         gain_N = self.magnitude / row_lengths(self.base_layer.weight, self.low)
         change = F.linear(inner_Rr, self.lora_B).view_as(y)
         return (y - bias + change).mul(gain_N).to(y.dtype) + bias
+
+    def _takes_one_node(self, x: Tensor) -> bool:
+        """Whether base and change are products of one dtype: a plain layer, its change neither scaled nor thinned."""
+        base, kind = self.base_layer, x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.lora_A.dtype
+        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter and base.weight.dtype == dtype
+        return plain and self.magnitude is None and not (self.dropout and self.training)
 
 
 def attach(

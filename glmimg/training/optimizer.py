@@ -6,6 +6,7 @@ orthogonal is a third of a training step on processors: of several processes eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,42 @@ def split_parameters(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], 
     return matrices, rest
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon with all matrices of one shape made orthogonal together: one by one they are most of the launches of
+    a step, and accelerators wait for each. Same state, same result up to rounding."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, members in shapes.items():
+                grads = [p.grad for p in members if p.grad is not None]
+                for p in members:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum_buffer"] for p in members]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                ahead_NRC = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
+                steps = _orthogonal(ahead_NRC, group["ns_coefficients"], group["ns_steps"]).to(ahead_NRC.dtype)
+                torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(members, list(steps), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def _orthogonal(x_NRC: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """Newton and Schulz' iteration towards the nearest orthogonal matrices, in bf16 as published for Muon."""
+    a, b, c = coefficients
+    tall = x_NRC.shape[1] > x_NRC.shape[2]
+    x_NRC = (x_NRC.mT if tall else x_NRC).bfloat16()
+    x_NRC = x_NRC / torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram_NRR = x_NRC @ x_NRC.mT
+        x_NRC = torch.baddbmm(x_NRC, torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c), x_NRC, beta=a)
+    return x_NRC.mT if tall else x_NRC
+
+
 class Optimizers:
     """The two optimizers behind one step; `state_dict` round-trips both, whatever the number of processes.
 
@@ -58,7 +95,7 @@ class Optimizers:
         self.members: list[torch.optim.Optimizer] = []
         if matrices:
             self.members.append(
-                torch.optim.Muon(
+                Muon(
                     self._share(self.matrices, processes.rank),
                     lr=learning_rate,
                     weight_decay=weight_decay,

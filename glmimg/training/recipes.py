@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from glmimg.training.loop import TrainConfig
 
 
@@ -70,4 +72,20 @@ def decoder(minutes: float, threads: int = 0) -> TrainConfig:
         weight_decay=0.01,
         ema=0.998,
         threads=threads,
+    )
+
+
+def on_device(config: TrainConfig, device: str, workers: int) -> TrainConfig:
+    """The recipe on a device: accelerators, idle at a processor's batches, get larger ones and longer steps."""
+    if device == "cpu":
+        return replace(config, workers=workers)
+    return replace(
+        config,
+        device=device,
+        workers=workers,
+        batch_size=32 * config.batch_size,
+        learning_rate=2 * config.learning_rate,
+        save_minutes=1.0,
+        sheet_minutes=2.0,
+        evaluate_minutes=2.0,
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from glmimg.corpus.stickers import StickerBank
+
 HERE = Path(__file__).parent
 CASES = re.findall(r'^    "(\w+)": \w+,$', (HERE / "run_on_npu.py").read_text(), flags=re.MULTILINE)
 
@@ -39,3 +41,14 @@ def test_on_simulated_npu(case: str, library: str, tiny_checkpoint: Path) -> Non
 
 def test_all_cases_are_found() -> None:
     assert len(CASES) >= 5
+
+
+def test_trainers_on_simulated_npu(bank: StickerBank, library: str, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, HERE / "train_on_npu.py", bank.directory, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(HERE), "SIMULATED_NPU": library},
+    )
+    assert run.returncode == 0 and "train_on_npu passed" in run.stdout, run.stderr[-4000:]

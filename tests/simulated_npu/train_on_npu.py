@@ -1,0 +1,66 @@
+"""The embedded model's trainers with their models on the simulated device: train_on_npu.py BANK WORK."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch_npu  # noqa: F401 - registers the device
+
+from glmimg.autoencoder import Autoencoder
+from glmimg.corpus.cache import render, render_edits
+from glmimg.corpus.stickers import StickerBank
+from glmimg.presets import PRESETS
+from glmimg.prompt import PromptBuilder
+from glmimg.semantic_tokenizer import SemanticTokenizer
+from glmimg.training.decoder_task import DecoderTask
+from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
+from glmimg.training.generator_task import GeneratorTask
+from glmimg.training.loop import Run, TrainConfig
+from glmimg.weights_tools.init import build_models, train_bpe
+
+TINY = PRESETS["tiny"]
+
+
+def main() -> None:
+    bank, work = StickerBank(Path(sys.argv[1])), Path(sys.argv[2])
+    scenes = render(work / "scenes", bank, 200, seed=3, spaced=1.0, kinds=(0.3, 0.1, 0.6))
+    pairs = render_edits(work / "edits", bank, 16)
+    found = {device: losses(device, work, scenes, pairs) for device in ("cpu", "npu")}
+    for name in found["cpu"]:
+        on_cpu, on_npu = (torch.tensor([float(v) for v in found[device][name]]) for device in ("cpu", "npu"))
+        torch.testing.assert_close(on_npu, on_cpu, atol=2e-3, rtol=2e-3, msg=lambda told, name=name: f"{name}: {told}")
+    print("train_on_npu passed")
+
+
+def losses(device: str, work: Path, scenes, pairs) -> dict[str, list[float]]:  # type: ignore[no-untyped-def]
+    """Losses of the first batches of both trainers, and of a step of training."""
+    models = {name: module.to(device) for name, module in build_models(TINY, seed=0).items()}
+    tokenizer, vae = SemanticTokenizer.of(models["vision_language_encoder"]), Autoencoder(models["vae"])
+    if device == "cpu":  # tokens of the other device may differ where two codes are equally near
+        for name, cache in (("s", scenes), ("e", pairs)):
+            encode_tokens(work / name, cache, tokenizer, 1)
+            encode_latents(work / name, cache, vae, 64)
+    else:
+        encode_latents(work / "again", scenes, vae, 8)
+    data, edits = EncodedScenes(work / "s", scenes), EncodedEdits(work / "e", pairs)
+    builder = PromptBuilder(train_bpe(["a fox"], TINY), TINY["vision_language_encoder"])
+    generator = GeneratorTask(models["vision_language_encoder"], builder, [data], data, edits=edits)
+    torch.manual_seed(0)  # the decoder's readers start at random
+    decoder = DecoderTask(
+        models["transformer"], models["text_encoder"], vae, [data], data, TINY["scheduler"], edits=edits
+    )  # fmt: skip
+    out: dict[str, list[float]] = {}
+    for name, task in (("generator", generator), ("decoder", decoder)):
+        out[name] = []
+        for k in range(0, 24, 4):
+            out[name].append(float(task.loss(task.batch(k, 4), 0.0, torch.Generator().manual_seed(k))[0].detach()))
+        config = TrainConfig(1e-3, 4, steps=3, warmup=1, autocast=False, device=device, ema=0.9)
+        Run(task, config, work / f"{name}-{device}").train()
+        out[name] += [float(task.loss(task.batch(99, 4), 0.0, torch.Generator().manual_seed(9))[0].detach())]
+    return out
+
+
+if __name__ == "__main__":
+    main()
