@@ -1,4 +1,4 @@
-"""Rounds bf16 weights to fewer digits, so that archives and repositories pack them to half their size.
+"""Rounds bf16 weights to fewer digits, so that archives and repositories pack them smaller.
 
     python -m glmimg.weights_tools.rounding CHECKPOINT --digits 5 [--keep model.visual model.vqmodel]
 
