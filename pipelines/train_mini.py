@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glmimg.backends import pick_backend
 from glmimg.corpus import stickers
 from glmimg.corpus.cache import EditCache, SceneCache, render, render_edits
 from glmimg.corpus.captions import caption
@@ -39,6 +40,8 @@ from glmimg.training.record import checkpoint_record, chunks_record
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
+# What trains on processors whatever the device.
+ON_PROCESSORS = ("autoencoder", "teacher", "tokenizer")
 # What ends up in the checkpoint.
 KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
 
@@ -126,12 +129,12 @@ class MiniTraining:
         models = build_models(self.preset, seed=self.seed)
         if self.start_from:
             self._load_checkpoint(models, self.start_from)
-            return {name: module.to(self.device) for name, module in models.items()}
-        start_autoencoder(models["vae"])
-        start_generator(models["vision_language_encoder"])
-        start_decoder(models["transformer"])
-        tower = models["vision_language_encoder"].model.visual
-        torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.02)
+        else:
+            start_autoencoder(models["vae"])
+            start_generator(models["vision_language_encoder"])
+            start_decoder(models["transformer"])
+            tower = models["vision_language_encoder"].model.visual
+            torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.02)
         return {name: module.to(self.device) for name, module in models.items()}
 
     def load(self, stage: str) -> None:
@@ -141,7 +144,7 @@ class MiniTraining:
             if self.start_from:
                 return  # the checkpoint's weights stand for this stage
             raise BadInput(f"{file} is missing: run stage '{stage}' first, or continue a checkpoint with --start-from")
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location="cpu")
         values = state["ema"] or state["modules"]
         for name, module in self._parts(stage).items():
             module.load_state_dict(values[name])
@@ -186,8 +189,6 @@ class MiniTraining:
     # Stages
 
     def _run(self, stage: str, task: Task, config: TrainConfig) -> None:
-        if self.device != "cpu" and stage not in ("generator", "decoder"):
-            raise BadInput(f"stage {stage} trains on processors only: leave --device out for it")
         config = recipes.on_device(replace(config, seed=self.seed), self.device, self.workers)
         run = Run(task, config, self.work / stage)
         if run.resume():
@@ -237,7 +238,7 @@ class MiniTraining:
             print("tokenizer: no teacher in the work folder, going on without", file=sys.stderr)
             return None
         teacher = TeacherTask(self.bank, self.crops).teacher
-        teacher.load_state_dict(torch.load(file, weights_only=True)["modules"]["teacher"])
+        teacher.load_state_dict(torch.load(file, weights_only=True, map_location="cpu")["modules"]["teacher"])
         return teacher
 
     def tokenizer(self) -> None:
@@ -408,14 +409,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
     wanted = [stage for stage in a.stages.split(",") if stage]
+    device = str(pick_backend(a.device).device)
     for stage in wanted:
         if stage not in STAGES:
             raise UnknownName.of("stage", stage, STAGES)
+        if device != "cpu" and stage in ON_PROCESSORS:
+            raise BadInput(
+                f"stage {stage} trains on processors only: run it without --device, the others with --stages"
+            )
+    processes = Processes.current(cpu=device == "cpu")
+    if device != "cpu" and processes.count > 1:
+        raise BadInput(f"--device {device} with {processes.count} processes: several share processors only")
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
     scale = SMOKE if a.smoke else LARGE if a.large else Scale()
     scale = replace(scale, first_latents=a.latents or scale.first_latents)
-    processes = Processes.current()
-    training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from, a.device, a.workers)
+    training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from, device, a.workers)
     for stage in wanted:
         if processes.main or stage in SHARES:  # the other stages are one process' work
             print(f"stage {stage}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,18 +17,23 @@ from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.cache import SceneCache, render, render_edits
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept
 from glmimg.corpus.stickers import StickerBank
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, UnknownName
 from glmimg.pipelines.train_mini import MiniTraining, Scale
+from glmimg.pipelines.train_mini import main as train_mini
 from glmimg.presets import PRESETS
 from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.training.autoencoder_task import AutoencoderTask, measure_latents
 from glmimg.training.autoencoder_task import start_from_scratch as start_autoencoder
-from glmimg.training.decoder_task import CROPS, DecoderTask, _Places
+from glmimg.training.crops import CROPS, Places
+from glmimg.training.decoder_task import DecoderTask
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.generator_task import GeneratorTask, forward_states
 from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.optimizer import Muon
+from glmimg.training.processes import Processes
+from glmimg.training.recipes import decoder as decoder_recipe
+from glmimg.training.recipes import on_device
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import TeacherTask
 from glmimg.training.tokenizer_task import TokenizerTask, token_targets
@@ -145,6 +151,9 @@ import json, sys, torch
 from pathlib import Path
 from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.optimizer import Muon
+from glmimg.training.processes import Processes
+from glmimg.training.recipes import decoder as decoder_recipe
+from glmimg.training.recipes import on_device
 class Task:
     def __init__(self):
         torch.manual_seed(0)
@@ -196,6 +205,23 @@ def test_batches_made_by_processes_train_alike(tmp_path: Path, scenes: SceneCach
         Run(task, config(workers=workers), tmp_path / str(workers)).train()
         weights.append(torch.cat([p.detach().flatten() for p in task.modules["vae"].parameters()]))
     assert torch.equal(*weights)
+
+
+def test_stages_that_need_a_processor_refuse_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before anything is drawn."""
+    arguments = ["--work", str(tmp_path / "work"), "--smoke", "--device"]
+    with pytest.raises(UnknownName, match="abacus"):
+        train_mini([*arguments, "abacus"])
+    monkeypatch.setattr("glmimg.pipelines.train_mini.pick_backend", lambda name: SimpleNamespace(device=name))
+    with pytest.raises(BadInput, match="stage autoencoder trains on processors only"):
+        train_mini([*arguments, "npu"])
+    monkeypatch.setattr(Processes, "current", lambda cpu=None: Processes(0, 2))
+    with pytest.raises(BadInput, match="2 processes"):
+        train_mini([*arguments, "npu", "--stages", "decoder"])
+    assert not (tmp_path / "work").exists()
+    on_npu = on_device(decoder_recipe(1.0), "npu", 3)
+    assert (on_npu.device, on_npu.workers, on_npu.batch_size) == ("npu", 3, 32 * decoder_recipe(1.0).batch_size)
+    assert on_device(decoder_recipe(1.0), "cpu", 0) == decoder_recipe(1.0)
 
 
 def test_muon_is_torchs() -> None:
@@ -338,7 +364,7 @@ def test_crops_hold_their_thing_whole(tmp_path: Path, bank: StickerBank, models:
     scenes = render(tmp_path / "s", bank, 24, seed=2)
     encode_tokens(tmp_path / "e", scenes, SemanticTokenizer.of(models["vision_language_encoder"]), 1, 24)
     encode_latents(tmp_path / "e", scenes, Autoencoder(models["vae"]), 24)
-    places = _Places(EncodedScenes(tmp_path / "e", scenes), CROPS)
+    places = Places(EncodedScenes(tmp_path / "e", scenes), CROPS)
     assert sum(len(rows) for rows in places.things.values()) == sum(len(scenes.scene(k).things) for k in range(24))
     rng = np.random.default_rng(0)
     for shape in set(places.things) & set(CROPS):

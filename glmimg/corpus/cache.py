@@ -177,9 +177,9 @@ def render_edits(
         np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
         settings = dict(split=split, seed=seed, height=height, width=width, options=options)
         (directory / "settings.json").write_text(json.dumps(settings))
-        for end in _draw_parts(EditCache, directory, bank, 0, count, workers):
-            done = end
-        (directory / "done").write_text(str(done))
+        for _ in _draw_parts(EditCache, directory, bank, 0, count, workers):
+            pass
+        (directory / "done").write_text(str(count))
     return EditCache(directory, bank)
 
 

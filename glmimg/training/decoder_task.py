@@ -9,9 +9,7 @@ Legend: B batch, C latent channels, P patches, h x w tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,21 +33,20 @@ from glmimg.diffusion import (
     velocity_target,
 )
 from glmimg.glyph_encoder import GlyphEncoder
+from glmimg.training.crops import CROPS, PIXELS_PER_TOKEN, Places
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from, moved
 
-_PIXELS_PER_TOKEN = 32
 _LATENTS_PER_TOKEN = 4
 _ROWS = 40  # of patches, at most
 _NUMBERS = 16  # of letters before and after one in its word, at most
 _LETTERS, _PARTS = 256, 10  # code points, and which patch of its letter: 4 x 2 of a large one or 2 of a small one
-CROPS = ((4, 4), (4, 6), (6, 4), (6, 6), (4, 8))  # rows, columns in tokens; what fits in none takes the whole picture
 
 
 @dataclass
 class DecoderBatch:
     """One batch of crops of equal size. `patches` counts the whole picture's, which sets the noise shift; the reference
     of an edit is cropped as its target is. `letters_B2P`: of each patch the letter that it shows and the part of it, -1
-    for none."""
+    for none. `noise_BCHW`: None draws it with the levels."""
 
     latents_BCHW: torch.Tensor
     ids_Bhw: torch.Tensor
@@ -60,6 +57,7 @@ class DecoderBatch:
     reference_BCHW: torch.Tensor | None = None
     reference_ids_Bhw: torch.Tensor | None = None
     letters_B2P: torch.Tensor | None = None
+    noise_BCHW: torch.Tensor | None = None
 
 
 def letters(scene: Scene) -> np.ndarray:
@@ -108,46 +106,6 @@ class WatchedDecoder(Decoder):
         return x_BPD, text_BTD
 
 
-class _Places:
-    """Where each thing of some scenes lies: for every crop shape the things that it is the smallest to hold."""
-
-    def __init__(self, data: EncodedScenes, crops: Sequence[tuple[int, int]]) -> None:
-        h, w = self.whole = data.target
-        shapes = sorted((s for s in crops if s[0] <= h and s[1] <= w and s != data.target), key=lambda s: s[0] * s[1])
-        found: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {s: [] for s in (*shapes, self.whole)}
-        words: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {s: [] for s in found}
-        for k in range(len(data.latents) if data.latents is not None else 0):
-            for thing in data.cache.scene(k).things:
-                left, top = (v // _PIXELS_PER_TOKEN for v in thing.box[:2])
-                right, bottom = (-(-v // _PIXELS_PER_TOKEN) for v in thing.box[2:])
-                fits = (s for s in shapes if bottom - top <= s[0] and right - left <= s[1])
-                shape = next(fits, self.whole)
-                found[shape].append((k, top, left, min(bottom, h), min(right, w)))
-                if thing.spaced:
-                    words[shape].append(found[shape][-1])
-        self.things = {shape: np.array(rows, dtype=np.int32) for shape, rows in found.items() if rows}
-        self.words = {shape: np.array(rows, dtype=np.int32) for shape, rows in words.items() if rows}
-        # Large things are fewer in a batch: in between equal work for every shape and equal chances for every thing.
-        weights = [len(rows) * math.sqrt(h * w) for (h, w), rows in self.things.items()]
-        self.chances = [weight / sum(weights) for weight in weights]
-
-    def draw_shape(self, rng: np.random.Generator) -> tuple[int, int]:
-        """A shape, the oftener the more things there are of it."""
-        return list(self.things)[int(rng.choice(len(self.chances), p=self.chances))] if self.chances else self.whole
-
-    def draw(
-        self, shape: tuple[int, int], count: int, rng: np.random.Generator, *, words: bool = False
-    ) -> list[tuple[int, int, int]]:
-        """(scene, top, left) of `count` crops, each somewhere around its thing, or its word in spaced letters."""
-        rows = (self.words if words else self.things)[shape]
-        rows = rows[rng.integers(len(rows), size=count)]
-        ends, starts = rows[:, 3:], rows[:, 1:3]
-        low = np.maximum(ends - shape, 0)
-        high = np.maximum(np.minimum(starts, np.array(self.whole) - shape), low)
-        corners = rng.integers(low, high + 1)
-        return [(int(k), int(top), int(left)) for k, (top, left) in zip(rows[:, 0], corners, strict=True)]
-
-
 class DecoderTask:
     """See `glmimg.training.loop.Task`.
 
@@ -191,7 +149,7 @@ class DecoderTask:
         self.train, self.held_out, self.scheduler = train, held_out, scheduler
         self.whole, self.time_mean, self.token_noise, self.drop, self.seed = whole, time_mean, token_noise, drop, seed
         self.trade, self.word_share = trade, word_share
-        self.places = [_Places(data, crops) for data in train]
+        self.places = [Places(data, crops) for data in train]
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
         width = self.decoder.heads * self.decoder.head_dim
@@ -210,6 +168,12 @@ class DecoderTask:
 
     def batch(self, position: int, size: int) -> DecoderBatch:
         rng = np.random.default_rng((self.seed, position))
+        batch = self._draw(rng, size)
+        # Here, since batches are made ahead: an accelerator would wait for a processor's noise.
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        return replace(batch, noise_BCHW=torch.randn(batch.latents_BCHW.shape, generator=generator))
+
+    def _draw(self, rng: np.random.Generator, size: int) -> DecoderBatch:
         if self.edits and rng.random() < self.edit_share:
             return self._read_edits(self.edits, rng.integers(self.edits.trained, size=max(1, size // 2)), rng)
         data = draw_from(self.train, rng, latents=True)
@@ -244,8 +208,8 @@ class DecoderTask:
             if rng is not None:
                 grid = self._traded(grid, scene, rng)
             ids.append(grid[top : top + side_h, left : left + side_w])
-            corner = (top * _PIXELS_PER_TOKEN, left * _PIXELS_PER_TOKEN)
-            edges = (corner[0] + side_h * _PIXELS_PER_TOKEN, corner[1] + side_w * _PIXELS_PER_TOKEN)
+            corner = (top * PIXELS_PER_TOKEN, left * PIXELS_PER_TOKEN)
+            edges = (corner[0] + side_h * PIXELS_PER_TOKEN, corner[1] + side_w * PIXELS_PER_TOKEN)
             words.append([t.word for t in scene.things if t.word and _meets(t.box, corner, edges)])
             crops.append(corner)
             shown.append(letters(scene)[:, 2 * top : 2 * (top + side_h), 2 * left : 2 * (left + side_w)])
@@ -253,7 +217,7 @@ class DecoderTask:
             torch.from_numpy(np.stack(latents)).float(),
             torch.from_numpy(np.stack(ids).astype(np.int64)),
             words,
-            (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN),
+            (h * PIXELS_PER_TOKEN, w * PIXELS_PER_TOKEN),
             torch.tensor(crops, dtype=torch.float32),
             4 * h * w,
             letters_B2P=torch.from_numpy(np.stack(shown)).flatten(2),
@@ -265,9 +229,9 @@ class DecoderTask:
             if thing.spaced and rng.random() < self.trade:
                 cells = letter_cells(thing.sign, thing.word, thing.box)
                 (left, top, *_), (*_, right, bottom) = cells[0], cells[-1]
-                columns = np.arange(left // _PIXELS_PER_TOKEN, -(-right // _PIXELS_PER_TOKEN))
+                columns = np.arange(left // PIXELS_PER_TOKEN, -(-right // PIXELS_PER_TOKEN))
                 grid_hw = grid_hw.copy()
-                for row in range(top // _PIXELS_PER_TOKEN, -(-bottom // _PIXELS_PER_TOKEN)):
+                for row in range(top // PIXELS_PER_TOKEN, -(-bottom // PIXELS_PER_TOKEN)):
                     grid_hw[row, columns] = grid_hw[row, rng.permutation(columns)]
         return grid_hw
 
@@ -281,8 +245,8 @@ class DecoderTask:
             latents[:, 1],
             ids[:, 1],
             [[t.word for t in data.cache.edit(int(k)).target.things if t.word] for k in rows],
-            (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN),
-            torch.tensor([[top, left]]).mul(_PIXELS_PER_TOKEN).float().expand(len(rows), 2),
+            (h * PIXELS_PER_TOKEN, w * PIXELS_PER_TOKEN),
+            torch.tensor([[top, left]]).mul(PIXELS_PER_TOKEN).float().expand(len(rows), 2),
             4 * h * w,
             latents[:, 0],
             ids[:, 0],
@@ -305,12 +269,9 @@ class DecoderTask:
         x0 = batch.latents_BCHW
         timesteps_B = training_timesteps(len(x0), generator, mean=self.time_mean).to(self.device)
         sigmas_B = training_sigmas(timesteps_B, batch.patches, self.scheduler)
-        if self.device.type != "cpu":
-            with suppress(
-                RuntimeError
-            ):  # large batches would wait for a processor's noise; not every device has its own
-                generator = torch.Generator(self.device).manual_seed(seed)
-        noise = torch.randn(x0.shape, generator=generator, device=generator.device).to(self.device)
+        noise = batch.noise_BCHW
+        if noise is None:
+            noise = torch.randn(x0.shape, generator=generator).to(self.device)
         states, mask = self.glyph_states = self.glyphs.encode(words)
         h, w = ids_Bhw.shape[1:]
         conditioning = self.decoder.condition(
@@ -416,7 +377,7 @@ class DecoderTask:
     ) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] decoded from given tokens."""
         h, w = ids_Bhw.shape[1:]
-        size = (h * _PIXELS_PER_TOKEN, w * _PIXELS_PER_TOKEN)
+        size = (h * PIXELS_PER_TOKEN, w * PIXELS_PER_TOKEN)
         generators = [torch.Generator().manual_seed(seed + k) for k in range(len(ids_Bhw))]
         noise = noise_like((16, h * _LATENTS_PER_TOKEN, w * _LATENTS_PER_TOKEN), generators).to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):

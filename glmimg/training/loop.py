@@ -138,13 +138,15 @@ class Run:
         file = self.directory / "state.pt"
         if not file.exists():
             return False
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location="cpu")  # it may come from another device
         if not self.optimizers.fit(state["optimizers"]):
             raise BadInput(f"{file} is of a run that trained other parameters: move it aside, start from its weights")
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         if state["ema"] is not None:
-            self.ema = state["ema"]
+            for name, values in self.ema.items():
+                for key, value in values.items():
+                    value.copy_(state["ema"][name][key])
         self.optimizers.load_state_dict(state["optimizers"])
         self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
         self.generator.set_state(state["rng"])
@@ -265,6 +267,7 @@ class Run:
                     last_sheet = last_evaluation if sheet else last_sheet
         self.save()
         self._report(sheet=True)
+        self.processes.wait()  # one that leaves while another is still at work may be aborted
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ from torch import Tensor
 __all__ = ["Processes"]
 
 PATIENCE = timedelta(days=1)  # the first process may draw pictures for hours while the others wait; launchers end all
+
+
+def _disconnect() -> None:
+    """The connection's threads, left running, now and then abort a process at its end."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Processes:
 
         # On processors accelerate must be told so: it would not connect the processes.
         state = PartialState(cpu=not torch.accelerator.is_available() if cpu is None else cpu, timeout=PATIENCE)
+        atexit.unregister(_disconnect)  # once, however often this is asked
+        atexit.register(_disconnect)
         return cls(int(state.process_index), int(state.num_processes))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,7 +58,11 @@ def losses(device: str, work: Path, scenes, pairs) -> dict[str, list[float]]:  #
         for k in range(0, 24, 4):
             out[name].append(float(task.loss(task.batch(k, 4), 0.0, torch.Generator().manual_seed(k))[0].detach()))
         config = TrainConfig(1e-3, 4, steps=3, warmup=1, autocast=False, device=device, ema=0.9)
-        Run(task, config, work / f"{name}-{device}").train()
+        Run(task, replace(config, steps=2), work / f"{name}-{device}").train()
+        run = Run(task, config, work / f"{name}-{device}")  # a state comes back to the device, averages too
+        assert run.resume() and run.step == 2
+        run.train()
+        assert all(v.device.type == device for values in run.ema.values() for v in values.values())
         out[name] += [float(task.loss(task.batch(99, 4), 0.0, torch.Generator().manual_seed(9))[0].detach())]
     return out
 
