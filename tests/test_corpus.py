@@ -99,6 +99,24 @@ def test_spaced_letters_lie_on_patches_and_their_tokens_trade_places(bank: Stick
         assert (traded == grid).all()
 
 
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (96, 160), (128, 128), (144, 144), (160, 96), (256, 96)])
+def test_spaced_signs_fit_small_scenes(bank: StickerBank, size: tuple[int, int]) -> None:
+    """Things above only where there is room, and spaced letters only where they fit on their sign."""
+    sampler = SceneSampler(bank, kinds=(0.0, 0.0, 1.0), spaced=1.0, sizes=((size, 1.0),))
+    scenes = [sampler.sample(index) for index in range(60)]
+    for scene in scenes:
+        assert draw(scene, bank).shape == (*size, 3)
+        for thing in scene.things:
+            left, top, right, bottom = thing.box
+            if thing.spaced or min(size) > 64:
+                assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0], thing
+            for cell in letter_cells(thing.sign, thing.word, thing.box) if thing.spaced else ():
+                assert left <= cell[0] < cell[2] <= right and top <= cell[1] < cell[3] <= bottom
+    spaced = [scene for scene in scenes if scene.things[-1].spaced]
+    assert bool(spaced) == (min(size) >= 64)
+    assert any(scene.layout == "pair:above" for scene in spaced) == (size[0] >= 144)
+
+
 def test_captions_name_the_background_and_the_words(bank: StickerBank) -> None:
     sampler, said, words = SceneSampler(bank, seed=1), 0, 0
     for index in range(200):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from glmimg.corpus import drawing
+from glmimg.corpus.drawing import letter_cells
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept, is_held_out_relation, is_held_out_shape
 from glmimg.corpus.stickers import STYLES, StickerBank
 from glmimg.corpus.words import BACKGROUNDS, COLOURS, COMMON_THINGS, SHAPES, SIGNS, sign_words
@@ -250,7 +251,9 @@ class SceneSampler:
         ink = str(rng.choice([c for c in colours if _distance(COLOURS[c][0], COLOURS[board][0]) > 260]))
         beside = self.split == "train" and rng.random() < 0.3
         if language != "zh" and self.spaced and rng.random() < self.spaced:
-            return self._spaced_sign(rng, height, width, beside, sign=sign, word=word, language=language)
+            scene = self._spaced_sign(rng, height, width, beside, sign=sign, word=word, language=language)
+            if scene:
+                return scene
         wide = sign in ("sign", "banner", "bubble")
         w = int(width * rng.uniform(0.78, 0.95)) if wide else int(min(width, height) * rng.uniform(0.7, 0.92))
         h = int(w * rng.uniform(0.42, 0.6)) if wide else w
@@ -282,10 +285,12 @@ class SceneSampler:
 
     def _spaced_sign(
         self, rng: np.random.Generator, height: int, width: int, beside: bool, *, sign: str, word: str, language: str
-    ) -> Scene:
-        """A sign whose letters lie on patches; a thing above it if `beside`."""
+    ) -> Scene | None:
+        """A sign whose letters lie on patches; a thing above it if `beside` and there is room. None if the letters do
+        not fit on the sign."""
         board = str(rng.choice(["white", *COLOURS]))
         ink = max("black", "white", key=lambda c: _distance(COLOURS[c][0], COLOURS[board][0]))
+        beside = beside and height >= 96 + 16 + 32  # the sign, its margin and the smallest thing
         if beside:
             sign = "sign"
         w = {"mug": 192}.get(sign, 224)
@@ -296,11 +301,15 @@ class SceneSampler:
             top = height - h - 16
         elif sign in ("sign", "bubble", "banner"):
             top = top // 32 * 32 + 32 * int(rng.integers(-1 if h == 128 else 0, 2))
+            top = min(max(top, 0), height - h)
         box = (left, top, left + w, top + h)
+        cells = letter_cells(sign, word, box)
+        if cells[0][0] < left or cells[-1][2] > left + w or cells[0][1] < top or cells[0][3] > top + h:
+            return None
         written = Thing("sign", box, sign=sign, word=word, language=language, font=self._spaced_font, spaced=True)
         things = [replace(written, colour=board, ink=ink)]
         if beside:
-            side = min(128, top // 32 * 32)
+            side = min(128, top // 32 * 32, width // 32 * 32)
             x = (width - side) // 2
             things = [replace(self._pick(rng, self._style(rng)), box=(x, 0, x + side, side)), *things]
         layout = "pair:above" if beside else "single:centre"
