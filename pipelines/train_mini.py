@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,23 +25,23 @@ import torch
 from glmimg.backends import pick_backend
 from glmimg.corpus import stickers
 from glmimg.corpus.cache import EditCache, SceneCache, render, render_edits
-from glmimg.corpus.captions import caption
+from glmimg.corpus.manifest import write_manifest
 from glmimg.corpus.mini import EVERYTHING, FIRST, LARGE, OTHER_SIZES, PLAIN, SMOKE, TRAINED_ON, Scale
 from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput, UnknownName
+from glmimg.pipelines.starting import spell_codes, start_models
 from glmimg.presets import PRESETS, Preset
 from glmimg.training import recipes
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
+from glmimg.training.folder import FolderCache
 from glmimg.training.loop import Run, Task, TrainConfig
 from glmimg.training.processes import Processes
 from glmimg.training.record import checkpoint_record, chunks_record
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
-# What trains on processors whatever the device.
-ON_PROCESSORS = ("autoencoder", "teacher", "tokenizer")
 # What ends up in the checkpoint.
 KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
 
@@ -97,14 +97,23 @@ class MiniTraining:
     def bank(self) -> StickerBank:
         return StickerBank(self.work / "corpus")
 
-    def scenes(self, name: str = "scenes") -> SceneCache:
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """What generator and decoder are trained on, one name for each size or kind."""
+        return TRAINED_ON
+
+    def scenes(self, name: str = "scenes") -> SceneCache | FolderCache:
         return SceneCache(self.work / name, self.bank)
 
-    def caches(self) -> list[tuple[str, SceneCache | EditCache]]:
+    def looked_at(self) -> list[SceneCache | FolderCache]:
+        """What VAE and tokenizer are trained on."""
+        return [self.scenes()]
+
+    def caches(self) -> list[tuple[str, SceneCache | EditCache | FolderCache]]:
         """What is encoded: what is rendered."""
-        found: list[tuple[str, SceneCache | EditCache]] = [
+        found: list[tuple[str, SceneCache | EditCache | FolderCache]] = [
             (name, self.scenes(name))
-            for name in ("scenes_held_out", *TRAINED_ON)
+            for name in ("scenes_held_out", *self.trained_on)
             if (self.work / name / "settings.json").exists()
         ]
         if (self.work / "edits" / "settings.json").exists():
@@ -121,20 +130,7 @@ class MiniTraining:
 
     @cached_property
     def models(self) -> dict[str, Any]:
-        from glmimg.training.autoencoder_task import start_from_scratch as start_autoencoder
-        from glmimg.training.decoder_task import start_from_scratch as start_decoder
-        from glmimg.training.generator_task import start_from_scratch as start_generator
-        from glmimg.weights_tools.init import build_models
-
-        models = build_models(self.preset, seed=self.seed)
-        if self.start_from:
-            self._load_checkpoint(models, self.start_from)
-        else:
-            start_autoencoder(models["vae"])
-            start_generator(models["vision_language_encoder"])
-            start_decoder(models["transformer"])
-            tower = models["vision_language_encoder"].model.visual
-            torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.02)
+        models = start_models(self.preset, self.seed, self.start_from)
         return {name: module.to(self.device) for name, module in models.items()}
 
     def load(self, stage: str) -> None:
@@ -151,25 +147,6 @@ class MiniTraining:
         if stage == "autoencoder":
             self._measure_latents()
 
-    @staticmethod
-    def _load_checkpoint(models: dict[str, Any], folder: Path) -> None:
-        """A checkpoint's weights as fp32 masters, and its measured latents."""
-        from glmimg.checkpoint import Checkpoint
-
-        checkpoint = Checkpoint.open(folder)
-        for name, module in models.items():
-            weights = checkpoint.weights[name]
-            state = weights.load(weights.infos, device="cpu", dtype=torch.float32)
-            missing, unexpected = module.load_state_dict(state, strict=False)
-            if unexpected or set(missing) - {"encoder.embed_tokens.weight"}:  # T5's second name for one tensor
-                raise BadInput(
-                    f"{folder} does not fit preset {name}: missing {missing[:3]}, unexpected {unexpected[:3]}"
-                )
-        config = checkpoint.config("vae")
-        models["vae"].register_to_config(
-            latents_mean=config["latents_mean"], latents_std=config["latents_std"], force_upcast=False
-        )
-
     def _parts(self, stage: str) -> dict[str, Any]:
         model = self.models["vision_language_encoder"]
         return {
@@ -183,8 +160,12 @@ class MiniTraining:
         from glmimg.training.autoencoder_task import measure_latents
 
         vae = self.models["vae"].eval()
-        mean, std = measure_latents(vae, self.scenes("scenes_held_out"), n=min(128, self.scale.held_out))
+        mean, std = measure_latents(vae, self.measured_on(), n=128)
         vae.register_to_config(latents_mean=mean, latents_std=std, force_upcast=False)
+
+    def measured_on(self) -> SceneCache | FolderCache:
+        """Whose latents set latents_mean and latents_std."""
+        return self.scenes("scenes_held_out")
 
     # Stages
 
@@ -206,14 +187,15 @@ class MiniTraining:
         from glmimg.training.autoencoder_task import AutoencoderTask
 
         # Latents on disk came from this encoder, and a decoder may have learnt them: it must stay as it is.
-        latents = self.work / "scenes" / "encoded" / "latents.npy"
-        frozen = latents.exists()
+        latents = [self.work / name / "encoded" / "latents.npy" for name in self.trained_on]
+        frozen = any(file.exists() for file in latents)
         if frozen and not self.start_from:
             raise BadInput(
-                f"{latents} came from a trained VAE: give a checkpoint with that VAE as --start-from ("
+                f"{latents[0]} came from a trained VAE: give a checkpoint with that VAE as --start-from ("
                 "folder's state aside) to train what turns latents into pixels, or delete the latents to train it whole"
             )
-        task = AutoencoderTask(self.models["vae"], self.scenes(), self.scenes("scenes_held_out"), freeze_encoder=frozen)
+        held_out = self.scenes("scenes_held_out")
+        task = AutoencoderTask(self.models["vae"], self.looked_at(), held_out, freeze_encoder=frozen)
         self._run("autoencoder", task, recipes.autoencoder(self.minutes["autoencoder"], self.threads))
 
     @cached_property
@@ -226,7 +208,7 @@ class MiniTraining:
         from glmimg.training.teacher_task import TeacherTask
 
         # The teacher's own seed: it shares neither batches nor first weights with anything else.
-        task = TeacherTask(self.bank, self.crops, seed=self.seed + 11)
+        task = TeacherTask(self.bank, self.crops, seed=self.seed + 11, device=self.device)
         self._run("teacher", task, recipes.teacher(self.minutes["teacher"], self.threads))
 
     def _trained_teacher(self) -> Any:
@@ -246,14 +228,19 @@ class MiniTraining:
 
         task = TokenizerTask(
             self.semantic_tokenizer,
-            self.scenes(),
+            self.looked_at(),
             self.scenes("scenes_held_out"),
-            self.scenes("scenes_cells"),
-            self.crops,
-            self._trained_teacher(),
             preview=self.preset["generation"]["preview_side"],
+            **self.tokenizer_data(),
         )
         self._run("tokenizer", task, recipes.tokenizer(self.minutes["tokenizer"], self.threads))
+
+    def tokenizer_data(self) -> dict[str, Any]:
+        """What the tokenizer learns from beside whole pictures."""
+        from glmimg.training.tokenizer_task import Names
+
+        cells, teacher = self.scenes("scenes_cells"), self._trained_teacher()
+        return {"cells": cells, "crops": self.crops, "teacher": teacher, "names": Names.of_stickers(self.bank)}
 
     @property
     def semantic_tokenizer(self) -> Any:
@@ -292,19 +279,22 @@ class MiniTraining:
             return Tokenizer.from_file(str(self.start_from / "processor" / "tokenizer.json"))
         file = self.work / "tokenizer.json"
         if not file.exists():
-            sampler = SceneSampler(self.bank, seed=7)
-            texts = [
-                caption(sampler.sample(i), self.bank, np.random.default_rng((7, i))) for i in range(self.scale.texts)
-            ]
-            train_bpe(texts, self.preset).save(str(file))
+            train_bpe(self.texts(), self.preset).save(str(file))
         return Tokenizer.from_file(str(file))
+
+    def texts(self) -> list[str]:
+        """What the text tokenizer learns its merges from."""
+        from glmimg.corpus.captions import caption
+
+        sampler = SceneSampler(self.bank, seed=7)
+        return [caption(sampler.sample(i), self.bank, np.random.default_rng((7, i))) for i in range(self.scale.texts)]
 
     def encoded(self, name: str) -> EncodedScenes:
         return EncodedScenes(self.work / name / "encoded", self.scenes(name))
 
     def encoded_training(self, file: str) -> list[EncodedScenes]:
         """The training scenes, one cache for each size or kind, of which `file` is there."""
-        return [self.encoded(name) for name in TRAINED_ON if (self.work / name / "encoded" / file).exists()]
+        return [self.encoded(name) for name in self.trained_on if (self.work / name / "encoded" / file).exists()]
 
     def _spell(self, stage: str, *tables_VD: torch.Tensor) -> None:
         """Before a stage's first step on a tokenizer new to its weights: the codes mean nothing there yet."""
@@ -316,7 +306,7 @@ class MiniTraining:
         if self.start_from and torch.allclose(before_VE, codebook_VE, atol=0.01):  # a checkpoint is rounded to bf16
             return
         for k, table_VD in enumerate(tables_VD):
-            _spell_codes(table_VD[: len(codebook_VE)], codebook_VE, self.seed + k)
+            spell_codes(table_VD[: len(codebook_VE)], codebook_VE, self.seed + k)
 
     def generator(self) -> None:
         from glmimg.prompt import PromptBuilder
@@ -351,8 +341,8 @@ class MiniTraining:
         )
         self._run("decoder", task, recipes.decoder(self.minutes["decoder"], self.threads))
 
-    def export(self, out: Path) -> None:
-        """Write the checkpoint folder in bf16 from the averaged weights of every stage."""
+    def export(self, out: Path, watts: float = 0.0) -> None:
+        """Write the checkpoint folder in bf16 from the averaged weights of each stage; the machine drew `watts`."""
         from glmimg.atomic_write import atomic_folder
         from glmimg.checkpoint import save_component
         from glmimg.weights_tools.init import write_settings
@@ -364,36 +354,34 @@ class MiniTraining:
             for name, module in self.models.items():
                 torch.nn.Module.to(module, "cpu", torch.bfloat16)
                 save_component(folder, name, module)
-            (folder / "ATTRIBUTION.md").write_text(attribution())
-            (folder / "training.json").write_text(
-                json.dumps({stage: chunks_record(self.work / stage, self.start_from) for stage in KEPT}, indent=1)
-            )
+            self.write_attribution(folder)
+            rows = {stage: chunks_record(self.work / stage, self.start_from, watts) for stage in (*KEPT, "teacher")}
+            kept = {stage: row for stage, row in rows.items() if stage in KEPT or row["steps"]}
+            (folder / "training.json").write_text(json.dumps(kept, indent=1))
+
+    def write_attribution(self, folder: Path) -> None:
+        (folder / "ATTRIBUTION.md").write_text(attribution())
+        write_manifest(self.bank, folder / "corpus.json")
 
 
-@torch.no_grad()
-def _spell_codes(table_VD: torch.Tensor, codebook_VE: torch.Tensor, seed: int) -> None:
-    """Start what is learnt of each code from the code's own vector, turned at random: codes that look or mean alike
-    begin alike, where independent rows would each have to be learnt alone."""
-    turn_ED = torch.randn(codebook_VE.shape[1], table_VD.shape[1], generator=torch.Generator().manual_seed(seed))
-    rows_VD = torch.nn.functional.normalize(codebook_VE.float(), dim=-1) @ turn_ED
-    table_VD.copy_(rows_VD * float(table_VD.std()))
-
-
-STAGES: dict[str, Callable[[MiniTraining], None]] = {
-    "corpus": MiniTraining.corpus,
-    "autoencoder": MiniTraining.autoencoder,
-    "teacher": MiniTraining.teacher,
-    "tokenizer": MiniTraining.tokenizer,
-    "encode_tokens": MiniTraining.encode_tokens,
-    "encode_latents": MiniTraining.encode_latents,
-    "generator": MiniTraining.generator,
-    "decoder": MiniTraining.decoder,
-}
+# Methods of the training, in their order.
+STAGES = (
+    "corpus",
+    "autoencoder",
+    "teacher",
+    "tokenizer",
+    "encode_tokens",
+    "encode_latents",
+    "generator",
+    "decoder",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m glmimg.pipelines.train_mini", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for data and training state")
+    parser.add_argument("--data", help="train on this folder of captioned pictures instead of drawn scenes")
+    parser.add_argument("--resolution", type=int, default=0, help="of --data: side of a square with as many pixels")
     parser.add_argument("--out", type=Path, help="checkpoint folder to write at the end (must not exist)")
     parser.add_argument("--budget", type=float, default=12.0, help="hours of training over all stages")
     parser.add_argument("--minutes", type=float, help="minutes of the stages named, instead of their share")
@@ -402,10 +390,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="mini", choices=sorted(PRESETS))
     parser.add_argument("--smoke", action="store_true", help="a few concepts and scenes, to see that the chain works")
     parser.add_argument("--large", action="store_true", help="as many scenes as suit an accelerator")
-    parser.add_argument("--device", default="cpu", help="where generator and decoder train: cpu, cuda, cuda:1, npu ...")
+    parser.add_argument("--device", default="cpu", help="where models train: cpu, cuda, cuda:1, npu ...")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes and make batches")
     parser.add_argument("--latents", type=int, help="scenes of the first things with latents on disk (32 KB each)")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument(
+        "--watts", type=float, default=0.0, help="that the machine draws: tells the energy (with --out)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
     wanted = [stage for stage in a.stages.split(",") if stage]
@@ -413,24 +404,30 @@ def main(argv: list[str] | None = None) -> int:
     for stage in wanted:
         if stage not in STAGES:
             raise UnknownName.of("stage", stage, STAGES)
-        if device != "cpu" and stage in ON_PROCESSORS:
-            raise BadInput(
-                f"stage {stage} trains on processors only: run it without --device, the others with --stages"
-            )
     processes = Processes.current(cpu=device == "cpu")
     if device != "cpu" and processes.count > 1:
         raise BadInput(f"--device {device} with {processes.count} processes: several share processors only")
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
     scale = SMOKE if a.smoke else LARGE if a.large else Scale()
     scale = replace(scale, first_latents=a.latents or scale.first_latents)
-    training = MiniTraining(a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from, device, a.workers)
+    arguments = (a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from, device, a.workers)
+    if a.data:
+        from glmimg.pipelines.train_folder import FolderTraining
+
+        training: MiniTraining = FolderTraining(a.data, a.resolution, *arguments)
+    else:
+        training = MiniTraining(*arguments)
+    if processes.main:
+        a.work.mkdir(parents=True, exist_ok=True)
+        with open(a.work / "commands.txt", "a", encoding="utf-8") as log:
+            log.write(shlex.join(sys.argv[1:] if argv is None else argv) + "\n")
     for stage in wanted:
         if processes.main or stage in SHARES:  # the other stages are one process' work
             print(f"stage {stage}", file=sys.stderr, flush=True)
-            STAGES[stage](training)
+            getattr(training, stage)()
         processes.wait()
     if a.out and processes.main:
-        training.export(a.out)
+        training.export(a.out, a.watts)
         print(a.out)
     return 0
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +13,15 @@ import numpy as np
 import pytest
 
 from glmimg.corpus.cache import render, render_edits
-from glmimg.corpus.captions import caption
+from glmimg.corpus.captions import LANGUAGE_WEIGHTS, caption
 from glmimg.corpus.drawing import letter_cells
+from glmimg.corpus.manifest import write_manifest
+from glmimg.corpus.packages import ALL_PACKAGES, attribution
 from glmimg.corpus.scenes import _PALE, SceneSampler, draw
 from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import COMMON_THINGS, FIRST_THINGS, SIGNS
 from glmimg.errors import BadInput
+from glmimg.pipelines.browse_corpus import write_corpus_page
 from glmimg.training.decoder_task import DecoderTask, letters
 
 
@@ -115,6 +121,43 @@ def test_spaced_signs_fit_small_scenes(bank: StickerBank, size: tuple[int, int])
     spaced = [scene for scene in scenes if scene.things[-1].spaced]
     assert bool(spaced) == (min(size) >= 64)
     assert any(scene.layout == "pair:above" for scene in spaced) == (size[0] >= 144)
+
+
+def test_manifest_lists_what_training_never_sees(bank: StickerBank, tmp_path: Path) -> None:
+    write_manifest(bank, tmp_path / "corpus.json")
+    told = json.loads((tmp_path / "corpus.json").read_text())
+    held_out, sampler = told["held out"], SceneSampler(bank, seed=2, kinds=(0.4, 0.4, 0.2))
+    assert len(told["packages"]) == len(ALL_PACKAGES) and all(len(p["sha256"]) == 64 for p in told["packages"])
+    assert sum(told["stickers"].values()) == len(bank.stickers) and held_out["relation of two shapes"]
+    words = {word for some in held_out["words"].values() for word in some}
+    for index in range(300):
+        scene = sampler.sample(index)
+        for thing in scene.things:
+            assert thing.concept not in held_out["concepts"]
+            assert [thing.concept, thing.style] not in held_out["concept and style"]
+            assert [thing.colour, thing.shape] not in held_out["colour and shape"]
+            assert thing.word.lower() not in words or len(thing.word) < 7  # any short string may be drawn at random
+        if scene.layout.startswith("pair") and scene.things[0].kind == scene.things[1].kind == "shape":
+            relation = [scene.layout.split(":")[1], *(thing.shape for thing in scene.things)]
+            assert relation not in held_out["relation of two shapes"]
+
+
+def test_packages_may_be_shipped_in_weights() -> None:
+    """Permissive licences alone: nothing share-alike, nothing under the GPL."""
+    allowed = {"MIT", "Apache-2.0", "CC-BY-4.0", "OFL-1.1", "data Unicode-3.0"}
+    assert {part for p in ALL_PACKAGES for part in re.split(" AND |, | / ", p.licence)} <= allowed
+    assert not any("openmoji" in p.name for p in ALL_PACKAGES) and all(p.notice in attribution() for p in ALL_PACKAGES)
+
+
+def test_page_shows_every_kind_of_scene_and_edit(bank: StickerBank, tmp_path: Path) -> None:
+    write_corpus_page(bank, tmp_path / "corpus.html", count=2)
+    page = (tmp_path / "corpus.html").read_text()
+    kinds = re.findall("<h2>(.*?)</h2>", page)
+    assert {"everything", "first things", "scenes wide", "held out: shapes", "edits"} <= set(kinds)
+    assert page.count("<figure>") == 2 * len(kinds) and page.count("<img") == 2 * len(kinds) + 2
+    first = SceneSampler(bank, seed=0).sample(0)
+    for language in LANGUAGE_WEIGHTS:
+        assert html.escape(caption(first, bank, np.random.default_rng((7, 0)), language)) in page
 
 
 def test_captions_name_the_background_and_the_words(bank: StickerBank) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from glmimg.pipelines.train_mini import main as train_mini
 from glmimg.presets import PRESETS
 from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
+from glmimg.training import recipes
 from glmimg.training.autoencoder_task import AutoencoderTask, measure_latents
 from glmimg.training.autoencoder_task import start_from_scratch as start_autoencoder
 from glmimg.training.crops import CROPS, Places
@@ -32,11 +34,9 @@ from glmimg.training.generator_task import GeneratorTask, forward_states
 from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.optimizer import Muon
 from glmimg.training.processes import Processes
-from glmimg.training.recipes import decoder as decoder_recipe
-from glmimg.training.recipes import on_device
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import TeacherTask
-from glmimg.training.tokenizer_task import TokenizerTask, token_targets
+from glmimg.training.tokenizer_task import Names, TokenizerTask, token_targets
 from glmimg.weights_tools.init import build_models, init_checkpoint, train_bpe
 
 
@@ -57,7 +57,7 @@ def config(**changes: object) -> TrainConfig:
 
 def test_token_targets_name_what_the_boxes_hold(bank: StickerBank, scenes: SceneCache, models: dict) -> None:
     tokenizer = SemanticTokenizer.of(models["vision_language_encoder"])
-    task = TokenizerTask(tokenizer, scenes, scenes, scenes, StickerCrops(scenes.bank, 16), None, preview=1)
+    task = TokenizerTask(tokenizer, [scenes], scenes, names=Names.of_stickers(scenes.bank), preview=1)
     for k in range(40):
         scene = scenes.scene(k)
         targets = token_targets(scene, task.names, 8, 8)
@@ -76,7 +76,7 @@ def test_resumed_run_equals_a_straight_one_bit_for_bit(scenes: SceneCache, tmp_p
 
     def make(folder: str) -> Run:
         models = build_models(PRESETS["tiny"], seed=0)
-        task = AutoencoderTask(models["vae"], scenes, scenes, crop=32)
+        task = AutoencoderTask(models["vae"], [scenes], scenes, crop=32)
         return Run(task, config(steps=20, ema=0.9, muon=True), tmp_path / folder)
 
     straight = make("straight")
@@ -123,10 +123,21 @@ def test_autoencoder_keeps_its_latents_with_the_encoder_frozen(scenes: SceneCach
     vae = build_models(PRESETS["tiny"], seed=0)["vae"]
     start_autoencoder(vae)
     encoder, decoder = ({k: v.clone() for k, v in part.state_dict().items()} for part in (vae.encoder, vae.decoder))
-    task = AutoencoderTask(vae, scenes, scenes, crop=32, whole=0.5, freeze_encoder=True)
+    task = AutoencoderTask(vae, [scenes], scenes, crop=32, whole=0.5, freeze_encoder=True)
     Run(task, config(steps=4, muon=False), tmp_path).train()
     assert all(torch.equal(encoder[k], v) for k, v in vae.encoder.state_dict().items())
     assert not all(torch.equal(decoder[k], v) for k, v in vae.decoder.state_dict().items())
+
+
+def test_runs_leave_sheets_seeds_and_curves(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Run(AutoencoderTask(models["vae"], [scenes], scenes, crop=32), config(seed=5), tmp_path).train()
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
+    assert (tmp_path / "latest.png").exists() and list((tmp_path / "sheets").glob("*.png"))
+    curves = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert "held_out_psnr" in curves.Tags()["scalars"]
 
 
 def test_autoencoder_start_needs_wide_groups() -> None:
@@ -137,7 +148,7 @@ def test_autoencoder_start_needs_wide_groups() -> None:
 
 
 def test_autoencoder_learns(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
-    task = AutoencoderTask(models["vae"], scenes, scenes, crop=32)
+    task = AutoencoderTask(models["vae"], [scenes], scenes, crop=32)
     before = task.evaluate()["psnr"]
     Run(task, config(steps=30, clip=0.5, muon=False, learning_rate=3e-3), tmp_path).train()
     assert task.evaluate()["psnr"] > before + 1
@@ -152,8 +163,6 @@ from pathlib import Path
 from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.optimizer import Muon
 from glmimg.training.processes import Processes
-from glmimg.training.recipes import decoder as decoder_recipe
-from glmimg.training.recipes import on_device
 class Task:
     def __init__(self):
         torch.manual_seed(0)
@@ -201,27 +210,30 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
 def test_batches_made_by_processes_train_alike(tmp_path: Path, scenes: SceneCache) -> None:
     weights = []
     for workers in (0, 2):
-        task = AutoencoderTask(build_models(PRESETS["tiny"], seed=0)["vae"], scenes, scenes, crop=32)
+        task = AutoencoderTask(build_models(PRESETS["tiny"], seed=0)["vae"], [scenes], scenes, crop=32)
         Run(task, config(workers=workers), tmp_path / str(workers)).train()
         weights.append(torch.cat([p.detach().flatten() for p in task.modules["vae"].parameters()]))
     assert torch.equal(*weights)
 
 
-def test_stages_that_need_a_processor_refuse_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Before anything is drawn."""
+def test_devices_are_refused_before_anything_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ["--work", str(tmp_path / "work"), "--smoke", "--device"]
     with pytest.raises(UnknownName, match="abacus"):
         train_mini([*arguments, "abacus"])
     monkeypatch.setattr("glmimg.pipelines.train_mini.pick_backend", lambda name: SimpleNamespace(device=name))
-    with pytest.raises(BadInput, match="stage autoencoder trains on processors only"):
-        train_mini([*arguments, "npu"])
     monkeypatch.setattr(Processes, "current", lambda cpu=None: Processes(0, 2))
     with pytest.raises(BadInput, match="2 processes"):
-        train_mini([*arguments, "npu", "--stages", "decoder"])
+        train_mini([*arguments, "npu"])
     assert not (tmp_path / "work").exists()
-    on_npu = on_device(decoder_recipe(1.0), "npu", 3)
-    assert (on_npu.device, on_npu.workers, on_npu.batch_size) == ("npu", 3, 32 * decoder_recipe(1.0).batch_size)
-    assert on_device(decoder_recipe(1.0), "cpu", 0) == decoder_recipe(1.0)
+
+
+@pytest.mark.parametrize("recipe", [recipes.autoencoder, recipes.teacher, recipes.tokenizer, recipes.decoder])
+def test_recipes_on_devices_take_larger_batches(recipe: Callable[[float], TrainConfig]) -> None:
+    plain = recipe(1.0)
+    on_npu = recipes.on_device(plain, "npu", 3)
+    assert (on_npu.device, on_npu.workers) == ("npu", 3) and 256 <= on_npu.batch_size <= 2048
+    assert on_npu.batch_size % plain.batch_size == 0 and on_npu.learning_rate == 2 * plain.learning_rate
+    assert recipes.on_device(plain, "cpu", 0) == plain
 
 
 def test_muon_is_torchs() -> None:
@@ -253,7 +265,9 @@ def test_tokenizer_moves_its_codebook_and_reports(scenes: SceneCache, tmp_path: 
     tokenizer = SemanticTokenizer.of(models["vision_language_encoder"])
     crops = StickerCrops(scenes.bank, 16)
     teacher = TeacherTask(scenes.bank, crops).teacher
-    task = TokenizerTask(tokenizer, scenes, scenes, scenes, crops, teacher, preview=1, crops_first=24)
+    names = Names.of_stickers(scenes.bank)
+    given = {"names": names, "cells": scenes, "crops": crops, "teacher": teacher}
+    task = TokenizerTask(tokenizer, [scenes], scenes, preview=1, crops_first=24, **given)
     before, taught = task.codebook.clone(), [p.clone() for p in teacher.parameters()]
     Run(task, config(steps=6, batch_size=8), tmp_path).train()
     assert not torch.equal(before, task.codebook)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from glmimg.corpus.captions import caption
 from glmimg.corpus.edits import Edit, EditSampler
 from glmimg.corpus.scenes import Scene, SceneSampler, draw
 from glmimg.corpus.stickers import StickerBank
@@ -49,6 +50,9 @@ class SceneCache:
         if k not in self._scenes:  # training asks for each many times
             self._scenes[k] = self.sampler.sample(self.settings["start"] + k)
         return self._scenes[k]
+
+    def caption(self, k: int, rng: np.random.Generator) -> str:
+        return caption(self.scene(k), self.bank, rng)
 
     def draw_rows(self, start: int, end: int) -> None:
         pictures = np.lib.format.open_memmap(self.directory / "pictures.npy", mode="r+")

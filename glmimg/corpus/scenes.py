@@ -32,7 +32,7 @@ GROUP_WEIGHT = {
     "symbols": 0.25,
 }
 _PALE = ("white", "light blue", "light green", "light yellow", "light pink", "light purple", "beige", "yellow")
-_RELATIONS = ("left", "right", "above", "below")
+RELATIONS = ("left", "right", "above", "below")
 _PLACES = ("centre", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
 
 
@@ -377,7 +377,7 @@ def _single(
 def _pair(rng: np.random.Generator, height: int, width: int) -> tuple[str, list[tuple[int, int, int, int]]]:
     flat = width > height * 1.3
     tall = height > width * 1.3
-    choices = _RELATIONS[:2] if flat else _RELATIONS[2:] if tall else _RELATIONS
+    choices = RELATIONS[:2] if flat else RELATIONS[2:] if tall else RELATIONS
     relation = str(rng.choice(choices))
     across = relation in ("left", "right")
     length = width if across else height

@@ -31,6 +31,14 @@ class Pictures(Protocol):
     def picture(self, k: int) -> np.ndarray: ...
 
 
+def one_of(sources: Sequence[Any], rng: np.random.Generator) -> Any:
+    """One of several sets of pictures, as often as it has pictures; of one alone nothing is drawn."""
+    if len(sources) == 1:
+        return sources[0]
+    counts = np.array([len(source) for source in sources], dtype=float)
+    return sources[int(rng.choice(len(sources), p=counts / counts.sum()))]
+
+
 # Lightness, red against blue, green against both: orthonormal, so that its transpose brings red, green and blue back.
 _OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]])
 _OPPONENT /= _OPPONENT.norm(dim=1, keepdim=True)
@@ -98,7 +106,13 @@ def _carry(conv: nn.Conv2d) -> None:
 
 def to_pixels(pictures: Sequence[np.ndarray], device: torch.device | str = "cpu") -> torch.Tensor:
     """uint8 (h, w, 3) pictures of one size -> float BCHW in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    x_BCHW = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return _placed(x_BCHW, x_BCHW.device)
+
+
+def _placed(x_BCHW: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; on accelerators contiguous, which some group norms demand."""
+    return x_BCHW if device.type == "cpu" else x_BCHW.to(device).contiguous()
 
 
 def _gradients(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,16 +122,16 @@ def _gradients(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class AutoencoderTask:
     """See `glmimg.training.loop.Task`.
 
-    crop: side of the training crops. noise: the largest standard deviation added to latents, drawn anew for each
-    picture: the decoder's latents are never exact. whole: share of batches that are one whole picture, whose plain
-    background gives group norm other statistics than a crop has. freeze_encoder: train what turns latents into pixels
-    alone, so that latents on disk stay valid.
+    train: sets of pictures, of one size each. crop: side of the training crops. noise: the largest standard deviation
+    added to latents, drawn anew for each picture: the decoder's latents are never exact. whole: share of batches of
+    whole pictures (one for eight crops), whose plain background gives group norm other statistics than a crop has.
+    freeze_encoder: train what turns latents into pixels alone, so that latents on disk stay valid.
     """
 
     def __init__(
         self,
         vae: AutoencoderKL,
-        train: Pictures,
+        train: Sequence[Pictures],
         held_out: Pictures,
         *,
         crop: int = 64,
@@ -129,15 +143,17 @@ class AutoencoderTask:
         self.whole, self.freeze_encoder = whole, freeze_encoder
         vae.encoder.requires_grad_(not freeze_encoder)
         self.vae, self.train, self.held_out, self.crop, self.noise, self.seed = vae, train, held_out, crop, noise, seed
+        self.device = vae.device
         self.modules: Mapping[str, nn.Module] = {"vae": vae}
 
     def batch(self, position: int, size: int) -> torch.Tensor:
         rng = np.random.default_rng((self.seed, position))
-        if rng.random() < self.whole:
-            return to_pixels([self.train.picture(int(rng.integers(len(self.train))))])
+        data = one_of(self.train, rng)
+        if rng.random() < self.whole:  # as many pixels as 16 crops of 64 x 64 have: for every eight crops one
+            return to_pixels([data.picture(int(rng.integers(len(data)))) for _ in range(max(1, size // 8))])
         crops = []
-        for k in rng.integers(len(self.train), size=size):
-            picture = self.train.picture(int(k))
+        for k in rng.integers(len(data), size=size):
+            picture = data.picture(int(k))
             top, left = (int(rng.integers(s - self.crop + 1)) for s in picture.shape[:2])
             crop = picture[top : top + self.crop, left : left + self.crop]
             # A flat crop teaches nothing more after the first minutes: look once more for one with an edge.
@@ -149,13 +165,13 @@ class AutoencoderTask:
 
     def loss(
         self, batch: torch.Tensor, progress: float, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        x_BCHW = batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        x_BCHW = _placed(batch, self.device)
         with torch.set_grad_enabled(not self.freeze_encoder):
             z_BCHW = self.vae.encode(x_BCHW).latent_dist.mode()
         noise_B = self.noise * torch.rand((len(x_BCHW), 1, 1, 1), generator=generator).square()
         noisy = z_BCHW + (noise_B * torch.randn(z_BCHW.shape, generator=generator)).to(z_BCHW)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self.device)
         # Scale equivariance: the halved latents must decode to the halved picture (cheap previews, smoother latents).
         pairs = [(noisy, x_BCHW)]
         if torch.rand((), generator=generator) < 0.25:
@@ -168,10 +184,10 @@ class AutoencoderTask:
                 term = term + error.abs().mean() + 0.5 * (dy.abs().mean() + dx.abs().mean())
             loss = loss + term
         loss = loss + 1e-3 * z_BCHW.float().square().mean()
-        return loss, {"latent_std": float(z_BCHW.detach().float().std())}
+        return loss, {"latent_std": z_BCHW.detach().float().std()}
 
     def _decode_held_out(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = to_pixels([self.held_out.picture(k) for k in range(n)])
+        x = to_pixels([self.held_out.picture(k) for k in range(min(n, len(self.held_out)))], self.device)
         y = torch.cat([self.vae.decode(self.vae.encode(part).latent_dist.mode()).sample for part in x.split(8)])
         return x, y.float().clamp(-1, 1)
 
@@ -187,12 +203,12 @@ class AutoencoderTask:
         shades = np.array([shade for shade, _ in COLOURS.values()], dtype=np.uint8)
         pictures = np.full((len(shades), 128, 128, 3), (250, 250, 248), dtype=np.uint8)
         pictures[:, 24:104, 24:104] = shades[:, None, None]
-        z = self.vae.encode(to_pixels(list(pictures))).latent_dist.mode()
+        z = self.vae.encode(to_pixels(list(pictures), self.device)).latent_dist.mode()
+        wanted = torch.from_numpy(shades).to(self.device).float()
         out = {}
         for name, part in (("colour", z), ("colour_crop", z[..., 4:12, 4:12])):
             middle = part.shape[-1] * 4
             seen = self.vae.decode(part).sample.float()[..., middle - 16 : middle + 16, middle - 16 : middle + 16]
-            wanted = torch.from_numpy(shades).float()
             out[f"{name}_error"] = float(((seen.mean((2, 3)) + 1) * 127.5 - wanted).abs().mean())
         return out
 
@@ -202,7 +218,7 @@ class AutoencoderTask:
 
         x, y = self._decode_held_out(12)
         images: list[Any] = [
-            ((p.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+            ((p.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
             for pair in zip(x, y, strict=True)
             for p in pair
         ]
@@ -217,7 +233,8 @@ def measure_latents(vae: AutoencoderKL, pictures: Pictures, n: int = 256) -> tup
     carry colours stay louder than those of fine detail, which a small decoder cannot foretell and must not spend its
     loss on.
     """
-    batches = (to_pixels([pictures.picture(k + i) for i in range(8)]) for k in range(0, n, 8))
+    parts = torch.arange(min(n, len(pictures))).split(8)
+    batches = (to_pixels([pictures.picture(k) for k in part.tolist()], vae.device) for part in parts)
     z = torch.cat([vae.encode(x).latent_dist.mode() for x in batches])
     std_C = z.std(dim=(0, 2, 3))
     return z.mean(dim=(0, 2, 3)).tolist(), (std_C * std_C.max()).sqrt().tolist()

@@ -153,8 +153,10 @@ class DecoderTask:
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
         width = self.decoder.heads * self.decoder.head_dim
-        self.where, self.spell = nn.Linear(width, 2 * (_ROWS + 2)), nn.Linear(width, _LETTERS + _PARTS)
-        self.count = nn.Linear(int(transformer.config.text_embed_dim), 2 * _NUMBERS)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.where, self.spell = nn.Linear(width, 2 * (_ROWS + 2)), nn.Linear(width, _LETTERS + _PARTS)
+            self.count = nn.Linear(int(transformer.config.text_embed_dim), 2 * _NUMBERS)
         self.device = transformer.device
         nn.ModuleList((self.where, self.spell, self.count)).to(self.device)
         self.where_weight, self.spell_weight = where, spell
@@ -355,12 +357,15 @@ class DecoderTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        batch = moved(self._read(self.held_out, [(k, 0, 0) for k in range(48)], self.held_out.target), self.device)
-        keep = torch.zeros(48, dtype=torch.bool, device=self.device)
+        shown = [(k, 0, 0) for k in range(min(48, len(self.held_out.tokens)))]
+        batch = moved(self._read(self.held_out, shown, self.held_out.target), self.device)
+        keep = torch.zeros(len(shown), dtype=torch.bool, device=self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             error = self._velocity_error(batch, batch.ids_Bhw, batch.words, keep, 0)
-        said = torch.tensor([bool(w) for w in batch.words], device=self.device)
-        out = {"loss": float(error.mean()), "loss_words": float(error[said].mean())}
+        said = torch.tensor([bool(w) for w in batch.words])
+        out = {"loss": float(error.mean())}
+        if said.any():
+            out["loss_words"] = float(error[said.to(self.device)].mean())
         if self.edits:
             rows = np.arange(self.edits.trained, len(self.edits.tokens))
             edits = moved(self._read_edits(self.edits, rows, np.random.default_rng(0)), self.device)
@@ -395,8 +400,10 @@ class DecoderTask:
         from glmimg.corpus.sheet import contact_sheet
 
         h, w = self.held_out.target
-        rows = range(12)
-        ids = torch.from_numpy(self.held_out.tokens[:12, self.held_out.prompt_offset :].astype(np.int64)).view(-1, h, w)
+        rows = range(min(12, len(self.held_out.tokens)))
+        ids = torch.from_numpy(self.held_out.tokens[: len(rows), self.held_out.prompt_offset :].astype(np.int64)).view(
+            -1, h, w
+        )
         words = [[t.word for t in self.held_out.cache.scene(k).things if t.word] for k in rows]
         drawn = self.draw(ids, words)
         pictures: list[Any] = []

@@ -21,6 +21,7 @@ from glmimg.errors import BadInput
 from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.training.autoencoder_task import to_pixels
+from glmimg.training.folder import FolderCache
 
 
 class EncodedEdits:
@@ -42,7 +43,7 @@ class EncodedEdits:
 class EncodedScenes:
     """`tokens` (n, p + h*w) int16, preview first; `latents` (m, C, H8, W8) float16 of the first m <= n scenes."""
 
-    def __init__(self, directory: Path | str, cache: SceneCache) -> None:
+    def __init__(self, directory: Path | str, cache: SceneCache | FolderCache) -> None:
         self.directory, self.cache = Path(directory), cache
         settings = json.loads((self.directory / "settings.json").read_text())
         (h, w), (preview_h, preview_w) = settings["target"], settings["preview"]
@@ -71,7 +72,11 @@ def draw_from(sources: Sequence[EncodedScenes], rng: np.random.Generator, *, lat
 
 @torch.no_grad()
 def encode_tokens(
-    directory: Path, cache: SceneCache | EditCache, tokenizer: SemanticTokenizer, preview_side: int, count: int = 0
+    directory: Path,
+    cache: SceneCache | EditCache | FolderCache,
+    tokenizer: SemanticTokenizer,
+    preview_side: int,
+    count: int = 0,
 ) -> None:
     """Write tokens.npy of the first `count` scenes of the cache (0: of all that are complete)."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +97,7 @@ def encode_tokens(
 
 @torch.no_grad()
 def encode_latents(
-    directory: Path, cache: SceneCache | EditCache, vae: Autoencoder, count: int, *, minutes: float = 0.0
+    directory: Path, cache: SceneCache | EditCache | FolderCache, vae: Autoencoder, count: int, *, minutes: float = 0.0
 ) -> int:
     """Write normalised latents of the first `count` scenes, or of as many as `minutes` allow; returns how many."""
     directory.mkdir(parents=True, exist_ok=True)

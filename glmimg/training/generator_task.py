@@ -19,7 +19,6 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from glmimg.corpus.captions import caption
 from glmimg.corpus.edits import instruction
 from glmimg.positions import rotary_tables, span_positions
 from glmimg.prompt import Prompt, PromptBuilder
@@ -146,8 +145,8 @@ class GeneratorTask:
     ) -> GeneratorBatch:
         prompts = []
         for at, k in enumerate(rows):
-            scene = data.cache.scene(int(rows[at - 1] if shuffled else k))
-            text = "" if rng.random() < drop else caption(scene, data.cache.bank, rng)
+            told = int(rows[at - 1] if shuffled else k)
+            text = "" if rng.random() < drop else data.cache.caption(told, rng)
             prompts.append(self.builder.build(text, data.target, data.preview))
         tokens = torch.from_numpy(data.tokens[rows].astype(np.int64))
         return self._assemble(prompts, tokens, rng, noise, data.prompt_offset)
@@ -201,7 +200,7 @@ class GeneratorTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        rows, p = np.arange(192), self.held_out.prompt_offset
+        rows, p = np.arange(min(192, len(self.held_out.tokens))), self.held_out.prompt_offset
         out = {}
         for name, shuffled in (("", False), ("shuffled_", True)):
             batch = self._read(self.held_out, rows, np.random.default_rng(0), shuffled=shuffled)

@@ -83,7 +83,7 @@ def on_device(config: TrainConfig, device: str, workers: int) -> TrainConfig:
         config,
         device=device,
         workers=workers,
-        batch_size=32 * config.batch_size,
+        batch_size=config.batch_size * min(32, max(1, 2048 // config.batch_size)),
         learning_rate=2 * config.learning_rate,
         save_minutes=1.0,
         sheet_minutes=2.0,

@@ -1,7 +1,11 @@
-"""How far each stage of a checkpoint has been trained: the rows of its training.json."""
+"""How far each stage of a checkpoint has been trained, and what that cost: the rows of its training.json.
+
+python -m glmimg.training.record CHECKPOINT --watts 20
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -17,22 +21,53 @@ def checkpoint_record(checkpoint: Path | None, stage: str) -> dict[str, Any]:
     return dict(json.loads(file.read_text()).get(stage, _UNTRAINED) if file and file.exists() else _UNTRAINED)
 
 
-def chunks_record(directory: Path, start_from: Path | None) -> dict[str, Any]:
-    """A stage's folder over all its chunks: optimizer steps, samples drawn, minutes, last held-out figures."""
+def chunks_record(directory: Path, start_from: Path | None, watts: float = 0.0) -> dict[str, Any]:
+    """A stage's folder over all its chunks: optimizer steps, samples drawn, minutes, last held-out figures, the seed.
+
+    watts: what the machine draws while it trains; with it `kwh` is told, added to the checkpoint's own.
+    """
     if not (directory / "state.pt").exists():
         return checkpoint_record(start_from, directory.name)
     begun = directory / "started_from.json"
     base = json.loads(begun.read_text()) if begun.exists() else _UNTRAINED
-    state = torch.load(directory / "state.pt", weights_only=True)
+    state = torch.load(directory / "state.pt", weights_only=True, map_location="cpu")
+    config = json.loads((directory / "config.json").read_text())
+    energy = base.get("kwh", 0.0) + state["elapsed"] / 3600 * watts / 1000
     return {
         "steps": base["steps"] + state["step"],
         "position": state["position"],
         "minutes": round(base["minutes"] + state["elapsed"] / 60, 1),
+        **({"kwh": round(energy, 4)} if energy else {}),
+        "seed": config["seed"],
+        "device": config["device"],
         "held_out": _held_out(directory / "log.jsonl"),
     }
+
+
+def cost(checkpoint: Path, watts: float = 0.0) -> dict[str, dict[str, float]]:
+    """Of every stage and all together: hours, samples, kWh (on record, else by `watts`; 0 where neither is known)."""
+    record = json.loads((checkpoint / "training.json").read_text())
+    rows = {
+        stage: {
+            "hours": row["minutes"] / 60,
+            "samples": row["position"],
+            "kwh": row.get("kwh", row["minutes"] / 60 * watts / 1000),
+        }
+        for stage, row in record.items()
+    }
+    return rows | {"all": {key: sum(row[key] for row in rows.values()) for key in ("hours", "samples", "kwh")}}
 
 
 def _held_out(log: Path) -> dict[str, float]:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     found = [{k[9:]: v for k, v in row.items() if k.startswith("held_out_")} for row in rows]
     return next((figures for figures in reversed(found) if figures), {})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="What a checkpoint's training cost.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--watts", type=float, default=0.0, help="of the machine at work, where no energy is on record")
+    arguments = parser.parse_args()
+    for name, row in cost(arguments.checkpoint, arguments.watts).items():
+        print(f"{name}: {row['hours']:.2f} h, {row['samples']:,} samples, {row['kwh']:.3f} kWh")

@@ -27,7 +27,7 @@ class StickerCrops:
     """
 
     def __init__(self, bank: StickerBank, patch: int) -> None:
-        self.patch = patch
+        self.bank, self.patch = bank, patch
         stickers = [
             s for s in bank.stickers if not (is_held_out_concept(s.concept) or is_held_out_cell(s.concept, s.style))
         ]

@@ -43,7 +43,9 @@ class Teacher(nn.Module):
         self.head_name, self.head_style = nn.Linear(FEATURES, names), nn.Linear(FEATURES, len(STYLES))
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
+        if x_BCHW.device.type == "cpu":  # accelerators choose their own layout
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        x = self.stem(x_BCHW)
         x = self.down(x + self.near(x))
         for block in self.far:
             x = x + block(x)
@@ -51,16 +53,21 @@ class Teacher(nn.Module):
 
 
 class TeacherTask:
-    """See `glmimg.training.loop.Task`. Every token inside a sticker's box must name it, alone and all together."""
+    """See `glmimg.training.loop.Task`. Every token inside a sticker's box must name it, alone and all together.
 
-    def __init__(self, bank: StickerBank, crops: StickerCrops, *, seed: int = 11) -> None:
-        self.bank, self.crops, self.seed = bank, crops, seed
+    device: where the teacher learns.
+    """
+
+    def __init__(
+        self, bank: StickerBank, crops: StickerCrops, *, seed: int = 11, device: torch.device | str = "cpu"
+    ) -> None:
+        self.bank, self.crops, self.seed, self.device = bank, crops, seed, torch.device(device)
         number = {concept: k for k, concept in enumerate(bank.concepts)}
         self.name_of = torch.tensor([number[s.concept] for s in bank.stickers])
         self.style_of = torch.tensor([STYLES.index(s.style) for s in bank.stickers])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.teacher = Teacher(len(number))
+            self.teacher = Teacher(len(number)).to(self.device)
         self.modules: Mapping[str, nn.Module] = {"teacher": self.teacher}
 
     def batch(self, position: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,28 +79,29 @@ class TeacherTask:
 
     def loss(
         self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], progress: float, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         pixels, rows, inside = batch
-        features_BhwD = self.teacher(pixels).permute(0, 2, 3, 1)
-        names = self.name_of[rows]
+        picture = torch.arange(len(rows))[:, None, None].expand(inside.shape)[inside].to(self.device)
+        names, styles = self.name_of[rows].to(self.device), self.style_of[rows].to(self.device)
+        inside = inside.to(self.device)
+        features_BhwD = self.teacher(pixels.to(self.device)).permute(0, 2, 3, 1)
         weights = inside.float() / inside.sum((1, 2), keepdim=True).clamp_min(1)
         whole = self.teacher.head_name((features_BhwD * weights[..., None]).sum((1, 2))).float()
-        picture = torch.arange(len(rows))[:, None, None].expand(inside.shape)[inside]
         each = self.teacher.head_name(features_BhwD[inside]).float()
         style = self.teacher.head_style(features_BhwD[inside]).float()
         together = F.cross_entropy(whole, names, label_smoothing=0.05)
         alone = F.cross_entropy(each, names[picture], label_smoothing=0.05)
-        loss = together + alone + 0.2 * F.cross_entropy(style, self.style_of[rows][picture])
+        loss = together + alone + 0.2 * F.cross_entropy(style, styles[picture])
         return loss, {
-            "right": float((whole.argmax(1) == names).float().mean()),
-            "right_alone": float((each.argmax(1) == names[picture]).float().mean()),
+            "right": (whole.argmax(1) == names).float().mean(),
+            "right_alone": (each.argmax(1) == names[picture]).float().mean(),
         }
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """On new placements of trained stickers."""
         pixels, rows, inside, _ = self.crops.draw(np.random.default_rng((self.seed, 2**40)), 512, 4)
-        right = self.teacher.head_name(self.teacher(pixels).permute(0, 2, 3, 1)).argmax(-1)
+        right = self.teacher.head_name(self.teacher(pixels.to(self.device)).permute(0, 2, 3, 1)).argmax(-1).cpu()
         truth = self.name_of[torch.from_numpy(rows)][:, None, None].expand(inside.shape)
         return {"right_alone": float((right[inside] == truth[inside]).float().mean())}
 

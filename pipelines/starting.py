@@ -1,0 +1,63 @@
+"""What a training begins with: models that are new or a checkpoint's, and tables of codes that are new to the models.
+
+Legend: V codes, E code width, D model width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glmimg.errors import BadInput
+from glmimg.presets import Preset
+
+__all__ = ["spell_codes", "start_models"]
+
+
+def start_models(preset: Preset, seed: int, checkpoint: Path | None) -> dict[str, Any]:
+    """The four networks by the name of their folder, on the processor: a checkpoint's, or from nothing."""
+    from glmimg.training.autoencoder_task import start_from_scratch as start_autoencoder
+    from glmimg.training.decoder_task import start_from_scratch as start_decoder
+    from glmimg.training.generator_task import start_from_scratch as start_generator
+    from glmimg.weights_tools.init import build_models
+
+    models = build_models(preset, seed=seed)
+    if checkpoint:
+        _load_checkpoint(models, checkpoint)
+        return models
+    tower = models["vision_language_encoder"].model.visual
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        start_autoencoder(models["vae"])
+        start_generator(models["vision_language_encoder"])
+        start_decoder(models["transformer"])
+        torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.02)
+    return models
+
+
+def _load_checkpoint(models: dict[str, Any], folder: Path) -> None:
+    """A checkpoint's weights as fp32 masters, and its measured latents."""
+    from glmimg.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(folder)
+    for name, module in models.items():
+        weights = checkpoint.weights[name]
+        state = weights.load(weights.infos, device="cpu", dtype=torch.float32)
+        missing, unexpected = module.load_state_dict(state, strict=False)
+        if unexpected or set(missing) - {"encoder.embed_tokens.weight"}:  # T5's second name for one tensor
+            raise BadInput(f"{folder} does not fit preset {name}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    config = checkpoint.config("vae")
+    models["vae"].register_to_config(
+        latents_mean=config["latents_mean"], latents_std=config["latents_std"], force_upcast=False
+    )
+
+
+@torch.no_grad()
+def spell_codes(table_VD: torch.Tensor, codebook_VE: torch.Tensor, seed: int) -> None:
+    """Start what is learnt of each code from the code's own vector, turned at random: codes that look or mean alike
+    begin alike, where independent rows would each have to be learnt alone."""
+    turn_ED = torch.randn(codebook_VE.shape[1], table_VD.shape[1], generator=torch.Generator().manual_seed(seed))
+    rows_VD = torch.nn.functional.normalize(codebook_VE.float(), dim=-1) @ turn_ED.to(codebook_VE.device)
+    table_VD.copy_(rows_VD * float(table_VD.std()))
