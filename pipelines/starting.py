@@ -13,7 +13,7 @@ import torch
 from glmimg.errors import BadInput
 from glmimg.presets import Preset
 
-__all__ = ["spell_codes", "start_models"]
+__all__ = ["on_device", "spell_codes", "start_models"]
 
 
 def start_models(preset: Preset, seed: int, checkpoint: Path | None) -> dict[str, Any]:
@@ -35,6 +35,14 @@ def start_models(preset: Preset, seed: int, checkpoint: Path | None) -> dict[str
         start_decoder(models["transformer"])
         torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.02)
     return models
+
+
+def on_device(models: dict[str, Any], device: str) -> dict[str, Any]:
+    """The networks moved. Where a device's tensors are of another kind than the processor's, `to` makes new parameters
+    and so unties T5's two names for its table: the one that is trained would not be the one that is saved."""
+    moved = {name: module.to(device) for name, module in models.items()}
+    moved["text_encoder"].tie_weights()
+    return moved
 
 
 def _load_checkpoint(models: dict[str, Any], folder: Path) -> None:

@@ -31,7 +31,7 @@ from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput, UnknownName
-from glmimg.pipelines.starting import spell_codes, start_models
+from glmimg.pipelines.starting import on_device, spell_codes, start_models
 from glmimg.presets import PRESETS, Preset
 from glmimg.training import recipes
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
@@ -131,7 +131,7 @@ class MiniTraining:
     @cached_property
     def models(self) -> dict[str, Any]:
         models = start_models(self.preset, self.seed, self.start_from)
-        return {name: module.to(self.device) for name, module in models.items()}
+        return on_device(models, self.device)
 
     def load(self, stage: str) -> None:
         """Put a finished stage's averaged weights into the models."""

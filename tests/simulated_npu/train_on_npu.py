@@ -12,6 +12,7 @@ import torch_npu  # noqa: F401 - registers the device
 from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.cache import render, render_edits
 from glmimg.corpus.stickers import StickerBank
+from glmimg.pipelines.starting import on_device
 from glmimg.presets import PRESETS
 from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
@@ -42,7 +43,9 @@ def main() -> None:
 
 def losses(device: str, work: Path, scenes, pairs) -> dict[str, list[float]]:  # type: ignore[no-untyped-def]
     """Of every trainer its first losses, a loss after training and resuming, and held-out figures."""
-    models = {name: module.to(device) for name, module in build_models(TINY, seed=0).items()}
+    models, fresh = (on_device(build_models(TINY, seed=seed), device) for seed in (0, 1))
+    glyphs = models["text_encoder"]
+    assert glyphs.shared.weight is glyphs.encoder.embed_tokens.weight  # what is trained is what is saved
     tokenizer, vae = SemanticTokenizer.of(models["vision_language_encoder"]), Autoencoder(models["vae"])
     if device == "cpu":  # tokens of the other device may differ where two codes are equally near
         for name, cache in (("s", scenes), ("e", pairs)):
@@ -56,7 +59,6 @@ def losses(device: str, work: Path, scenes, pairs) -> dict[str, list[float]]:  #
     decoder = DecoderTask(
         models["transformer"], models["text_encoder"], vae, [data], data, TINY["scheduler"], edits=edits
     )  # fmt: skip
-    fresh = {name: module.to(device) for name, module in build_models(TINY, seed=1).items()}
     start_from_scratch(fresh["vae"])
     crops = StickerCrops(scenes.bank, TINY["vision_language_encoder"]["vision_config"]["patch_size"])
     teacher = TeacherTask(scenes.bank, crops, device=device)
