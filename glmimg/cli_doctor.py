@@ -26,6 +26,7 @@ PACKAGES = (
 # extra -> the package of it that is looked for
 EXTRAS = {
     "ocr": "rapidocr",
+    "evaluate": "rapidocr-onnxruntime",
     "lora": "peft",
     "data": "pyarrow",
     "gguf": "gguf",

@@ -69,6 +69,7 @@ class FolderTraining(MiniTraining):
 
     def write_attribution(self, folder: Path) -> None:
         """What a continued checkpoint was trained on before; the user's own pictures are the user's to credit."""
-        before = self.start_from / "ATTRIBUTION.md" if self.start_from else None
-        if before and before.exists():
-            shutil.copy(before, folder / "ATTRIBUTION.md")
+        for name in ("ATTRIBUTION.md", "corpus.json"):
+            before = self.start_from / name if self.start_from else None
+            if before and before.exists():
+                shutil.copy(before, folder / name)

@@ -13,6 +13,8 @@ import torch
 
 from glmimg import TextToImagePipeline
 from glmimg.checkpoint import EMBEDDED, Checkpoint
+from glmimg.corpus.packages import ALL_PACKAGES
+from glmimg.corpus.splits import is_held_out_cell
 from glmimg.errors import CheckpointError
 from glmimg.training.record import cost
 
@@ -61,5 +63,9 @@ def test_its_making_is_on_record() -> None:
     spent = cost(ROOT, watts=20)
     assert {"autoencoder", "tokenizer", "generator", "decoder", "all"} <= set(spent)
     assert all(row["hours"] > 0 and row["samples"] > 0 and row["kwh"] > 0 for row in spent.values())
+    corpus = json.loads((ROOT / "corpus.json").read_text())
+    assert [package["sha256"] for package in corpus["packages"]] == [package.sha256 for package in ALL_PACKAGES]
+    assert all(is_held_out_cell(*cell) for cell in corpus["held out"]["concept and style"])
+    assert len(corpus["held out"]["concepts"]) / corpus["concepts"] == pytest.approx(0.08, abs=0.02)
     sources = (ROOT / "ATTRIBUTION.md").read_text()
     assert re.search("Fluent Emoji", sources) and not re.search("OpenMoji|GPL", sources)

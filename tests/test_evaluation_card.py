@@ -27,7 +27,7 @@ from glmimg.evaluation import editing
 from glmimg.evaluation.command import evaluate
 from glmimg.evaluation.concepts import CROP, THINGS, ConceptNet, Judge, crop, default_folder, nearest_style, thing_boxes
 from glmimg.evaluation.drawers import Model
-from glmimg.evaluation.model_card import model_card, weaknesses
+from glmimg.evaluation.model_card import model_card, weaknesses, write_sheets
 from glmimg.evaluation.prompts import SHARES, Record, make_edits, make_prompts
 from glmimg.evaluation.report import run_card
 from glmimg.evaluation.scoring import Scorers
@@ -268,8 +268,14 @@ def test_command_judges_a_checkpoint(
     assert {"edit/all/kept", "concepts/seen/top5", "features/diversity over seeds"} <= set(found)
     about = report["model"]
     assert about["parts"]["vae"]["parameters"] > 0 and about["seconds_per_picture"] > 0
-    card = model_card(report, {"hours": 12})
-    assert "- hours: 12" in card and "Layout: mean of count" in card and "CC-BY-4.0" in card
+    row = {"steps": 1200, "position": 9, "minutes": 90.0, "kwh": 0.25, "held_out": {"loss_words": 0.123456}}
+    sheets = write_sheets(report, tmp_path / "card", tmp_path / "model.md")
+    card = model_card(report, {"machine": "two cores", "decoder": row, "vae": row}, sheets)
+    assert "- all: 3.0 hours, 0.5 kWh" in card and "- checkpoint: tiny" in card
+    assert "- vae: 1,200 steps, 9 samples, 90.0 minutes, 0.25 kWh; held out: loss words 0.1235" in card
+    assert "![model-layout.webp](model-layout.webp)" in card and len(sheets) == 3
+    assert all(Image.open(tmp_path / sheet).width <= 1000 for sheet in sheets)
+    assert "- machine: two cores" in card and "Layout: mean of count" in card and "CC-BY-4.0" in card
 
 
 def test_command_refuses_impossible_flags() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,12 +134,38 @@ def test_edit_distance(first: str, second: str, away: int) -> None:
     assert text.edit_distance(first, second) == text.edit_distance(second, first) == away
 
 
+def sign(word: str) -> Image.Image:
+    canvas = Image.new("RGB", (256, 128), (250, 250, 248))
+    ImageDraw.Draw(canvas).text((40, 30), word, font=ImageFont.load_default(40), fill=(20, 30, 90))
+    return canvas
+
+
 def test_ocr_reads_a_sign() -> None:
     pytest.importorskip("rapidocr")
-    font = ImageFont.load_default(40)
-    canvas = Image.new("RGB", (256, 128), (250, 250, 248))
-    ImageDraw.Draw(canvas).text((40, 30), "Hello", font=font, fill=(20, 30, 90))
-    assert text.score(text.rapidocr_reader()(canvas), "hello")["word"]
+    assert text.score(text.rapidocr_reader()(sign("Hello")), "hello")["word"]
+
+
+def test_a_second_engine_judges() -> None:
+    second = text.second_reader()
+    if second is None:
+        pytest.skip("no second OCR engine: pip install 'glmimg[evaluate]' or the program tesseract")
+    name, read = second
+    assert name in ("tesseract", "rapidocr-onnxruntime")
+    assert text.score(read(sign("Hello")), "hello")["word"] and not text.score(read(sign("Other")), "hello")["word"]
+
+
+def test_tesseract_is_asked_for_the_languages_that_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A program of that name stands in for it: one word a line comes back, whatever the picture."""
+    program = tmp_path / "tesseract"
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = --list-langs ] && printf \'langs\\neng\\npor\\n\' && exit\necho "$@" > {tmp_path}/asked\n'
+        "cat > /dev/null\nprintf 'Hello\\n\\n'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    second = text.second_reader()
+    assert second is not None and second[0] == "tesseract" and second[1](sign("Hello")) == ["Hello"]
+    assert "-l eng+por --psm 11" in (tmp_path / "asked").read_text()
 
 
 def test_share_and_mean_have_honest_intervals() -> None:

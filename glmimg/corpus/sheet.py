@@ -31,6 +31,7 @@ def contact_sheet(
         x, y = 6 + (k % columns) * (cell + 6), 6 + (k // columns) * step
         sheet.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
         if captions:
-            for line, text in enumerate(textwrap.wrap(captions[k], width=cell // 6)[:lines]):
+            wide = any(letter >= "\u2e80" for letter in captions[k])  # Chinese letters are twice as wide
+            for line, text in enumerate(textwrap.wrap(captions[k], width=cell // (12 if wide else 6))[:lines]):
                 draw.text((x, y + cell + 2 + 14 * line), text, fill=(30, 30, 30), font=font)
     return sheet

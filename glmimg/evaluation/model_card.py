@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from glmimg.atomic_write import atomic_file
 from glmimg.evaluation.page import about_lines, judge_lines
@@ -18,6 +21,8 @@ _HEADLINES = {
     "layout/held-out relations/all": "Layout: held-out relations, all right",
     "text/trained words/word": "Written words that training showed",
     "text/unseen words up to 6 letters/word": "Written words never shown, up to 6 letters",
+    "text/trained words/word (second engine)": "Those that training showed, second engine",
+    "text/unseen words up to 6 letters/word (second engine)": "Those never shown, second engine",
     "text/random strings/word": "Random strings of 3 to 8 letters",
     "text/chinese trained/word": "Chinese words",
     "concepts/first/top5": "The 64 things that it learnt first (cat, rocket, pizza), top-5",
@@ -36,13 +41,45 @@ and WenQuanYi Micro Hei (Apache-2.0). The weights are under Apache-2.0; keep the
 """
 
 
-def model_card(report: dict[str, Any], training: dict[str, Any] | None = None) -> str:
-    """The card as Markdown. `training`: lines `name: value` on what the training cost, if it is on record."""
+SHEET_WIDTH = 1000
+
+
+def training_lines(training: dict[str, Any]) -> list[str]:
+    """A checkpoint's training.json, or an object of facts, as lines `name: value`."""
+    stages = {name: row for name, row in training.items() if isinstance(row, dict) and "minutes" in row}
+    lines = [f"{name}: {value}" for name, value in training.items() if name not in stages]
+    for name, row in stages.items():
+        told = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in row.get("held_out", {}).items())
+        spent = f"{row['steps']:,} steps, {row['position']:,} samples, {row['minutes']} minutes"
+        spent += f", {row['kwh']} kWh" if "kwh" in row else ""
+        lines.append(f"{name}: {spent}" + (f"; held out: {told}" if told else ""))
+    if stages:
+        total = f"all: {sum(row['minutes'] for row in stages.values()) / 60:.1f} hours"
+        energy = sum(row.get("kwh", 0.0) for row in stages.values())
+        lines.append(total + (f", {energy:.3g} kWh" if energy else ""))
+    return lines
+
+
+def write_sheets(report: dict[str, Any], folder: Path, card: Path) -> list[str]:
+    """Small copies of the report's contact sheets, beside the card and named after it; their names."""
+    names = []
+    for sheet in report["sheets"]:
+        with Image.open(folder / sheet) as picture:
+            small = picture.convert("RGB")
+        small.thumbnail((SHEET_WIDTH, 10 * SHEET_WIDTH), Image.Resampling.LANCZOS)
+        names.append(f"{card.stem}-{Path(sheet).stem}.webp")
+        with atomic_file(card.parent / names[-1]) as partial:
+            small.save(partial, "WEBP", quality=60, method=6)
+    return names
+
+
+def model_card(report: dict[str, Any], training: dict[str, Any] | None = None, sheets: Sequence[str] = ()) -> str:
+    """The card as Markdown. `training`: what it cost, if that is on record; `sheets`: pictures to show."""
     rows = [(title, report["figures"][key]) for key, title in _HEADLINES.items() if key in report["figures"]]
     lines = ["# Model card", "", "Written from the report card by `python -m glmimg.evaluation.model_card`.", ""]
     lines += ["## The model", "", *(f"- {line}" for line in about_lines(report)), ""]
     if training:
-        lines += ["## Training", "", *(f"- {name}: {value}" for name, value in training.items()), ""]
+        lines += ["## Training", "", *(f"- {line}" for line in training_lines(training)), ""]
     lines += [
         "## What it can do",
         "",
@@ -57,6 +94,9 @@ def model_card(report: dict[str, Any], training: dict[str, Any] | None = None) -
         span = f"{told['low'] * 100:.0f} to {told['high'] * 100:.0f} %"
         others = [f"{by[s]['value'] * 100:.0f} %" if s in by else "-" for s in ("tokens", "real", "floor")]
         lines.append(f"| {title} | {told['value'] * 100:.1f} % | {span} | {told['n']} | {' | '.join(others)} |")
+    if sheets:
+        lines += ["", "## Pictures", "", "Each prompt's true scene, its true tokens decoded, the model's own picture;"]
+        lines += ["of edits before, after, and true.", "", *(f"![{sheet}]({sheet})\n" for sheet in sheets)]
     lines += ["", "## Weaknesses", "", *weaknesses(report), ""]
     lines += ["## Who judged", "", f"Second OCR engine: {report['second_engine']}.", ""]
     lines += [f"- The concept judge's own accuracy on real scenes, {line}" for line in judge_lines(report)]
@@ -72,7 +112,7 @@ def weaknesses(report: dict[str, Any], count: int = 6) -> list[str]:
     gaps = []
     for key, title in _HEADLINES.items():
         by = report["figures"].get(key, {})
-        if "model" in by and "real" in by and not key.startswith("memorisation"):
+        if "model" in by and "real" in by and not key.startswith("memorisation") and "second engine" not in key:
             gaps.append((by["real"]["value"] - by["model"]["value"], title, by))
     lines = []
     for gap, title, by in sorted(gaps, key=lambda row: -row[0])[:count]:
@@ -92,9 +132,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write a model card from a report card.")
     parser.add_argument("report", type=Path, help="report.json of `glmimg evaluate`")
     parser.add_argument("card", type=Path, help="such as docs/model-card.md")
-    parser.add_argument("--training", type=Path, help="JSON object of facts about the training")
+    parser.add_argument("--training", type=Path, help="the checkpoint's training.json, or a JSON object of facts")
+    parser.add_argument(
+        "--sheets", action="store_true", help="show small copies of the contact sheets, beside the card"
+    )
     a = parser.parse_args()
     facts = json.loads(a.training.read_text(encoding="utf-8")) if a.training else None
-    text = model_card(json.loads(a.report.read_text(encoding="utf-8")), facts)
+    told = json.loads(a.report.read_text(encoding="utf-8"))
+    text = model_card(told, facts, write_sheets(told, a.report.parent, a.card) if a.sheets else ())
     with atomic_file(a.card) as partial:
         partial.write_text(text, encoding="utf-8")

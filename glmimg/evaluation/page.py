@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 Row = tuple[str, ...]
@@ -73,6 +74,8 @@ def judge_lines(report: dict[str, Any]) -> list[str]:
 def about_lines(report: dict[str, Any]) -> list[str]:
     """The model, in lines `name: value`."""
     about = report["model"]
+    if Path(about.get("checkpoint", "")).is_absolute():  # where it lay on that machine tells nobody anything
+        about = about | {"checkpoint": Path(about["checkpoint"]).name}
     lines = [f"{k.replace('_', ' ')}: {v}" for k, v in about.items() if not isinstance(v, dict)]
     for name, part in about.get("parts", {}).items():
         lines.append(f"{name}: {part['parameters'] / 1e6:.2f} million parameters, {part['megabytes']} MB")
