@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import re
@@ -16,7 +17,7 @@ from glmimg.corpus.cache import render, render_edits
 from glmimg.corpus.captions import LANGUAGE_WEIGHTS, caption
 from glmimg.corpus.drawing import letter_cells
 from glmimg.corpus.manifest import write_manifest
-from glmimg.corpus.packages import ALL_PACKAGES, attribution
+from glmimg.corpus.packages import ALL_PACKAGES, attribution, fetch
 from glmimg.corpus.scenes import _PALE, SceneSampler, draw
 from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import COMMON_THINGS, FIRST_THINGS, SIGNS
@@ -147,6 +148,23 @@ def test_packages_may_be_shipped_in_weights() -> None:
     allowed = {"MIT", "Apache-2.0", "CC-BY-4.0", "OFL-1.1", "data Unicode-3.0"}
     assert {part for p in ALL_PACKAGES for part in re.split(" AND |, | / ", p.licence)} <= allowed
     assert not any("openmoji" in p.name for p in ALL_PACKAGES) and all(p.notice in attribution() for p in ALL_PACKAGES)
+
+
+def test_packages_of_other_content_are_refused(tmp_path: Path) -> None:
+    package = ALL_PACKAGES[0]
+    (tmp_path / package.filename).write_bytes(b"another file of that name")
+    with pytest.raises(BadInput, match=f"pinned is {package.sha256}"):
+        fetch(package, tmp_path)
+    wanted = replace(package, sha256=hashlib.sha256(b"another file of that name").hexdigest())
+    assert fetch(wanted, tmp_path) == tmp_path / package.filename
+
+
+def test_captions_vary_in_form_and_length(bank: StickerBank) -> None:
+    scene = next(s for s in map(SceneSampler(bank, seed=1).sample, range(50)) if s.layout.startswith("pair"))
+    for language in LANGUAGE_WEIGHTS:
+        texts = {caption(scene, bank, np.random.default_rng(k), language) for k in range(60)}
+        lengths = sorted(map(len, texts))
+        assert len(texts) > 5 and lengths[-1] > 1.25 * lengths[0], texts
 
 
 def test_page_shows_every_kind_of_scene_and_edit(bank: StickerBank, tmp_path: Path) -> None:

@@ -129,6 +129,24 @@ def test_autoencoder_keeps_its_latents_with_the_encoder_frozen(scenes: SceneCach
     assert not all(torch.equal(decoder[k], v) for k, v in vae.decoder.state_dict().items())
 
 
+def test_rate_rises_stays_and_falls(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
+    run = Run(AutoencoderTask(models["vae"], [scenes], scenes), config(steps=100, warmup=10, decay=0.2), tmp_path)
+    factors = []
+    for run.step in range(100):
+        factors.append(run.learning_rate_factor())
+    assert factors[:81] == pytest.approx([min(1.0, (k + 1) / 10) for k in range(81)])
+    assert factors[81:] == pytest.approx([(100 - k) / 20 for k in range(81, 100)])
+
+
+def test_a_chunk_ends_where_it_was_told(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
+    """A chunk of no time saves its state; the next one goes on."""
+    for steps in (0, 4):
+        run = Run(AutoencoderTask(models["vae"], [scenes], scenes, crop=32), config(), tmp_path)
+        assert run.resume() == bool(steps) and run.step == 0
+        run.train(until_minutes=0.0 if steps == 0 else 60.0)
+        assert run.step == steps and (tmp_path / "state.pt").exists()
+
+
 def test_runs_leave_sheets_seeds_and_curves(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
