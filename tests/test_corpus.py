@@ -46,6 +46,16 @@ def test_common_concepts_are_drawn_oftener(bank: StickerBank, monkeypatch: pytes
     assert drawn[0.8] > 2 * drawn[0.0] > 0
 
 
+def test_skin_tones_are_drawn_seldom(bank: StickerBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the flat stickers toned: at a tenth of the weight they are one in eleven."""
+    flat = [s for s in bank.stickers if s.style == "flat"]
+    toned = {s.row for s in flat[::2]}
+    monkeypatch.setattr(bank, "stickers", [replace(s, tone=3 if s.row in toned else 0) for s in bank.stickers])
+    sampler = SceneSampler(bank, kinds=(1.0, 0.0, 0.0), single=1.0, styles={"flat": 1e9})
+    drawn = [t.tone > 0 for k in range(400) for t in sampler.sample(k).things]
+    assert 0.03 < sum(drawn) / len(drawn) < 0.2
+
+
 def test_plain_scenes_are_of_what_was_asked(bank: StickerBank) -> None:
     assert len(set(FIRST_THINGS)) == len(FIRST_THINGS) and set(FIRST_THINGS) < COMMON_THINGS
     label = next(iter(bank.concepts.values())).labels["en"]
