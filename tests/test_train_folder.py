@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from glmimg import TextToImagePipeline
 from glmimg.errors import BadInput
+from glmimg.pipelines.starting import start_models
 from glmimg.pipelines.train_mini import main as train_mini
+from glmimg.presets import PRESETS
 from glmimg.training.folder import FolderCache
 from glmimg.training.record import cost
 
@@ -98,6 +101,18 @@ def test_a_checkpoint_goes_on_with_the_folder(trained: Path, photos: Path, tmp_p
     train(photos, tmp_path / "work", "--minutes", "0.01", "--start-from", str(trained / "out"), "--out", str(out))
     before, after = (json.loads((f / "training.json").read_text()) for f in (trained / "out", out))
     assert all(after[stage]["steps"] > before[stage]["steps"] for stage in TRAINED)
+
+
+def test_first_weights_depend_on_the_seed_alone() -> None:
+    """torch's global stream starts anywhere and is left where it was."""
+    found = []
+    for stream, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(stream)
+        before = torch.get_rng_state()
+        models = start_models(PRESETS["tiny"], seed, None)
+        assert torch.equal(before, torch.get_rng_state())
+        found.append(torch.cat([v.flatten().float() for m in models.values() for v in m.state_dict().values()]))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
 def test_what_cannot_be_trained_on_is_refused(photos: Path, trained: Path, tmp_path: Path) -> None:

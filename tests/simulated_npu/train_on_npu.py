@@ -87,6 +87,8 @@ def losses(device: str, work: Path, scenes, pairs) -> dict[str, list[float]]:  #
             assert loss.device.type == device
             out[name].append(float(loss.detach()))
         config = TrainConfig(1e-3, 4, steps=3, warmup=1, autocast=False, device=device, ema=0.9)
+        if device != "cpu":  # forked from a process that has used the device
+            config = replace(config, workers=1)
         if name == "teacher":  # its layout differs by device, and batch norm over four crops magnifies rounding
             config = replace(config, learning_rate=1e-4)
         Run(task, replace(config, steps=2), work / f"{name}-{device}").train()
