@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glmimg.backends import BACKENDS, Backend, pick_backend, probe_all
-from glmimg.backends.cpu import _cgroup_cpus, _has_bf16, usable_cpus
+from glmimg.backends.cpu import _cgroup_cpus, _glibc, _has_bf16, usable_cpus
 from glmimg.backends.probe import NAMES
 from glmimg.errors import BackendError, BadInput, UnknownName
 
@@ -170,3 +170,16 @@ def test_a_broken_torch_npu_stops_nothing_else(tmp_path: Path, body: str, reason
         assert picked.returncode == 1 and "BackendError" in picked.stderr
         assert "torch loads torch_npu by itself" in picked.stderr
         assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in picked.stderr
+
+
+@pytest.mark.skipif(_glibc() is None, reason="glibc alone can be told what to keep")
+def test_what_a_step_frees_is_kept_until_the_cache_is_emptied() -> None:
+    cpu = pick_backend("cpu")
+    cpu.empty_cache()
+    before = cpu.memory().allocated
+    cpu.keep_freed()
+    pieces = [torch.ones(4 << 20) for _ in range(10)]  # of 16 MB
+    del pieces
+    assert cpu.memory().allocated > before + (100 << 20)
+    cpu.empty_cache()
+    assert cpu.memory().allocated < before + (30 << 20)

@@ -107,6 +107,9 @@ class Backend:
     def empty_cache(self) -> None:
         """Gives memory that no tensor holds back to the system."""
 
+    def keep_freed(self) -> None:
+        """Until `empty_cache`: what a step frees stays for the next one, where the system would clear it anew."""
+
     def describe(self) -> dict[str, Any]:
         """What `glmimg doctor` prints."""
         memory = self.memory()

@@ -81,6 +81,7 @@ class FineTuneLoop:
         self.dtype, self.train_set, self.held_out_set, self.prior_set = dtype, train, held_out, prior
         self.on_save, self.on_sample, self.callback, self.requests = on_save, on_sample, callback, requests
         self.processes = Processes.current()
+        backend.keep_freed()
         self.parameters = dict(parameters)
         self.order = BatchOrder(train, config.batch_size, config.seed)
         self.prior_order = None if prior is None else BatchOrder(prior, config.batch_size, config.seed + 1)
