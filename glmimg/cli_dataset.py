@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from glmimg.errors import BadInput
 
 if TYPE_CHECKING:
-    from glmimg.dataset.checking import Report
+    from glmimg.dataset.checking import Finding, Report
 
 __all__ = ["add_data_options", "check", "columns_of", "print_report"]
 
-LISTED = 20  # findings
+LISTED = 5  # findings of a kind
 
 
 def check(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -82,15 +83,24 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def print_report(report: Report) -> None:
-    """The summary to stdout, findings to stderr."""
+    """The summary to stdout, findings to stderr: errors first, those of a kind together."""
     told = report.to_dict()
     sizes = ", ".join(f"{count} of {size}" for size, count in told["buckets"].items())
     print(f"{told['place']}: {told['kind']}")
     print(f"{told['usable']} of {told['pictures']} pictures can be trained on, {told['edits']} of them edits")
-    print(f"{told['captions']} captions, {told['with_quoted_text']} pictures with text in quotation marks")
+    print(f"{told['captions']} captions, text in quotation marks in those of {told['with_quoted_text']} pictures")
     print(f"sides of {told['smallest_side']} to {told['largest_side']} pixels; sizes in training: {sizes or 'none'}")
     print(f"{told['semantic_tokens']} semantic tokens; {told['cut_off_mean']:.1%} of the pixels are cut off")
-    for finding in report.findings[:LISTED]:
-        print(f"{'error' if finding.error else 'warning'}: {finding.message}: {finding.fix}", file=sys.stderr)
-    if len(report.findings) > LISTED:
-        print(f"... and {len(report.findings) - LISTED} more: --json or --page tells all", file=sys.stderr)
+    kinds: dict[str, list[Finding]] = defaultdict(list)
+    for finding in sorted(report.findings, key=lambda finding: not finding.error):
+        kinds[finding.kind].append(finding)
+    for kind, found in kinds.items():
+        name = "error" if found[0].error else "warning"
+        if len(found) == 1:
+            print(f"{name}: {found[0].message}: {found[0].fix}", file=sys.stderr)
+            continue
+        print(f"{name}: {kind}, {len(found)} times: {found[0].fix}", file=sys.stderr)
+        for finding in found[:LISTED]:
+            print(f"    {finding.message}", file=sys.stderr)
+        if len(found) > LISTED:
+            print(f"    and {len(found) - LISTED} more: --json or --page tells all", file=sys.stderr)

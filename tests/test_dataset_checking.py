@@ -10,11 +10,16 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from glmimg import Checkpoint
 from glmimg.cli import main
 from glmimg.dataset.buckets import bucket_sizes, fit_to_bucket
 from glmimg.dataset.captions import CaptionRules
+from glmimg.dataset.page import _fading
+from glmimg.dataset.reading import read_dataset
 from glmimg.dataset.store import Store
 from glmimg.errors import BadInput
+from glmimg.training.finetune_config import FineTuneConfig
+from glmimg.training.finetune_data import survey
 
 
 def disc(path: Path, place: int, size: tuple[int, int] = (96, 96), quality: int = 95) -> Path:
@@ -80,6 +85,14 @@ def test_findings(folder: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: p
     assert main([*arguments, "--trigger", "zibble"]) == 1
     out, err = capsys.readouterr()
     assert "7 of 10 pictures" in out and "no caption" not in err and "error: " in err
+    for name in ("more", "other"):
+        (folder / f"{name}.jpg").write_bytes((folder / "broken.jpg").read_bytes())
+    assert main(arguments) == 1
+    lines = capsys.readouterr().err.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("error: broken, 3 times: "))
+    assert [line.split()[0] for line in lines[first + 1 : first + 4]] == ["broken.jpg", "more.jpg", "other.jpg"]
+    marks = [line.split(":")[0] for line in lines if not line.startswith(" ")]
+    assert marks == sorted(marks)  # errors first
 
 
 def test_a_good_folder_passes(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +125,7 @@ def test_one_picture_and_huge_ones(
     disc(tmp_path / "one disc.png", 3)
     arguments = ["dataset", "check", str(tmp_path), "--model", str(tiny_checkpoint)]
     assert main(arguments) == 0
-    assert "1 pictures can be trained on" in capsys.readouterr().err
+    assert "only 1 of them can be trained on" in capsys.readouterr().err
     monkeypatch.setattr("glmimg.image_io.MAX_PIXELS", 9000)
     assert main(arguments) == 1
     assert "96x96 pixels" in capsys.readouterr().err
@@ -137,6 +150,23 @@ def test_buckets_fill_the_area_and_keep_the_limits() -> None:
     assert all(max(h, w) / min(h, w) <= 2 for h, w in sizes) and {(w, h) for h, w in sizes} == set(sizes)
     assert bucket_sizes(256, 256, 512) == [(256, 256)]
     assert max(w for _, w in bucket_sizes(256, 64, 512, 4.0)) > max(w for _, w in sizes)
+
+
+def test_the_page_fades_what_is_cut_off() -> None:
+    fit = fit_to_bucket(400, 100, [(64, 64)])
+    shown = np.asarray(_fading(Image.new("RGB", (200, 50), "black"), fit))
+    assert (shown[:, :74] == 178).all() and (shown[:, 76:124] == 0).all() and (shown[:, 126:] == 178).all()
+
+
+def test_one_picture_saved_twice_is_nearly_the_same_on_even_ground(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """A slope that is at the edge of what counts as rising, as skies have it, and a little noise."""
+    rng = np.random.default_rng(0)
+    slope = 120 + np.linspace(-25, 25, 1000)[None, :, None] + rng.normal(0, 2, (800, 1000, 3))
+    image = Image.fromarray(slope.clip(0, 255).astype(np.uint8))
+    image.save(tmp_path / "sky.webp")
+    image.save(tmp_path / "sky again.jpg", quality=60)
+    report = survey(read_dataset(tmp_path), Checkpoint.open(tiny_checkpoint), FineTuneConfig(resolution=64))
+    assert [finding.kind for finding in report.findings] == ["nearly the same", "few pictures"]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (3000, 100), (17, 17), (256, 256), (333, 251)])

@@ -42,6 +42,16 @@ def told(dataset: Dataset) -> list[tuple[str, tuple[str, ...]]]:
         ("3f2504e0-4f89-11d3-9a0c-0305e82c3301", ""),
         ("狐狸_1", "狐狸"),
         ("3d printer", "3d printer"),
+        ("IMG-20240501-WA0001", ""),
+        ("WhatsApp Image 2026-01-02 at 11.33.55", ""),
+        ("Screenshot 2026-01-02 at 11.33.55 AM", ""),
+        ("PXL_20260102_113355123.MP", ""),
+        ("IMG_0020-edited", ""),
+        ("IMG_0020 (1)", ""),
+        ("_DSC0012~2", ""),
+        ("portrait 2", "portrait"),
+        ("night on the beach", "night on the beach"),
+        ("photo of a dog", "photo of a dog"),
     ],
 )
 def test_names_as_captions(stem: str, caption: str) -> None:
@@ -53,8 +63,10 @@ def test_folder_with_text_files(tmp_path: Path) -> None:
     picture(tmp_path / "one.png")
     (tmp_path / "one.txt").write_text("﻿first way\n\n second way \n", encoding="utf-8")
     (tmp_path / "left.txt").write_text("nobody")
+    picture(tmp_path / "zero.png")
+    (tmp_path / "zero.txt").touch()
     found = read_dataset(tmp_path)
-    assert told(found) == [("b/two.JPG", ()), ("one.png", ("first way", "second way"))]
+    assert told(found) == [("b/two.JPG", ()), ("one.png", ("first way", "second way")), ("zero.png", ())]
     assert found.notes == ("left.txt has no picture",) and "txt" in found.kind
 
 
@@ -131,10 +143,11 @@ def test_tables_in_subfolders_as_on_the_hub(tmp_path: Path) -> None:
 
 
 def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
-    for name in ("IMG_1.HEIC", "IMG_2.heic", "film.mov"):
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "IMG_3.heic", "IMG_4.heic", "film.mov", ".DS_Store", "Thumbs.db"):
         (tmp_path / name).touch()
-    notes = ("2 .heic files are not read (IMG_1.HEIC, IMG_2.heic)", "1 .mov files are not read (film.mov)")
-    with pytest.raises(BadInput, match="holds no pictures .*2 .heic files are not read"):
+    picture(tmp_path / ".thumbnails/small.png")
+    notes = (".heic is not read: IMG_1.HEIC, IMG_2.heic, IMG_3.heic and 1 more", ".mov is not read: film.mov")
+    with pytest.raises(BadInput, match="holds no pictures .*; .heic is not read: IMG_1"):
         read_dataset(tmp_path)
     picture(tmp_path / "a thing.png")
     assert read_dataset(tmp_path).notes == notes

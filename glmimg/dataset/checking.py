@@ -23,7 +23,7 @@ __all__ = ["KINDS", "Checked", "Finding", "Report", "check_dataset"]
 
 # kind -> (whether it is an error, what to do)
 KINDS: dict[str, tuple[bool, str]] = {
-    "broken": (True, "save it again, or take it out; --skip-broken leaves such pictures out"),
+    "broken": (True, "or take it out; --skip-broken leaves out all that have errors"),
     "no caption": (True, "write NAME.txt beside it, or train with --trigger WORD"),
     "caption too long": (True, "shorten it"),
     "control token": (True, "take <sop>, <eop> and the like out of the caption"),
@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "nearly the same": (False, "keep the better one, unless they are to count more"),
     "apostrophes": (False, "any two apostrophes count as quotation marks: use double quotes around words to be drawn"),
     "few pictures": (False, "a style wants some 20 to 50 pictures, a subject 5 to 20"),
-    "file left over": (False, "rename it, save pictures as .jpg or .png, or take it out"),
+    "file left over": (False, "give it the name that it should have, save pictures as .jpg or .png, or take it out"),
 }
 LONG = 128  # tokens of a caption
 BLUR = 1.5  # enlarged by more than this
@@ -159,7 +159,7 @@ def check_dataset(
     if duplicates:
         findings += _duplicates(usable, prints)
     if 0 < len(usable) < 5:
-        findings.append(Finding("few pictures", "", f"{len(usable)} pictures can be trained on"))
+        findings.append(Finding("few pictures", "", f"only {len(usable)} of them can be trained on"))
     return Report(dataset, tuple(usable), tuple(findings), tuple(thumbnails))
 
 
@@ -221,7 +221,8 @@ def _shape(label: str, picture: Image.Image, fit: Fit) -> list[Finding]:
 def _print(picture: Image.Image) -> np.ndarray:
     """What stays the same when a picture is scaled or compressed: where brightness rises from left to right, 256 times
     0 or 1, and 192 colours."""
-    grey = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=np.int16)
+    # unrounded: on even ground, such as sky, a rounding tips the scales
+    grey = np.asarray(picture.convert("L").convert("F").resize((17, 16), Image.Resampling.BOX))
     colours = np.asarray(picture.resize((8, 8), Image.Resampling.BOX), dtype=np.int16)
     return np.concatenate([(grey[:, 1:] > grey[:, :-1] + 2).ravel(), colours.ravel()]).astype(np.int16)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from glmimg.atomic_write import atomic_file
+from glmimg.dataset.buckets import Fit
 from glmimg.dataset.checking import Report
 
 __all__ = ["embedded_picture", "write_page"]
@@ -32,6 +33,15 @@ def embedded_picture(picture: Image.Image, side: int = 256) -> str:
     return f'<img src="data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
 
 
+def _fading(thumbnail: Image.Image, fit: Fit) -> Image.Image:
+    """The picture, pale where it is cut off."""
+    (height, width), scale = fit.bucket, thumbnail.width / fit.scaled[0]
+    box = [round(scale * edge) for edge in (fit.left, fit.top, fit.left + width, fit.top + height)]
+    faded = Image.blend(thumbnail, Image.new("RGB", thumbnail.size, "white"), 0.7)
+    faded.paste(thumbnail.crop((box[0], box[1], box[2], box[3])), (box[0], box[1]))
+    return faded
+
+
 def write_page(report: Report, path: str | Path) -> None:
     """Writes one HTML file that needs nothing else."""
     told = report.to_dict()
@@ -49,9 +59,8 @@ def write_page(report: Report, path: str | Path) -> None:
         notes = "<br>".join(by_label.get(checked.example.label, []))
         label = html.escape(checked.example.label)
         parts = [f"<b>{label}</b>", captions, f'<span class="s">{size}</span>', notes]
-        figures.append(
-            f"<figure>{embedded_picture(thumbnail)}<figcaption>{'<br>'.join(filter(None, parts))}</figcaption></figure>"
-        )
+        shown = embedded_picture(_fading(thumbnail, checked.fit))
+        figures.append(f"<figure>{shown}<figcaption>{'<br>'.join(filter(None, parts))}</figcaption></figure>")
     summary = "".join(
         f"<tr><td>{html.escape(key.replace('_', ' '))}</td><td>{html.escape(str(value))}</td></tr>"
         for key, value in told.items()
@@ -64,7 +73,7 @@ def write_page(report: Report, path: str | Path) -> None:
         f"<!doctype html><meta charset=utf-8><title>{html.escape(report.dataset.place)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(report.dataset.place)}</h1><table>{summary}</table><h2>Sizes</h2><table>{buckets}</table>"
         f"<h2>Findings</h2><table>{''.join(rows) or '<tr><td>none</td></tr>'}</table>"
-        f'<h2>Pictures</h2>{more}<div class="sheet">{"".join(figures)}</div>'
+        f'<h2>Pictures</h2><p>What is pale is cut off.</p>{more}<div class="sheet">{"".join(figures)}</div>'
     )
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -41,8 +41,16 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "reference": ("source", "source_image", "reference", "input_image", "original_image", "source_file_name"),
 }
 _TABLES = ("metadata.jsonl", "metadata.csv")  # of both in one folder the first is read
-_CAMERA = re.compile(r"(img|dsc[nf]?|pxl|image|picture|photo|screenshot|p|whatsapp image)?[\s\d\-_.()]*", re.IGNORECASE)
+# Words that cameras, phones and programs begin and go on with when they number pictures.
+_CAMERA = {
+    *("", "burst", "cimg", "dji", "download", "dsc", "dscf", "dscn", "fb", "gopr", "image", "img", "mg", "mvimg", "p"),
+    *("pano", "photo", "pict", "picture", "pxl", "sam", "screen", "screenshot", "signal", "unnamed", "untitled", "vid"),
+    "whatsapp",
+}
+_CAMERA_TOO = _CAMERA | {"am", "at", "copy", "cover", "edit", "edited", "hdr", "mp", "night", "on", "pm", "portrait"}
+_CAMERA_TOO |= {"shot", "wa"}
 _TRAIN = re.compile(r"(^|[/\\_.-])train([/\\_.-]|$)", re.IGNORECASE)  # in the path of a split's file
+_SYSTEM = {"Thumbs.db", "desktop.ini"}
 _DIGEST = re.compile(r"[0-9a-f\-]{16,}", re.IGNORECASE)
 
 
@@ -140,25 +148,32 @@ def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) ->
 
 def name_caption(stem: str) -> str:
     """The caption that a file name makes, "" for a camera's numbering: red_fox-02 gives "red fox"."""
-    if _CAMERA.fullmatch(stem) or _DIGEST.fullmatch(stem):
+    told = [re.sub(r"\d+", "", word) for word in re.findall(r"[^\s\-_.()~]+", stem.lower())]
+    if not told or (told[0] in _CAMERA and _CAMERA_TOO.issuperset(told)) or _DIGEST.fullmatch(stem):
         return ""
     words = re.sub(r"[\s_\-.+]+", " ", re.sub(r"\s*\(\d+\)$", "", stem))
     return re.sub(r"\s+\d+$", "", words).strip()
 
 
 def _pictures(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return [path for path in _visible(root) if path.suffix.lower() in SUFFIXES]
+
+
+def _visible(root: Path) -> list[Path]:
+    """All but what systems hide there: a phone's .thumbnails, a desktop's Thumbs.db."""
+    found = sorted(root.rglob("*"))
+    return [p for p in found if p.name not in _SYSTEM and not any(n.startswith(".") for n in p.relative_to(root).parts)]
 
 
 def _unread(root: Path) -> list[str]:
     """A note for each kind of file that is neither picture nor caption: a phone's own format, films."""
     kinds: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(root.rglob("*")):
+    for path in _visible(root):
         kind = path.suffix.lower()
-        if path.is_file() and kind not in {*SUFFIXES, ".txt"} and not path.name.startswith("."):
+        if path.is_file() and kind not in {*SUFFIXES, ".txt"}:
             kinds[kind or "nameless"].append(path.relative_to(root))
     return [
-        f"{len(paths)} {kind} files are not read ({', '.join(map(str, paths[:3]))}{', ...' * (len(paths) > 3)})"
+        f"{kind} is not read: {', '.join(map(str, paths[:3]))}{f' and {len(paths) - 3} more' * (len(paths) > 3)}"
         for kind, paths in kinds.items()
     ]
 
