@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.set_threshold(100_000, 50, 50)  # a process of our own: collecting while modules load costs a second
     try:
         return _dispatch(arguments)
-    except (KeyboardInterrupt, Cancelled):
-        print("\nglmimg: stopped", file=sys.stderr)
+    except (KeyboardInterrupt, Cancelled) as error:
+        print(f"\nglmimg: {error if isinstance(error, Cancelled) else 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

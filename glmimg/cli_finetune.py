@@ -41,7 +41,7 @@ _NUMBERS: dict[str, tuple[type, str]] = {
 }
 _LISTS = {
     "sample": ("sample_prompts", "a prompt to make pictures of while training; repeat it"),
-    "prior_prompt": ("prior_prompts", "what must not be forgotten; repeat it"),
+    "prior_prompt": ("prior_prompts", "of those pictures (default: everyday things); repeat it"),
 }
 
 
@@ -60,6 +60,7 @@ def finetune(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
         how.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
     for name, (_, text) in _LISTS.items():
         how.add_argument(f"--{name.replace('_', '-')}", action="append", metavar="PROMPT", help=text)
+    how.add_argument("--prior-prompts", metavar="FILE", help="a text file of such prompts, one a line")
     how.add_argument("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     run = parser.add_argument_group("the run")
     run.add_argument("--dry-run", action="store_true", help="check, measure two steps, print the plan, and stop")
@@ -143,6 +144,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     for flag, (name, _) in _LISTS.items():
         if getattr(arguments, flag):
             settings[name] = getattr(arguments, flag)
+    if arguments.prior_prompts:
+        settings["prior_prompts"] = [*(arguments.prior_prompt or ()), *_lines(arguments.prior_prompts)]
     captions = settings.get("captions") or {}
     if not isinstance(captions, dict):
         raise BadInput(f'captions {captions!r}: give an object, such as {{"trigger": "zibble", "dropout": 0.1}}')
@@ -151,6 +154,17 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     if captions:
         settings["captions"] = captions
     return settings
+
+
+def _lines(path: str) -> list[str]:
+    """A file's lines that are not empty; BadInput where there are none."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--prior-prompts {path} cannot be read ({error}): give a text file, a prompt a line") from error
+    if not any(lines):
+        raise BadInput(f"--prior-prompts {path} is empty: write a prompt a line")
+    return list(filter(None, lines))
 
 
 def _told(plan: Plan, pipeline: FineTunePipeline) -> str:

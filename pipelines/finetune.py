@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -106,10 +107,12 @@ class FineTunePipeline:
         """The report, unless it has errors that nobody allowed: BadInput then."""
         errors = report.errors
         if errors and not skip_broken:
-            first = "; ".join(f"{error.message} ({error.fix})" for error in errors[:SHOWN])
+            first, trigger = "; ".join(error.message for error in errors[:SHOWN]), self.config.captions.trigger
+            look = f"glmimg dataset check {shlex.quote(report.dataset.place)}"
             raise BadInput(
-                f"{report.dataset.place}: {len(errors)} pictures cannot be trained on: {first}. All of them: "
-                f"glmimg dataset check {report.dataset.place}"
+                f"{report.dataset.place}: {len({error.label for error in errors})} of {len(report.dataset.examples)} "
+                f"pictures cannot be trained on: {first}{'; ...' * (len(errors) > SHOWN)}. --skip-broken leaves them "
+                f"out; what to do about each: {look}{f' --trigger {shlex.quote(trigger)}' * bool(trigger)}"
             )
         if not report.usable:
             raise BadInput(f"{report.dataset.place} holds no picture that can be trained on")
@@ -275,7 +278,7 @@ class FineTunePipeline:
         folder, pipeline = output / "prior", None
         examples = []
         for number in range(config.prior_count):
-            prompt = config.prior_prompts[number % len(config.prior_prompts)]
+            prompt = config.prior[number % len(config.prior)]
             path = folder / f"{number:04d}.png"
             seed = config.seed + number
             if Processes.current().main and not self._is_of(path, prompt, seed):
@@ -316,6 +319,7 @@ class FineTunePipeline:
             "learning_rate": config.rate,
             "alpha": config.scale,
             "resolution": config.resolution or self.checkpoint.settings.default_size[0],
+            "prior_prompts": list(config.prior),
         }
         return config.to_dict() | {
             **resolved,
@@ -339,7 +343,7 @@ class FineTunePipeline:
             }
             for checked in report.usable
         }
-        return told | {"files": pictures}
+        return told | {"place": Path(report.dataset.place).name, "files": pictures}  # the folder is to be shared
 
     def _require_place(self, output: Path, report: Report, resume: bool) -> bool:
         """Whether a run is gone on with; BadInput if it would be overwritten, or is another, with what changed."""
@@ -357,6 +361,8 @@ class FineTunePipeline:
                     f"{output} holds what was learnt ({', '.join(made)}) but not the state to go on from (run/): name "
                     "another folder"
                 )
+            if resume and Processes.current().main:
+                print(f"glmimg: {output} holds no run yet: this one begins", file=sys.stderr)
             return False
         if not resume:
             raise BadInput(f"{output} holds a run already: add --resume to go on with it, or name another folder")

@@ -39,7 +39,7 @@ def write_card(
     on_hub = _HUB_ID.fullmatch(checkpoint.name) and not Path(checkpoint.name).exists()
     prompt = json.dumps(f"{trigger} on a table" if trigger else "a fox", ensure_ascii=False)
     use = f"glmimg generate {prompt}{model} " + ("--model checkpoint" if full else "--adapter .")
-    told = report.to_dict()
+    what, told = " and ".join(config.stages), report.to_dict()
     rows = [
         (key.replace("_", " "), value) for key, value in told.items() if key not in ("findings", "place", "buckets")
     ]
@@ -54,9 +54,9 @@ def write_card(
         "---",
         f"# {output.name}",
         "",
-        f"A fine-tuned GLM-Image checkpoint ({config.stage})."
+        f"A fine-tuned GLM-Image checkpoint ({what})."
         if full
-        else f"A {kind} adapter for GLM-Image ({config.stage}), made with glmimg from `{checkpoint.name}` "
+        else f"A {kind} adapter for GLM-Image ({what}), made with glmimg from `{checkpoint.name}` "
         f"(hash {checkpoint.hash}).",
         "",
         *([f"Trigger: `{trigger}`", ""] if trigger else []),

@@ -21,6 +21,7 @@ from glmimg.lora import COMPONENT, open_adapters
 from glmimg.pipelines import FineTunePipeline
 from glmimg.pipelines.finetune_parts import needed_bytes
 from glmimg.pipelines.finetune_samples import Samples, read_samples
+from glmimg.training.everyday import EVERYDAY
 from glmimg.training.finetune_loop import FineTuneStep
 from glmimg.weights_tools.quantize import quantize_checkpoint
 
@@ -123,7 +124,12 @@ def test_broken_and_silent_pictures_are_refused_or_left_out(
     command = ["finetune", str(data), "-o", str(tmp_path / "out"), *flags]
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert "2 pictures cannot be trained on" in told and "broken.png" in told and "silent.png has no caption" in told
+    assert (
+        "2 of 3 pictures cannot be trained on" in told
+        and "glmimg dataset check" in told
+        and "broken.png" in told
+        and "silent.png has no caption" in told
+    )
     assert not (tmp_path / "out").exists()
     assert main([*command, "--skip-broken"]) == 0
     assert set(json.loads((tmp_path / "out/data.json").read_text())["files"]) == {"good.png"}
@@ -184,6 +190,28 @@ def test_pictures_of_the_prior_are_of_its_prompts(opened: Callable[..., FineTune
     made = (tmp_path / "prior/0000.png").stat().st_mtime_ns
     pipeline._prior(tmp_path)
     assert (tmp_path / "prior/0000.png").stat().st_mtime_ns == made
+
+
+def test_prompts_of_the_prior_come_from_files_or_are_everyday(
+    opened: Callable[..., FineTunePipeline], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unsaid = opened(prior_weight=1.0, prior_count=40)
+    assert len(set(unsaid.config.prior)) == 40 and unsaid._settings()["prior_prompts"] == list(unsaid.config.prior)
+    assert opened().config.prior == () and len(set(EVERYDAY)) == len(EVERYDAY) > 200
+    data, file, out = disc(tmp_path / "data/a disc.png", 5).parent, tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text("a fox\n\n a red dog \n", encoding="utf-8-sig")
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"steps": 1, "stage": "decoder", "prior_count": 2}))
+    flags = ["--model", str(tiny_checkpoint), "--backend", "cpu", "--cache", str(tmp_path / "cache"), "-q"]
+    flags += ["--config", str(tmp_path / "config.json"), "-o", str(out), "--prior-weight", "0.5", "--prior-prompts"]
+    for wrong, message in (("", "is empty"), (None, "cannot be read")):
+        other = tmp_path / f"other-{wrong}.txt"
+        if wrong is not None:
+            other.write_text(wrong)
+        assert main(["finetune", str(data), *flags, str(other)]) == 2 and message in capsys.readouterr().err
+    assert main(["finetune", str(data), *flags, str(file), "--resume"]) == 0
+    assert f"{out} holds no run yet: this one begins" in capsys.readouterr().err
+    assert json.loads((out / "finetune.json").read_text())["prior_prompts"] == ["a fox", "a red dog"]
+    assert read_metadata(out / "prior/0001.png")["prompt"] == "a red dog"
 
 
 def test_packed_checkpoints_count_whole_and_do_not_learn_in_full(

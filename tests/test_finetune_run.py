@@ -72,6 +72,11 @@ def state(folder: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / stage / "state.safetensors")
 
 
+def told_place(folder: Path) -> str:
+    """Of the data: its name alone, as the folder is to be shared."""
+    return str(json.loads((folder / "data.json").read_text())["place"])
+
+
 def after(step: int, act: Callable[[], None]) -> Callable[[FineTuneStep], None]:
     def callback(done: FineTuneStep) -> None:
         if done.step == step:
@@ -102,6 +107,7 @@ def test_both_stages_make_an_adapter_that_generate_uses(
 
     card = (out / "README.md").read_text()
     assert "| generator |" in card and "a folder" not in card
+    assert "(generator and decoder), made with" in card and told_place(out) == "discs"
     assert "base_model" not in card and f"--model {tiny_checkpoint}" in card  # hubs refuse a path there
     assert "<img" in (out / "before-after.html").read_text()
     told = json.loads((out / "data.json").read_text())
@@ -370,7 +376,6 @@ def test_command_line(
         (["--rank", "999"], "rank 999"),
         (["--learning-rate", "2"], "learning_rate 2.0"),
         (["--base-bits", "4"], "checkpointing"),
-        (["--prior-weight", "1"], "prior_prompts"),
         (["--set", 'decoder_targets=["atention"]'], "did you mean 'attention'"),
         (["--backend", "cpuu"], "did you mean 'cpu'"),
         (["--set", "captions=x"], "captions 'x': give an object"),
@@ -411,6 +416,7 @@ def test_killed_from_outside_and_gone_on_with(
             time.sleep(0.1)
         os.kill(run.pid, sign)
         assert run.wait(60) == (130 if sign == signal.SIGINT else -signal.SIGKILL)
+        assert run.stderr is not None and ("--resume goes on" in run.stderr.read()) == (sign == signal.SIGINT)
     assert open_adapters([out])[0].stages.keys() == {"generator"}
     assert state(out, "generator")
     killed = losses(out, "generator")

@@ -10,6 +10,7 @@ from typing import Any
 from glmimg.config import Config, require
 from glmimg.dataset.captions import CaptionRules
 from glmimg.errors import UnknownName
+from glmimg.training.everyday import EVERYDAY
 
 __all__ = ["METHODS", "SCHEDULES", "STAGE_CHOICES", "FineTuneConfig", "changed_settings"]
 
@@ -31,9 +32,9 @@ class FineTuneConfig(Config):
     loss. base_bits: 8 or 4 keeps the frozen weights packed, 0 as they are; needs `checkpointing`, which recomputes
     activations to save memory. preview_weight: how much more a preview token counts; token_noise: share of tokens
     shown wrongly, so that mistakes are forgiven. prior_weight: how much the model's own pictures of `prior_prompts`
-    count, against forgetting. *_every count steps, 0 for never; pictures are also made before the first step and after
-    the last. diverged: the factor over the first steps' loss at which the run stops; on the way there nothing is saved
-    over what was better. threads: of the processor, 0 for all.
+    (none: of everyday things) count, against forgetting. *_every count steps, 0 for never; pictures are also made
+    before the first step and after the last. diverged: the factor over the first steps' loss at which the run stops; on
+    the way there nothing is saved over what was better. threads: of the processor, 0 for all.
     """
 
     stage: str = "both"
@@ -115,10 +116,6 @@ class FineTuneConfig(Config):
         require(self.diverged > 1, f"diverged {self.diverged}: use more than 1")
         require(self.clip > 0, f"clip {self.clip}: use more than 0")
         require(self.prior_weight >= 0, f"prior_weight {self.prior_weight}: use 0 (off) or more")
-        require(
-            not self.prior_weight or bool(self.prior_prompts),
-            "prior_weight needs prior_prompts: say what the model must not forget, such as 'a photo of a dog'",
-        )
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -132,6 +129,11 @@ class FineTuneConfig(Config):
     def scale(self) -> float:
         """alpha, in numbers."""
         return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def prior(self) -> tuple[str, ...]:
+        """Prompts of the model's own pictures."""
+        return self.prior_prompts or (EVERYDAY[: self.prior_count] if self.prior_weight else ())
 
     def targets(self, stage: str) -> tuple[str, ...]:
         return self.generator_targets if stage == "generator" else self.decoder_targets
