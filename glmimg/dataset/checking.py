@@ -23,7 +23,7 @@ __all__ = ["KINDS", "Checked", "Finding", "Report", "check_dataset"]
 
 # kind -> (whether it is an error, what to do)
 KINDS: dict[str, tuple[bool, str]] = {
-    "broken": (True, "or take it out; --skip-broken leaves out all that have errors"),
+    "broken": (True, "mend it or take it out; --skip-broken leaves out all that have errors"),
     "no caption": (True, "write NAME.txt beside it, or train with --trigger WORD"),
     "caption too long": (True, "shorten it"),
     "control token": (True, "take <sop>, <eop> and the like out of the caption"),
