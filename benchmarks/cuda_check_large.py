@@ -109,7 +109,8 @@ def both_pipelines(check: Any, folder: Path) -> tuple[Any, Any]:
     from transformers.models.glm_image.processing_glm_image import GlmImageProcessor
 
     from glmimg.autoencoder import Autoencoder, compute_dtype
-    from glmimg.decoder import Decoder, fuse_qkv
+    from glmimg.decoder import Decoder
+    from glmimg.fused_linear import fuse_qkv
     from glmimg.generator import TokenGenerator
     from glmimg.glyph_encoder import GlyphEncoder
 

@@ -46,7 +46,7 @@ from glmimg.corpus.words import BACKGROUNDS, FIRST_THINGS
 from glmimg.errors import BadInput
 from glmimg.evaluation.concepts import CROP, Judge, crop, crops_of, thing_boxes
 from glmimg.evaluation.distance import frechet, nearest
-from glmimg.evaluation.prompts import FIRST_SEED, make_prompts
+from glmimg.evaluation.prompts import make_prompts
 from glmimg.image_io import save_png
 
 ICONS = Package(
@@ -75,11 +75,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument(
-        "--prior-weight", type=float, default=0.0, help="of the model's own pictures, against forgetting"
-    )
-    parser.add_argument("--prior-pictures", type=int, default=32)
+    parser.add_argument("--prior-weight", type=float, default=None, help="against forgetting (default: as shipped)")
     parser.add_argument("--pictures", type=int, default=80, help="made for each row of the table")
+    parser.add_argument("--other-prompts", type=int, default=200, help="that have nothing to do with what was learnt")
     parser.add_argument("--draw-steps", type=int, default=None)
     arguments = parser.parse_args()
     work = arguments.work / arguments.proof
@@ -90,9 +88,11 @@ def main() -> None:
     for seed in arguments.seeds:
         out = work / f"seed-{seed}"
         missing = [name for name in CONDITIONS if not any((r["seed"], r["adapter on"]) == (seed, name) for r in rows)]
-        minutes = train(arguments, proof.data, bank, out, seed, proof.trigger) if missing else 0.0
+        minutes = train(arguments, proof.data, out, seed, proof.trigger) if missing else 0.0
         for name in missing:
-            made, told = measure(arguments, proof, bank, judge, [out / stage for stage in CONDITIONS[name]], seed)
+            known = [row["other prompts right"] for row in rows if row["adapter on"] == name == "none"]  # of any seed
+            adapters = [out / stage for stage in CONDITIONS[name]]
+            made, told = measure(arguments, proof, bank, judge, adapters, seed, known)
             for number, picture in enumerate(made[:SHOWN]):
                 save_png(Image.fromarray(picture), work / "pictures" / f"{seed}-{name}-{number}.png")
             rows.append({"seed": seed, "adapter on": name, "minutes": round(minutes, 1), **told})
@@ -124,7 +124,7 @@ def rows_before(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return list(told["rows"])
 
 
-def train(arguments: argparse.Namespace, data: Path, bank: StickerBank, out: Path, seed: int, trigger: str) -> float:
+def train(arguments: argparse.Namespace, data: Path, out: Path, seed: int, trigger: str) -> float:
     """Trains both stages, or goes on where that was stopped; minutes, encoding and all, on the clock."""
     from glmimg.pipelines.finetune import FineTunePipeline
 
@@ -141,8 +141,6 @@ def train(arguments: argparse.Namespace, data: Path, bank: StickerBank, out: Pat
         "held_out": 0.0,  # so few pictures are all needed
         "captions": {"trigger": trigger},
         "prior_weight": arguments.prior_weight,
-        "prior_prompts": prior_prompts(bank, arguments.prior_pictures) if arguments.prior_weight else (),
-        "prior_count": arguments.prior_pictures,
     }
     pipeline = FineTunePipeline.from_pretrained(arguments.model, config=config)
 
@@ -156,15 +154,14 @@ def train(arguments: argparse.Namespace, data: Path, bank: StickerBank, out: Pat
     return float(json.loads(told.read_text()))
 
 
-def prior_prompts(bank: StickerBank, count: int) -> tuple[str, ...]:
-    """What is not to be forgotten: prompts of the kind that is asked for afterwards, but none of those."""
-    records = make_prompts(bank, 16 * count, size=(SIDE, SIDE), first_seed=FIRST_SEED + 500_000, signs=False)
-    prompts = [record.prompt for record in records if record.part == "concepts" and record.subset == "seen"]
-    return tuple(prompts[:count])
-
-
 def measure(
-    arguments: argparse.Namespace, proof: Any, bank: StickerBank, judge: Judge, adapters: Sequence[Path], seed: int
+    arguments: argparse.Namespace,
+    proof: Any,
+    bank: StickerBank,
+    judge: Judge,
+    adapters: Sequence[Path],
+    seed: int,
+    known: Sequence[float],
 ) -> tuple[list[np.ndarray], dict[str, float]]:
     from glmimg import TextToImagePipeline
 
@@ -183,11 +180,11 @@ def measure(
     began = time.monotonic()
     made = draw(proof.prompts, [1000 * seed + k for k in range(len(proof.prompts))])
     told = proof.judge(made)
-    records = make_prompts(bank, 8 * arguments.pictures, size=(SIDE, SIDE), signs=False)
+    records = make_prompts(bank, 16 * arguments.other_prompts, size=(SIDE, SIDE), signs=False)
     records = [record for record in records if record.part == "concepts" and record.subset == "seen"]
-    records = records[: arguments.pictures]
+    records = [] if known else records[: arguments.other_prompts]
     others = draw([record.prompt for record in records], [record.seed for record in records])
-    right = []
+    right = list(known[:1])
     for record, picture in zip(records, others, strict=True):
         ranks = judge.rank_of(judge.features(crops_of(picture, record.scene)), [t.concept for t in record.scene.things])
         right.append(float((ranks == 0).mean()))

@@ -33,7 +33,7 @@ def written_out(
     takes half as long again on whole pictures (benchmarks/training_attention.py)."""
     scores = (q_BHSd * q_BHSd.shape[-1] ** -0.5) @ k_BHKd.transpose(-1, -2)
     if mask_B11K is not None:
-        scores = scores.masked_fill(~mask_B11K, float("-inf"))
+        scores += scores.new_zeros(mask_B11K.shape).masked_fill_(~mask_B11K, float("-inf"))  # no copy of all scores
     if not torch.is_grad_enabled():
         return scores.softmax(-1) @ v_BHKd
     return scores.softmax(-1, dtype=torch.float32).to(v_BHKd.dtype) @ v_BHKd

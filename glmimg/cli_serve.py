@@ -14,6 +14,7 @@ __all__ = ["key", "serve"]
 def serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; others need --keys")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    parser.add_argument("--root-path", default="", metavar="/PATH", help="below which a proxy puts the server")
     parser.add_argument("--keys", metavar="FILE", help="API keys; glmimg serve key makes them")
     parser.add_argument(
         "--allow-host", dest="allow_hosts", action="append", default=[], metavar="NAME",

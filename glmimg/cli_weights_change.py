@@ -28,12 +28,19 @@ def quantize(parser: argparse.ArgumentParser) -> Run:
         "--budget", metavar="SIZE", help="instead: bytes for all weights, such as 12GB; bits are chosen"
     )
     parser.add_argument(
-        "--components", help="vision_language_encoder,text_encoder,transformer (default: all three)", metavar="A,B"
+        "--components",
+        metavar="A,B",
+        help="vision_language_encoder,text_encoder,transformer and, with --rest, vae (default: all)",
     )
     parser.add_argument(
         "--group-size", type=int, default=GROUP, help=f"columns that share a scale in 4 bits (default: {GROUP})"
     )
-    parser.add_argument("--adaln", action="store_true", help="pack the decoder's adaptive layer norms too, in 8 bits")
+    parser.add_argument(
+        "--rest",
+        type=int,
+        metavar="BITS",
+        help="pack embeddings, projectors, adaptive layer norms and heads too, in 8 or 4 bits, and the VAE in 8",
+    )
     parser.add_argument(
         "--sensitivity",
         metavar="OF",
@@ -95,7 +102,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         group=arguments.group_size,
         budget=None if arguments.budget is None else parse_size(arguments.budget),
         errors=by_outputs if arguments.sensitivity == "outputs" else None,
-        adaln=arguments.adaln,
+        rest=arguments.rest,
         progress=ByteBar("quantize"),
     )
     told = done.to_dict()

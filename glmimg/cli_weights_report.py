@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glmimg.errors import BadInput, GlmimgError
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from glmimg.backends import Backend
     from glmimg.checkpoint import Checkpoint
 
-__all__ = ["card_change", "lines", "report", "require_possible"]
+__all__ = ["Card", "card_change", "lines", "make_card", "report", "require_possible"]
+
+RESAMPLED = 200
 
 
 def report(
@@ -67,9 +69,11 @@ def report(
         told["use"][name] = measure(str(model), **settings)
         count(compared + len(told["use"]))
     if bank is not None:
-        told["card"] = card_change(
-            str(source.root), target, bank, card_prompts, size=size, steps=steps, backend=str(backend.device)
-        )
+        cards = [
+            make_card(model, bank, card_prompts, size=size, steps=steps, backend=str(backend.device))
+            for model in (str(source.root), target)
+        ]
+        told["card"] = card_change(*cards)
         count(compared + 3)
     return told
 
@@ -93,60 +97,94 @@ def require_possible(
         rapidocr_reader()
 
 
-def card_change(
-    source: str,
-    target: str,
+class Card(NamedTuple):
+    """A report card's JSON, and the scores of each of its pictures."""
+
+    report: dict[str, Any]
+    pictures: list[dict[str, Any]]
+
+
+def make_card(
+    model: str,
     bank: str,
     count: int,
     *,
     size: tuple[int, int] | None = None,
     steps: int | None = None,
     backend: str = "auto",
-) -> dict[str, Any]:
-    """Both report cards' headline figures over the same `count` prompts and seeds, and the change in points.
-
-    {"prompts", "figures": {name: {"source", "quantised", "points"}}, "mean_points"}.
-    """
-    from glmimg.evaluation.model_card import _HEADLINES
-
-    cards = [_card(model, bank, count, size, steps, backend) for model in (source, target)]
-    figures = {}
-    for key, title in _HEADLINES.items():
-        values = [card["figures"].get(key, {}).get("model", {}).get("value") for card in cards]
-        if None not in values and not key.startswith("memorisation"):
-            before, after = values
-            figures[title] = {"source": before, "quantised": after, "points": 100 * (after - before)}
-    if not figures:
-        raise BadInput(f"{count} prompts gave no headline figure: ask for more with --card-prompts")
-    mean = sum(row["points"] for row in figures.values()) / len(figures)
-    return {"prompts": cards[0]["prompts"], "figures": figures, "mean_points": mean}
-
-
-def _card(
-    model: str, bank: str, count: int, size: tuple[int, int] | None, steps: int | None, backend: str
-) -> Mapping[str, Any]:
+) -> Card:
+    """Over `count` prompts, and a quarter as many edits."""
     from glmimg.cli import main
 
     with tempfile.TemporaryDirectory() as folder:
-        command = ["evaluate", "--model", model, "--bank", bank, "-o", str(Path(folder) / "card"), "-n", str(count)]
-        command += ["--tokens-share", "0", "--training-scenes", "0", "--backend", backend, "--json"]
+        place = Path(folder) / "card"
+        command = ["evaluate", "--model", model, "--bank", bank, "-o", str(place), "-n", str(count)]
+        command += ["--tokens-share", "0", "--training-scenes", "0", "--backend", backend]
         command += ["--size", f"{size[1]}x{size[0]}"] if size else []
         command += ["--steps", str(steps)] if steps else []
-        out = io.StringIO()
-        with redirect_stdout(out):
+        with redirect_stdout(io.StringIO()):
             status = main(command)
         if status:
             raise GlmimgError(f"the report card of {model} could not be made; see above, and: glmimg evaluate --help")
-        found: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
-    return found
+        return Card(*(json.loads((place / name).read_text("utf-8")) for name in ("report.json", "pictures.json")))
+
+
+def card_change(source: Card, quantised: Card) -> dict[str, Any]:
+    """Both report cards' headline figures over the same prompts and seeds, and the change in points.
+
+    {"prompts", "figures": {name: {"source", "quantised", "points", "error"}}, "mean_points", "mean_error"}; errors are
+    standard errors of the change, from RESAMPLED draws of the pictures, each with its two scores.
+    """
+    import numpy as np
+
+    from glmimg.evaluation.model_card import _HEADLINES
+    from glmimg.evaluation.prompts import Record
+    from glmimg.evaluation.scoring import figures
+
+    values = {
+        key: [card.report["figures"].get(key, {}).get("model", {}).get("value") for card in (source, quantised)]
+        for key in _HEADLINES
+        if not key.startswith("memorisation")
+    }
+    values = {key: pair for key, pair in values.items() if None not in pair}
+    if not values:
+        raise BadInput("these prompts gave no headline figure: ask for more with --card-prompts")
+    records = [Record.from_dict({k: v for k, v in row.items() if k != "scores"}) for row in source.pictures]
+    scores = [[row["scores"]["model"] for row in card.pictures] for card in (source, quantised)]
+    subsets: dict[tuple[str, str], list[int]] = {}
+    for k, record in enumerate(records):
+        subsets.setdefault((record.part, record.subset), []).append(k)
+    rng = np.random.default_rng(0)
+    draws = np.full((RESAMPLED, len(values)), np.nan)
+    for row in draws:
+        chosen = [k for members in subsets.values() for k in rng.choice(members, len(members)).tolist()]
+        found = figures(
+            [records[k] for k in chosen],
+            {name: [side[k] for k in chosen] for name, side in zip("ab", scores, strict=True)},
+        )
+        for column, key in enumerate(values):
+            if key in found:
+                row[column] = 100 * (found[key]["b"]["value"] - found[key]["a"]["value"])
+    errors = np.nanstd(draws, 0).tolist()
+    told = {
+        _HEADLINES[key]: {"source": before, "quantised": after, "points": 100 * (after - before), "error": error}
+        for (key, (before, after)), error in zip(values.items(), errors, strict=True)
+    }
+    return {
+        "prompts": source.report["prompts"],
+        "figures": told,
+        "mean_points": sum(row["points"] for row in told.values()) / len(told),
+        "mean_error": float(np.nanmean(draws, 1).std()),
+    }
 
 
 def lines(told: Mapping[str, Any]) -> list[str]:
     """The report for people."""
     psnr = "the same" if told["psnr"] is None else f"{told['psnr']:.1f} dB, worst {told['psnr_worst']:.1f}"
     found = [
-        f"tokens: {told['tokens']}; the likeliest one is the same for {told['top1_agreement']:.1%}; "
-        f"bits a token {told['bits_source']:.3f}, quantised {told['bits_other']:.3f}",
+        f"tokens: {told['tokens']}; the likeliest one is the same for {told['top1_agreement']:.1%} +- "
+        f"{told['top1_error']:.1%}; bits a token {told['bits_source']:.3f}, quantised {told['bits_other']:.3f} (change "
+        f"+- {told['bits_error']:.3f})",
         f"pictures from the same tokens and noise: {told['pictures']}; PSNR against the source {psnr}",
     ]
     for name, use in told["use"].items():
@@ -157,9 +195,12 @@ def lines(told: Mapping[str, Any]) -> list[str]:
             f"{'of the device' if use['device_peak'] else 'in the whole process'}"
         )
     if card := told.get("card"):
-        found.append(f"report card over {card['prompts']} prompts: {card['mean_points']:+.1f} points in the mean")
+        found.append(
+            f"report card over {card['prompts']} prompts: {card['mean_points']:+.1f} +- "
+            f"{card['mean_error']:.1f} points in the mean"
+        )
         found += [
-            f"  {title}: {row['source']:.1%} -> {row['quantised']:.1%} ({row['points']:+.1f})"
+            f"  {title}: {row['source']:.1%} -> {row['quantised']:.1%} ({row['points']:+.1f} +- {row['error']:.1f})"
             for title, row in card["figures"].items()
         ]
     return found

@@ -17,18 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from glmimg.attention import attend
 from glmimg.errors import BadInput
+from glmimg.fused_linear import Products
 
-__all__ = ["Conditioning", "Decoder", "Reference", "ReferenceCache", "fuse_qkv", "join"]
+__all__ = ["Conditioning", "Decoder", "Reference", "ReferenceCache", "join"]
 
 _PATCH_PIXELS = 16  # VAE factor 8 times patch 2, fixed by the checkpoint format
 _EPS = 1e-5
@@ -98,19 +99,21 @@ class Decoder:
     """Runs the denoising transformer.
 
     `blocks` yields the transformer blocks in order each time it is called; a streaming loader passes its own.
-    Call `fuse_qkv(model)` once after loading to make one product of the three projections.
+    Call `fused_linear.fuse_qkv(model)` once after loading to make one product of the three projections, and
+    `products.lay_out(model)` where no gradients are wanted.
     """
 
     def __init__(self, model: Any, blocks: Callable[[], Iterable[Any]] | None = None) -> None:
         self.model = model
-        self.blocks = blocks or (lambda: self.model.transformer_blocks)
+        self.products = Products()
+        self.blocks = blocks or (lambda: model.transformer_blocks)  # no cycle through self: it is freed at once
         self.heads = int(model.config.num_attention_heads)
         self.head_dim = int(model.config.attention_head_dim)
         self.last = int(model.config.num_layers) - 1
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.proj_out.weight.dtype
+        return self.model.proj_out.bias.dtype  # the weight may be packed
 
     # -- once per picture ---------------------------------------------------------------------------------------
 
@@ -284,7 +287,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """One block. After the last only the patches are wanted, so glyph tokens end as keys and values there."""
         text = text_BTD.shape[1]
-        modulation = block.norm1.linear(time_BE)[:, None].chunk(12, -1)
+        modulation = self.products.linear(block.norm1.linear, time_BE)[:, None].chunk(12, -1)
         shift, text_shift, scale, text_scale, gate, text_gate = modulation[:6]
         joined_BSD = _modulated(x_BPD, shift, scale, text_BTD, text_shift, text_scale)
         q, k, v = self._heads(block.attn1, joined_BSD, conditioning.rotary_SK)
@@ -295,13 +298,14 @@ class Decoder:
         if last:
             q, text_BTD, text = q[:, :, text:], text_BTD[:, :0], 0
         mixed = attend(q, k, v, conditioning.mask_B11K)
-        mixed_BSD = block.attn1.to_out[0](mixed.transpose(1, 2).flatten(2))
+        mixed_BSD = self.products.linear(block.attn1.to_out[0], mixed.transpose(1, 2).flatten(2))
         x_BPD = torch.addcmul(x_BPD, mixed_BSD[:, text:], gate)
         if text:
             text_BTD = torch.addcmul(text_BTD, mixed_BSD[:, :text], text_gate)
 
         shift, text_shift, scale, text_scale, gate, text_gate = modulation[6:]
-        widened_BSD = _feed_forward(block.ff, _modulated(x_BPD, shift, scale, text_BTD, text_shift, text_scale))
+        modulated_BSD = _modulated(x_BPD, shift, scale, text_BTD, text_shift, text_scale)
+        widened_BSD = self.products.feed_forward(block.ff, modulated_BSD)
         x_BPD = torch.addcmul(x_BPD, widened_BSD[:, text:], gate)
         if text:
             text_BTD = torch.addcmul(text_BTD, widened_BSD[:, :text], text_gate)
@@ -310,9 +314,9 @@ class Decoder:
     def _heads(self, attention: Any, x_BSD: Tensor, rotary_SK: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as (B, H, S, 2K)."""
         shape = (*x_BSD.shape[:2], -1, self.head_dim)
-        fused = _fused_view(attention)
+        fused = self.products.qkv(attention, x_BSD)
         if fused is not None:
-            qkv = F.linear(x_BSD, *fused).view(shape)
+            qkv = fused.view(shape)
             v = qkv[:, :, 2 * self.heads :]
             qk = _rotate(_norm(qkv[:, :, : 2 * self.heads]), rotary_SK, v.dtype)
             q, k = qk[:, :, : self.heads], qk[:, :, self.heads :]
@@ -349,65 +353,6 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
     )
 
 
-def fuse_qkv(model: Any) -> None:
-    """Lay the weights of each attention's three projections side by side in memory, so that one product does all.
-
-    The parameters stay where they are in the module and its state dict, as views; optimisers, saving and adapters
-    work as before. Moving the model to another device undoes it. Attentions whose projections are not plain linear
-    layers (adapters, quantised weights) are left alone.
-    """
-    for block in model.transformer_blocks:
-        linears = _plain_projections(block.attn1)
-        if linears is not None:
-            for name in ("weight", "bias"):
-                joined = torch.cat([getattr(linear, name).data for linear in linears])
-                for linear, piece in zip(linears, joined.chunk(3), strict=True):
-                    getattr(linear, name).data = piece
-
-
-def _plain_projections(attention: Any) -> list[Any] | None:
-    linears = [attention.to_q, attention.to_k, attention.to_v]
-    plain = all(type(linear) is nn.Linear and type(linear.weight) is nn.Parameter for linear in linears)
-    return linears if plain and all(linear.bias is not None for linear in linears) else None
-
-
-def _fused_view(attention: Any) -> tuple[Tensor, Tensor] | None:
-    """(3D, D) weight and (3D,) bias over adjacent projections, or None; gradients need the separate ones."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler sees no addresses, and fuses by itself
-        return None
-    linears = _plain_projections(attention)
-    if linears is None:
-        return None
-    views = []
-    for name in ("weight", "bias"):
-        first, second, third = (getattr(linear, name) for linear in linears)
-        step = first.numel() * first.element_size()
-        adjacent = second.data_ptr() - first.data_ptr() == step == third.data_ptr() - second.data_ptr()
-        if not adjacent or first.untyped_storage().data_ptr() != third.untyped_storage().data_ptr():
-            return None
-        views.append(first.detach().as_strided((3 * first.shape[0], *first.shape[1:]), first.stride()))
-    return views[0], views[1]
-
-
-def _feed_forward(ff: Any, x_BSD: Tensor) -> Tensor:
-    """`ff(x)`; on a CPU the activation rides in the first product: alone it costs a quarter of that product."""
-    if torch.compiler.is_compiling():
-        return ff(x_BSD)
-    up = ff.net[0].proj
-    plain = type(up) is nn.Linear and type(up.weight) is nn.Parameter and up.weight.dtype == x_BSD.dtype
-    if torch.is_grad_enabled() or not (plain and x_BSD.is_cpu and up.weight.is_cpu and _fuses_gelu(x_BSD.dtype)):
-        return ff(x_BSD)
-    return ff.net[2](torch.ops.mkldnn._linear_pointwise(x_BSD, up.weight, up.bias, "gelu", [], "tanh"))
-
-
-@cache
-def _fuses_gelu(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has the fused product (the one torch.compile uses) for this dtype on this processor."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=_EPS)
 
@@ -415,7 +360,8 @@ def _norm(x: Tensor) -> Tensor:
 def _rotate(x_BSHd: Tensor, rotary_SK: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     cos, sin = (table[:, None] for table in rotary_SK)
     first, second = x_BSHd.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(dtype)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, -1).to(dtype)
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, text: Tensor, text_shift: Tensor, text_scale: Tensor) -> Tensor:

@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 
 from glmimg.errors import BadInput, CheckpointError
-from glmimg.packed_linear import PackedLinear, joined, packed_product, quantize, ready
+from glmimg.fused_linear import lay_out, runs
+from glmimg.packed_linear import PackedEmbedding, PackedLinear, joined, packed_product, quantize, ready
 from glmimg.positions import rotary_tables
 
 __all__ = ["Decoding", "Layer", "TokenGenerator"]
 
 PACK_BELOW = 256 << 20  # bytes of weights up to which a second, transposed copy is worth its memory
 
-Matrix = tuple[Any, ...]  # what packed_product takes after its input: (matrix,), or a packed one and its scales
+Matrix = tuple[Any, ...]  # what packed_product takes after its input
 
 
 class Layer(NamedTuple):
@@ -70,15 +71,16 @@ class TokenGenerator:
 
     def __init__(self, model: Any, packed: bool | None = None, weights: str | None = None) -> None:
         text, config = model.model.language_model, model.config.text_config
-        if any(p.is_meta for p in text.parameters()) or model.lm_head.weight.is_meta:
+        if any(t.is_meta for t in [*text.parameters(), *model.lm_head.parameters(), *model.lm_head.buffers()]):
             raise CheckpointError("the language model is on the meta device: load its weights first")
         adapted = next((name for name, module in text.named_modules() if hasattr(module, "base_layer")), None)
         if adapted:
             raise CheckpointError(f"{adapted} carries an adapter: merge it into the weights before generating")
         if config.hidden_act != "silu":
             raise CheckpointError(f"hidden_act {config.hidden_act!r} is not supported; the published one is 'silu'")
-        self.embedding: torch.Tensor = text.embed_tokens.weight.detach()
-        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self.embed = text.embed_tokens
+        table = self.embed.weight_scale if isinstance(self.embed, PackedEmbedding) else self.embed.weight
+        self.device, self.dtype = table.device, table.dtype
         on_cpu = self.device.type == "cpu"
         if weights not in (None, "int8"):
             raise BadInput(f"weights {weights!r}: choose None (as stored) or 'int8'")
@@ -101,7 +103,7 @@ class TokenGenerator:
         self.layers: Iterable[Layer] = [self._layer(layer) for layer in text.layers]
         self.layer_count: int = config.num_hidden_layers
         self.final_norm = text.norm.weight.detach().float() * self._norm_scale
-        self.head = self._plain(model.lm_head.weight[: self.codebook_size])
+        self.head = self._head(model.lm_head)
         half = int(self.head_width * self.rope.get("partial_rotary_factor", 1.0)) // 2
         channels = torch.arange(self.head_width)
         partners = torch.cat((channels[half : 2 * half], channels[:half], channels[2 * half :]))
@@ -114,11 +116,23 @@ class TokenGenerator:
             return ready(*joined(linears, "the language model"), self.dtype)
         return self._plain(torch.cat([linear.weight for linear in linears]) if linears[1:] else linears[0].weight)
 
+    def _head(self, head: Any) -> Matrix:
+        if isinstance(head, PackedLinear):
+            packed, scale = joined([head], "lm_head")
+            return ready(packed[: self.codebook_size], scale[: self.codebook_size], self.dtype)
+        return self._plain(head.weight[: self.codebook_size])
+
     def _plain(self, weight: torch.Tensor) -> Matrix:
         weight = weight.detach()
         if self._int8:
             return quantize(weight, 8)
-        return (weight.T.contiguous(),) if self._packed else (weight.T,)
+        if not self._packed:
+            return weight.T, weight
+        laid_out = lay_out(weight) if runs(weight) else None
+        if laid_out is not None and weight.dtype == torch.bfloat16:
+            return laid_out, laid_out
+        matrix_KN = weight.T.contiguous()  # of float32 a third copy: a small one's single rows are quicker
+        return matrix_KN, matrix_KN.T if laid_out is None else laid_out
 
     def _layer(self, layer: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -130,7 +144,10 @@ class TokenGenerator:
             layer.post_mlp_layernorm,
         )
         norm_in, norm_attended, norm_mlp, norm_done = (n.weight.detach().float() * self._norm_scale for n in norms)
-        biases = [self.embedding.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in projections]
+        biases = [
+            norm_in.new_zeros(p.out_features, dtype=self.dtype) if p.bias is None else p.bias.detach()
+            for p in projections
+        ]
         return Layer(
             norm_in,
             self._matrix(*projections),
@@ -189,7 +206,7 @@ class TokenGenerator:
             causal = torch.ones(T, T, dtype=torch.bool, device=self.device).tril()
             itself = torch.eye(T, dtype=torch.bool, device=self.device)  # padding sees itself: no empty softmax
             mask = ((causal & mask_BT[:, None]) | itself)[:, None]
-        x = F.embedding(ids_BT, self.embedding).float().flatten(0, 1)
+        x = self.embed(ids_BT).float().flatten(0, 1)
         for k, layer in enumerate(self.layers):
             qkv = packed_product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
             partners = qkv.index_select(1, self._partners).view(B, T, H + K, C)
@@ -265,7 +282,7 @@ class TokenGenerator:
         cos, sin = state.cos_NB1C[at - state.prompt_length], state.sin_NB1C[at - state.prompt_length]
         mask = None if state.mask_B11S is None else state.mask_B11S[..., : at + 1]
         slots, filled = state.cache[:, :, :, at].unbind(0), state.cache[:, :, :, : at + 1].unbind(0)
-        x = F.embedding(ids_B, self.embedding).float()
+        x = self.embed(ids_B).float()
         for k, layer in enumerate(self.layers):
             qkv = packed_product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
             partners = qkv.index_select(1, self._partners).view(B, H + K, C)

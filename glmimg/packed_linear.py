@@ -1,14 +1,15 @@
-"""Linear layers whose weights lie in eight or four bits with scales, and are made whole for each product.
+"""Layers whose weights lie in eight or four bits with scales, and are made whole for each product.
 
-8 bits: int8 (N, K) and one scale a row. 4 bits: two columns in a byte, uint8 (N, K/2), column k low and column k + K/2
-high, with 8 added, and one scale for each group of columns, (N, groups). A weight is its integer times its scale.
+8 bits: int8, in the weight's own shape, and one scale a row; convolutions know no other. 4 bits: two columns in a byte,
+uint8 (N, K/2), column k low and column k + K/2 high, with 8 added, and one scale for each group of columns, (N,
+groups). A weight is its integer times its scale.
 
 Letters: N outputs, K inputs, G columns of a group, R rows of input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glmimg.errors import BadInput, CheckpointError
+from glmimg.fused_linear import product
 from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, KERNEL_GROUPS, PACKED, SCALE, group_size
 
 __all__ = [
+    "Packed",
+    "PackedConv2d",
+    "PackedEmbedding",
     "PackedLinear",
     "dequantize",
     "joined",
@@ -30,7 +35,9 @@ __all__ = [
     "use_packed",
 ]
 
+_ALIGNED = 16  # bytes that the kernel for 8 bits needs addresses to be multiples of
 _FEW_ROWS = 16  # up to here a processor's own kernels for packed weights beat unpacking them (measured: 8 to 32)
+_MANY = 1 << 20  # numbers of a weight: in float32 the kernel takes as long as unpacking, but needs no memory for it
 _KERNEL_ROWS = 16  # torch's 4-bit kernel for processors wants N a multiple of it
 _TILES = 8  # sixteens of columns in a tile of CUDA's; K must be a multiple of all of them
 _BLOCK = 1 << 22  # weights quantised at a time: bounds the memory that their errors take
@@ -40,18 +47,22 @@ _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 @torch.no_grad()
 def quantize(weight_NK: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """The packed weight and its scales, in float32 for a float32 weight and in bfloat16 for any other.
+    """The packed weight and its scales, in float32 for a float32 weight and in bfloat16 for any other. In 8 bits the
+    weight may have more dimensions than two.
 
     8 bits: levels -127 to 127. 4 bits: levels -8 to 7; of a few scales for each group, whose sign is such that the
     extreme gets level -8, the one with the least squared error is taken.
     """
     if bits not in BITS:
         raise BadInput(f"bits {bits}: choose from {', '.join(map(str, BITS))}")
-    if weight_NK.dim() != 2 or (bits == 4 and weight_NK.shape[1] % 2):
-        raise BadInput(f"a weight of shape {list(weight_NK.shape)} cannot be packed in {bits} bits")
+    shape = weight_NK.shape
+    if len(shape) < 2 or (bits == 4 and (len(shape) > 2 or shape[1] % 2)):
+        raise BadInput(f"a weight of shape {list(shape)} cannot be packed in {bits} bits")
+    weight_NK = weight_NK.flatten(1)
     rows = max(1, _BLOCK // weight_NK.shape[1])
     blocks = [_quantize_rows(block.float(), bits, group, _scale_dtype(weight_NK)) for block in weight_NK.split(rows)]
-    return torch.cat([packed for packed, _ in blocks]), torch.cat([scale for _, scale in blocks])
+    packed, scale = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return packed.view(shape) if bits == 8 else packed, scale
 
 
 def _scale_dtype(weight: Tensor) -> torch.dtype:
@@ -85,35 +96,45 @@ def _levels(packed: Tensor) -> Tensor:
 
 
 def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight_NK in `dtype`."""
+    """The weight, (N, K) or of more dimensions, in `dtype`."""
     if packed.dtype == torch.int8:
-        return packed.to(dtype) * scale.to(dtype)[:, None]
+        return packed.to(dtype) * scale.to(dtype).view(-1, *[1] * (packed.dim() - 1))
     groups = _levels(packed).to(dtype).sub_(8).unflatten(1, (scale.shape[1], -1))
     return groups.mul_(scale.to(dtype)[..., None]).flatten(1)
 
 
-class PackedLinear(nn.Module):
-    """Stands where a linear layer stood. `weight` is computed anew each time it is asked for, and cannot be set."""
+class Packed(nn.Module):
+    """Holds a packed weight. `weight` is computed anew each time it is asked for, and cannot be set."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bits: int, group: int = GROUP, bias: Tensor | None = None
-    ) -> None:
+    weight_packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, shape: Sequence[int], bits: int, group: int, bias: Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        rows, columns = shape[:2]
+        self.bits = bits
         if bits == 8:
-            packed, scale = torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features)
+            packed, scale = torch.empty(*shape, dtype=torch.int8), torch.empty(rows)
         else:
-            packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
-            scale = torch.empty(out_features, in_features // group_size(in_features, group))
+            packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+            scale = torch.empty(rows, columns // group_size(columns, group))
         self.register_buffer("weight_packed", packed)
         self.register_buffer("weight_scale", scale)
         self.bias: Any = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.weight_packed: Tensor
-        self.weight_scale: Tensor
 
     @property
     def weight(self) -> Tensor:
         return dequantize(self.weight_packed, self.weight_scale, self.weight_scale.dtype)
+
+
+class PackedLinear(Packed):
+    """Stands where a linear layer stood."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, group: int = GROUP, bias: Tensor | None = None
+    ) -> None:
+        super().__init__((out_features, in_features), bits, group, bias)
+        self.in_features, self.out_features = in_features, out_features
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, bias={self.bias is not None}"
@@ -126,24 +147,59 @@ class PackedLinear(nn.Module):
         return F.linear(x, dequantize(self.weight_packed, self.weight_scale, x.dtype), self.bias)
 
 
-# For loops that call products and no modules. What they keep of a weight is a tuple: a plain matrix as torch.mm takes
-# it, (matrix_KN,); a packed one, (packed, scale); or one in the layout of a processor's kernel, (packed, G, scales).
+class PackedEmbedding(Packed):
+    """Stands where an embedding stood: the rows asked for are gathered packed, then made whole."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int, group: int = GROUP) -> None:
+        super().__init__((num_embeddings, embedding_dim), bits, group, None)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = ids.flatten()
+        scale = self.weight_scale[rows]
+        return dequantize(self.weight_packed[rows], scale, scale.dtype).view(*ids.shape, self.embedding_dim)
+
+
+class PackedConv2d(Packed):
+    """Stands where a convolution stood, in 8 bits."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.weight.shape, 8, GROUP, conv.bias)
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = dequantize(self.weight_packed, self.weight_scale, x.dtype)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+# For loops that call products and no modules. What they keep of a weight is a tuple: a plain one twice, (matrix_KN,
+# weight_NK), for single rows and for several; a packed one, (packed, scale); or one in the layout of a processor's
+# kernel, (packed, G, scales).
 
 
 def packed_product(x_RK: Tensor, matrix: Tensor, *rest: Any) -> Tensor:
     """x times the weight that `ready` made: plain, packed, or in a kernel's own layout."""
-    if not rest:
-        return torch.mm(x_RK, matrix)
+    if matrix.dtype.is_floating_point:
+        single = x_RK.shape[0] == 1 and matrix is not rest[0]
+        return torch.mm(x_RK, matrix) if single else product(x_RK, rest[0])
     if len(rest) == 2:
         kernel = torch._weight_int4pack_mm_for_cpu if x_RK.is_cpu else torch._weight_int4pack_mm
         return kernel(x_RK, matrix, *rest)
     if matrix.dtype == torch.int8:
-        if x_RK.is_cpu and x_RK.shape[0] <= _FEW_ROWS and x_RK.dtype == rest[0].dtype and _kernel_takes(matrix):
+        most = _FEW_ROWS if x_RK.dtype == torch.bfloat16 else int(matrix.numel() > _MANY)
+        if x_RK.is_cpu and x_RK.shape[0] <= most and x_RK.dtype == rest[0].dtype and _kernel_takes(matrix):
             x_RK = x_RK.contiguous()
             x_RK = x_RK if x_RK.data_ptr() % 32 == 0 else x_RK.clone()
             return torch._weight_int8pack_mm(x_RK, matrix, rest[0])
         if x_RK.dtype != torch.float16:  # whose range the unscaled sums may leave
-            return torch.mm(x_RK, matrix.T.to(x_RK.dtype)).mul_(rest[0])  # scaling the result touches less memory
+            return product(x_RK, matrix.to(x_RK.dtype)).mul_(rest[0])  # scaling the result touches less memory
     return torch.mm(x_RK, dequantize(matrix, rest[0], x_RK.dtype).T)
 
 
@@ -151,7 +207,7 @@ def _kernel_takes(matrix: Tensor) -> bool:
     """Whether torch's 8-bit kernel for processors may have it (2.13): it reads sixteen columns at a time, past the end
     where they do not come out even, and dies in bfloat16 unless weights lie at multiples of 16 bytes, and inputs of 32;
     what is mapped from a file may not."""
-    return matrix.shape[1] % 16 == 0 and not torch.compiler.is_compiling() and matrix.data_ptr() % 16 == 0
+    return matrix.shape[1] % 16 == 0 and not torch.compiler.is_compiling() and matrix.data_ptr() % _ALIGNED == 0
 
 
 def ready(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -201,11 +257,14 @@ def joined(layers: Iterable[nn.Module], place: str) -> tuple[Tensor, Tensor]:
     if len({layer and (layer.bits, layer.weight_scale.shape[1:]) for layer in found}) > 1 or found[0] is None:
         raise CheckpointError(f"{place}: its projections have different bits or groups; quantise the checkpoint anew")
     packed, scales = zip(*((layer.weight_packed, layer.weight_scale) for layer in found if layer), strict=True)
+    if len(packed) == 1 and packed[0].data_ptr() % _ALIGNED == 0:  # stays mapped from its file; a copy is aligned
+        return packed[0], scales[0]
     return torch.cat(packed), torch.cat(scales)
 
 
 def use_packed(model: nn.Module, infos: Mapping[str, Any], config: Mapping[str, Any], folder: str | Path) -> None:
-    """Puts a PackedLinear, on the meta device, where the files hold a packed weight for a linear layer of `model`.
+    """Puts a packed layer, on the meta device, where the files hold a packed weight for a linear layer, an embedding or
+    a convolution of `model`.
 
     `infos` is `WeightFiles.infos`, `config` the component's config.json, whose "quantization" entry must agree with
     it: CheckpointError where it does not.
@@ -225,19 +284,28 @@ def use_packed(model: nn.Module, infos: Mapping[str, Any], config: Mapping[str, 
             holder = model.get_submodule(parent)
         except AttributeError:
             continue  # a part that was left out on purpose; otherwise the check of names finds it
-        linear = getattr(holder, child, None)
-        if not isinstance(linear, nn.Linear):
+        layer = getattr(holder, child, None)
+        if not isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d):
             continue
         packed, scale = infos[name + PACKED], infos.get(name + SCALE)
         if scale is None or packed.dtype not in ("I8", "U8"):
             told = f"has no {SCALE} beside it" if scale is None else f"is stored as {packed.dtype}, not I8 or U8"
             raise CheckpointError(f"{folder}: {name}{PACKED} {told}: quantise or download it again")
         bits = 8 if packed.dtype == "I8" else 4
+        rows, columns = layer.weight.shape[:2]
         groups = scale.shape[1] if len(scale.shape) == 2 else 1
-        if linear.in_features % max(groups, 1) or groups == 0:
-            raise CheckpointError(f"{folder}: {name}{SCALE} has {groups} groups for {linear.in_features} columns")
+        if columns % max(groups, 1) or groups == 0:
+            raise CheckpointError(f"{folder}: {name}{SCALE} has {groups} groups for {columns} columns")
+        if bits == 4 and isinstance(layer, nn.Conv2d):
+            raise CheckpointError(f"{folder}: {name} is a convolution in 4 bits, which no convolution is packed in")
         with torch.device("meta"):
-            layer = PackedLinear(linear.in_features, linear.out_features, bits, bias=linear.bias)
+            taken: Packed
+            if isinstance(layer, nn.Conv2d):
+                taken = PackedConv2d(layer)
+            elif isinstance(layer, nn.Embedding):
+                taken = PackedEmbedding(rows, columns, bits)
+            else:
+                taken = PackedLinear(columns, rows, bits, bias=layer.bias)
             if bits == 4:
-                layer.weight_scale = torch.empty(linear.out_features, groups)
-        setattr(holder, child, layer)
+                taken.weight_scale = torch.empty(rows, groups)
+        setattr(holder, child, taken)

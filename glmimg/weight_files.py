@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,17 @@ from glmimg.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPE_BITS", "TensorInfo", "WeightFiles", "contained", "fill", "json_object", "read_header", "read_index"]
+__all__ = [
+    "DTYPE_BITS",
+    "TensorInfo",
+    "WeightFiles",
+    "contained",
+    "fill",
+    "json_object",
+    "put",
+    "read_header",
+    "read_index",
+]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # The format's dtypes in the order in which the safetensors library lays tensors out, last first.
@@ -118,16 +128,17 @@ class WeightFiles:
                         tensor = opened.get_tensor(name)
                         if tensor.is_floating_point():
                             tensor = tensor.to(device=device, dtype=dtype)
-                            # NaN and infinity survive a sum. In its own dtype: asked for float32, a processor
-                            # copies the tensor first, and such copies scatter as much memory as they take.
-                            total = tensor.sum() if tensor.element_size() > 1 else tensor.float().sum()
-                            sums.append(total.float())
+                            if check_finite:
+                                # NaN and infinity survive a sum. In its own dtype: asked for float32, a processor
+                                # copies the tensor first, and such copies scatter as much memory as they take.
+                                total = tensor.sum() if tensor.element_size() > 1 else tensor.float().sum()
+                                sums.append(total.float())
                         else:
                             tensor = tensor.to(device=device)
                         loaded[name] = tensor
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read ({error}): download or write it again") from error
-        if check_finite and sums and not bool(torch.stack(sums).isfinite().all()):
+        if sums and not bool(torch.stack(sums).isfinite().all()):
             bad = [n for n, t in loaded.items() if t.is_floating_point() and not bool(t.isfinite().all())]
             if bad:  # a finite tensor may still overflow its sum
                 raise CheckpointError(
@@ -146,10 +157,11 @@ class WeightFiles:
         parts: dict[tuple[Path, int], list[str]] = {}
         copied: dict[Path, int] = {}
         for name in names:
-            info = self.infos[name]
+            info, part = self.infos[name], -1  # what stays mapped lies apart
             if not on_processor or (info.is_float and stored not in (None, info.dtype)):
                 copied[info.file] = copied.get(info.file, 0) + info.nbytes
-            parts.setdefault((info.file, copied.get(info.file, 0) // _COPIED), []).append(name)
+                part = copied[info.file] // _COPIED
+            parts.setdefault((info.file, part), []).append(name)
         return ((file, some) for (file, _), some in parts.items())
 
     def fingerprint(self) -> bytes:
@@ -195,6 +207,18 @@ def fill(
     for _, names in groupby(sorted(expected, key=apart), apart):
         tensors |= weights.load(names, device=device, dtype=dtype, check_finite=check_finite)
     module.load_state_dict(tensors, strict=False, assign=True)
+
+
+def put(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Sets the named parameters and buffers, as load_state_dict(assign=True) does after its checks, which take longer
+    than a small block's work. What is no nn.Parameter yet becomes one."""
+    from torch import nn
+
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(parent)
+        new = leaf in holder._parameters and not isinstance(tensor, nn.Parameter)
+        setattr(holder, leaf, nn.Parameter(tensor, requires_grad=False) if new else tensor)
 
 
 def require_fit(folder: Path, expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from glmimg.checkpoint import Checkpoint
-from glmimg.decoder import Decoder, fuse_qkv
+from glmimg.decoder import Decoder
 from glmimg.errors import BadInput
+from glmimg.fused_linear import fuse_qkv
 from glmimg.generator import TokenGenerator
 from glmimg.lora import COMPONENT, Adapter, Stacked, merge
 from glmimg.packed_format import CONFIG_KEY, PACKED
@@ -78,6 +79,7 @@ def swap_decoder(
         setattr(decoder.model.get_submodule(parent), child, fresh.requires_grad_(False))
     merge(decoder.model, new)
     fuse_qkv(decoder.model)
+    decoder.products.lay_out(decoder.model)
 
 
 def swap_generator(

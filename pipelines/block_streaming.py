@@ -6,6 +6,7 @@ accelerator all blocks wait in pinned host memory, and the next one is copied wh
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +19,7 @@ from glmimg.decoder import Decoder
 from glmimg.generator import TokenGenerator
 from glmimg.lora import merge
 from glmimg.pipelines.adapting import BLOCKS, Weighted
-from glmimg.weight_files import WeightFiles, fill, require_fit
+from glmimg.weight_files import WeightFiles, fill, put, require_fit
 
 __all__ = ["StreamedBlocks", "streamed_decoder", "streamed_generator"]
 
@@ -45,7 +46,7 @@ class StreamedBlocks(Generic[Block]):
         self.blocks = list(blocks)
         self.weights, self.prefix, self.backend, self.dtype, self.prepare = weights, prefix, backend, dtype, prepare
         self.adapters = adapters
-        self._empty = [dict(block.state_dict()) for block in self.blocks]
+        self._empty = [dict(block.state_dict(keep_vars=True)) for block in self.blocks]
         names = {f"{prefix}{k}.{name}": tuple(t.shape) for k, e in enumerate(self._empty) for name, t in e.items()}
         stored = {name: info.shape for name, info in weights.infos.items() if name.startswith(prefix)}
         require_fit(weights.folder, names, stored)
@@ -64,11 +65,11 @@ class StreamedBlocks(Generic[Block]):
                 torch.accelerator.current_stream(self.backend.device).wait_event(ready)
             if k + 1 < len(self.blocks):
                 arriving = self._fetch(k + 1)
-            block.load_state_dict(tensors, assign=True)
+            put(block, tensors)
             del tensors
             merge(block, self.adapters, f"{self.prefix}{k}.")
             yield self.prepare(block)
-            block.load_state_dict(self._empty[k], assign=True)
+            put(block, self._empty[k])
 
     def _fetch(self, k: int) -> tuple[Tensors, Any]:
         if self._stream is None:
@@ -103,7 +104,8 @@ def streamed_generator(
     weights = checkpoint.weights[name]
     fill(model, weights, device=backend.device, dtype=dtype, skip=lambda tensor: tensor.startswith(elsewhere))
     generator = TokenGenerator(model, packed=False)
-    generator.layers = StreamedBlocks(blocks, weights, prefix, backend, dtype, generator._layer, adapters)
+    owner = weakref.proxy(generator)  # which holds the blocks: no cycle, so that it is freed at once
+    generator.layers = StreamedBlocks(blocks, weights, prefix, backend, dtype, lambda b: owner._layer(b), adapters)
     return generator
 
 

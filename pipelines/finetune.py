@@ -40,6 +40,7 @@ from glmimg.pipelines.text_to_image import TextToImagePipeline
 from glmimg.training.finetune_config import FineTuneConfig, changed_settings
 from glmimg.training.finetune_data import Encoder, Pictures, Progress, survey
 from glmimg.training.finetune_loop import REQUESTS, FineTuneLoop, FineTuneStep
+from glmimg.training.finetune_prior import OwnTokens
 from glmimg.training.processes import Processes
 
 __all__ = ["FineTunePipeline", "FineTuneResult"]
@@ -167,9 +168,9 @@ class FineTunePipeline:
         if planned is not None and not begun:
             planned(make_plan(self, train, held_out, progress))
         self._record(output, report)
-        # 3. What the frozen parts make of the pictures, once; the model's own pictures, if it is not to forget.
-        prior = self._prior(output)
-        for pictures in (train, held_out, *([prior] if prior else [])):
+        # 3. What the frozen parts make of the pictures, once; what the model itself makes, if it is not to forget.
+        prior = {stage: self.prior(stage, output) for stage in config.stages}
+        for pictures in (train, held_out, *filter(None, prior.values())):
             pictures.encode(range(processes.rank, len(pictures), processes.count), progress)
         processes.wait()  # each has made a share
         self.encoder.release()
@@ -179,7 +180,7 @@ class FineTunePipeline:
         seconds = 0.0
         for stage in config.stages:
             with telling_what_would_fit(stage, self):
-                loop = self._train(stage, output, (train, held_out, prior), samples, callback)
+                loop = self._train(stage, output, (train, held_out, prior[stage]), samples, callback)
             if config.method == "full":  # the next stage's pictures are of the new checkpoint
                 trained = Checkpoint.open(output / "checkpoint")
                 samples = Samples(output, trained, config, self.backend, self.dtype)
@@ -270,11 +271,14 @@ class FineTunePipeline:
             "glmimg": __version__,
         }
 
-    def _prior(self, output: Path) -> Pictures | None:
-        """The model's own pictures of the prior prompts, made once."""
+    def prior(self, stage: str, output: Path) -> Pictures | None:
+        """What the model itself makes of the prior prompts, for the stage to be held to: token grids for the generator,
+        pictures, made once, for the decoder."""
         config = self.config
-        if not config.prior_weight:
+        if not config.prior_weight_of(stage):
             return None
+        if stage == "generator":
+            return OwnTokens.of(config.prior, self.encoder, config)
         folder, pipeline = output / "prior", None
         examples = []
         for number in range(config.prior_count):
@@ -319,7 +323,6 @@ class FineTunePipeline:
             "learning_rate": config.rate,
             "alpha": config.scale,
             "resolution": config.resolution or self.checkpoint.settings.default_size[0],
-            "prior_prompts": list(config.prior),
         }
         return config.to_dict() | {
             **resolved,

@@ -16,7 +16,7 @@ from glmimg.backends import Backend
 from glmimg.checkpoint import Checkpoint, save_component
 from glmimg.errors import BadInput
 from glmimg.lora import COMPONENT, Adapter, Low, save_adapter, target_names
-from glmimg.packed_linear import PackedLinear, quantize
+from glmimg.packed_linear import Packed, PackedLinear, quantize
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import prompt_builder
 from glmimg.training.finetune_tasks import DecoderLearner, GeneratorLearner, Learner
@@ -143,9 +143,9 @@ def needed_bytes(
     model = checkpoint.skeleton(component)
     if stage == "generator":
         model.model.visual = model.model.vqmodel = None
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
     plain = sum(p.numel() for p in model.parameters())
-    total = plain + sum(m.in_features * m.out_features for m in packed)
+    total = plain + sum(m.weight.numel() for m in packed)
     if config.method == "full":
         if packed:
             raise BadInput(

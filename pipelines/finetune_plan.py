@@ -76,6 +76,7 @@ def ways_out(stage: str, pipeline: FineTunePipeline, free: int | None = None) ->
         return [way for way, change in changes if _bytes(stage, pipeline, replace(config, **change))[2] < free]
     ways = [] if config.checkpointing else ["--checkpointing"]
     ways += [f"--batch-size 1 --accumulate {config.batch_size * config.accumulate}"] if config.batch_size > 1 else []
+    ways += ["--prior-weight 0"] if config.prior_weight_of(stage) else []
     ways += ["no --sample"] if config.sample_prompts else []
     return [*ways, "a smaller --resolution", *(way for way, _ in changes)]
 
@@ -121,7 +122,7 @@ def make_plan(pipeline: FineTunePipeline, train: Pictures, held_out: Pictures, p
             learning, total, weights = refuse_what_cannot_fit(stage, pipeline)
             backend.empty_cache()
             backend.reset_peak()
-            prior = train if config.prior_weight else None  # costs the same as the model's own pictures
+            prior = train if config.prior_weight_of(stage) else None  # costs the same as what the model makes
             orders = [BatchOrder(train, config.batch_size, config.seed + k) for k in ((0, 1) if prior else (0,))]
             batches = range((MEASURED + 1) * config.accumulate * count)
             wanted = {row for order in orders for number in batches for row in order.rows(number)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch
 from glmimg.autoencoder import Autoencoder, compute_dtype
 from glmimg.backends import Backend, pick_backend
 from glmimg.checkpoint import Checkpoint
-from glmimg.decoder import Decoder, fuse_qkv
+from glmimg.decoder import Decoder
 from glmimg.errors import BackendError, BadInput, UnknownName
+from glmimg.fused_linear import fuse_qkv
 from glmimg.generator import TokenGenerator
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.lora import Stacked, merge, open_adapters
@@ -163,10 +165,10 @@ class Stages:
 
     def release(self, *names: str) -> None:
         """Drops those parts (default: all) and gives their memory back."""
-        dropped = [self._loaded.pop(name) for name in names or list(self._loaded) if name in self._loaded]
+        dropped = [weakref.ref(self._loaded.pop(name)) for name in names or list(self._loaded) if name in self._loaded]
         if dropped:
-            del dropped
-            gc.collect()
+            if any(part() is not None for part in dropped):  # what was compiled lies in a cycle. Looking takes 0.2 s
+                gc.collect()
             for backend in self.backends.values():
                 backend.empty_cache()
 
@@ -247,7 +249,9 @@ class Stages:
             return streamed_generator(self.checkpoint, *place, self._changes["generator"])
         model = self.checkpoint.generator(*self._place("generator"))
         merge(model, self._changes["generator"])
-        return TokenGenerator(model, weights="int8" if self.eight_bit_tokens else None)
+        generator = TokenGenerator(model, weights="int8" if self.eight_bit_tokens else None)
+        self.backends["generator"].empty_cache()  # what its matrices were made from would stay with the allocator
+        return generator
 
     def _load_decoder(self) -> Decoder:
         if self.offload == "block":
@@ -261,6 +265,8 @@ class Stages:
         decoder = Decoder(model)
         if self.compile:
             decoder.velocity = torch.compile(decoder.velocity)  # type: ignore[method-assign]
+        else:
+            decoder.products.lay_out(model)
         return decoder
 
 

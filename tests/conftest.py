@@ -66,7 +66,14 @@ class Server:
 
         self.app = create_app(settings)
         self.service = self.app.state.service
-        config = uvicorn.Config(self.app, port=0, http="h11", log_level="warning", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            self.app,
+            port=0,
+            http="h11",
+            root_path=settings.root_path,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

@@ -106,6 +106,11 @@ def test_files_that_are_copied_from_do_not_stay_mapped_whole(
     for parts in (weights._mappings(names, True, other), weights._mappings(names, False, stored)):
         found = list(parts)
         assert len(found) >= 4 and sorted(name for _, some in found for name in some) == sorted(names)
+    infos = {name: info._replace(dtype="I8") if k % 2 else info for k, (name, info) in enumerate(weights.infos.items())}
+    monkeypatch.setattr(weights, "infos", infos)
+    for _, some in weights._mappings(names, True, other):
+        assert len({infos[name].dtype for name in some}) == 1, "what stays would keep the pages of what is cast"
+    monkeypatch.undo()
     cast = weights.load(names, device="cpu", dtype=other)
     plain = weights.load(names, device="cpu", dtype=None)
     assert cast.keys() == plain.keys() and all(torch.equal(cast[name], plain[name].to(other)) for name in names)

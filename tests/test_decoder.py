@@ -14,8 +14,10 @@ from diffusers import GlmImageTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor
 
-from glmimg.decoder import Conditioning, Decoder, Reference, ReferenceCache, fuse_qkv, join
+from glmimg import fused_linear
+from glmimg.decoder import Conditioning, Decoder, Reference, ReferenceCache, join
 from glmimg.errors import BadInput
+from glmimg.fused_linear import fuse_qkv
 from glmimg.presets import PRESETS
 
 CONFIG = PRESETS["tiny"]["transformer"]
@@ -203,6 +205,47 @@ def test_fused_projections_share_the_parameters_memory(model: GlmImageTransforme
         assert (after - before).abs().max() > 1e-3
         assert torch.allclose(after, run(copy.deepcopy(model).float()), atol=1e-5)
         assert torch.allclose(after.double(), run(model.double()).double(), atol=1e-3)  # moved: no longer adjacent
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_laid_out_once_give_the_same(model: GlmImageTransformer2DModel, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    fuse_qkv(model)
+    decoder = Decoder(model)
+    with torch.no_grad():
+        latents, conditioning = example(decoder)
+        before = decoder.velocity(latents, 500, conditioning)
+        decoder.products.lay_out(model)
+        assert torch.allclose(decoder.velocity(latents, 500, conditioning), before, atol=1e-5)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # a step in training is seen by the next sampling
+    training_loss(decoder).backward()
+    optimizer.step()
+    with torch.no_grad():
+        after, fresh = (d.velocity(latents, 500, conditioning) for d in (decoder, Decoder(copy.deepcopy(model))))
+        assert (after - before).abs().max() > 1e-3
+        assert torch.allclose(after, fresh, atol=1e-5)
+        for block in model.transformer_blocks:  # and other weights in the same place
+            block.attn1.to_k.weight.data = block.attn1.to_k.weight.data * 3
+        changed = decoder.velocity(latents, 500, conditioning)
+        assert (changed - after).abs().max() > 1e-3
+        assert torch.allclose(changed, Decoder(copy.deepcopy(model)).velocity(latents, 500, conditioning), atol=1e-5)
+
+
+@torch.no_grad()
+def test_large_models_are_not_copied(model: GlmImageTransformer2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(model)
+    decoder.products.lay_out(model)
+    assert decoder.products._laid_out
+    size = sum(t.numel() * t.element_size() for t in model.transformer_blocks.parameters())
+    for least in (size - 1, size):
+        monkeypatch.setattr(fused_linear, "COPY_BELOW", least)
+        decoder.products.lay_out(model)
+        assert bool(decoder.products._laid_out) == (least == size)
+    model.transformer_blocks[0].register_buffer("packed", torch.zeros(1))
+    decoder.products.lay_out(model)
+    assert not decoder.products._laid_out, "packed weights, which are buffers, count"
+    del model.transformer_blocks[0].packed
 
 
 @torch.no_grad()

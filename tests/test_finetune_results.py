@@ -17,15 +17,25 @@ from glmimg.atomic_write import _exchanged, atomic_folder
 from glmimg.cli import main
 from glmimg.errors import BadInput, GlmimgError
 from glmimg.image_io import read_metadata, save_png
-from glmimg.lora import COMPONENT, open_adapters
+from glmimg.lora import COMPONENT, Adapter, open_adapters
 from glmimg.pipelines import FineTunePipeline
 from glmimg.pipelines.finetune_parts import needed_bytes
 from glmimg.pipelines.finetune_samples import Samples, read_samples
 from glmimg.training.everyday import EVERYDAY
 from glmimg.training.finetune_loop import FineTuneStep
+from glmimg.training.finetune_prior import OwnTokens
 from glmimg.weights_tools.quantize import quantize_checkpoint
 
-SMALL: dict[str, Any] = {"resolution": 64, "batch_size": 2, "rank": 2, "warmup": 2, "steps": 2, "evaluate_every": 0}
+SMALL: dict[str, Any] = {
+    "resolution": 64,
+    "batch_size": 2,
+    "rank": 2,
+    "warmup": 2,
+    "steps": 2,
+    "evaluate_every": 0,
+    "prior_count": 4,
+}
+FREE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # tokens as they come
 
 
 def disc(path: Path, place: int) -> Path:
@@ -184,20 +194,72 @@ def test_a_folder_with_a_finished_adapter_is_not_overwritten(
 def test_pictures_of_the_prior_are_of_its_prompts(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
     for prompt in ("a fox", "a dog"):  # a run that was killed before its first step, and another
         pipeline = opened(prior_weight=1.0, prior_prompts=[prompt], prior_count=1)
-        prior = pipeline._prior(tmp_path)
+        prior = pipeline.prior("decoder", tmp_path)
         assert prior is not None and prior.examples[0].example.captions == (prompt,)
         assert read_metadata(tmp_path / "prior/0000.png")["prompt"] == prompt
     made = (tmp_path / "prior/0000.png").stat().st_mtime_ns
-    pipeline._prior(tmp_path)
+    pipeline.prior("decoder", tmp_path)
     assert (tmp_path / "prior/0000.png").stat().st_mtime_ns == made
+
+
+def test_the_generators_prior_are_tokens_of_its_own(
+    opened: Callable[..., FineTunePipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it draws for each prompt and seed, whatever was drawn with it; drawn once, and anew where it was lost."""
+    prompts = ["a fox", "a red dog"]
+    settings = {
+        "prior_prompts": prompts,
+        "prior_count": 3,
+        "captions": {"trigger": "zibble", "templates": ["{trigger}"]},
+    }
+    pipeline = opened(**settings)
+    prior = pipeline.prior("generator", tmp_path)
+    assert prior is not None and pipeline.prior("decoder", tmp_path) is None
+    assert [prior.config.captions.texts(e.example.captions) for e in prior.examples] == [
+        [p] for p in (*prompts, "a fox")
+    ]
+    prior.encode()
+    alone = TextToImagePipeline.from_pretrained(pipeline.checkpoint, "cpu", "fp32")
+    for row, prompt in enumerate([*prompts, "a fox"]):
+        made = alone(prompt, seed=row, height=64, width=64, num_inference_steps=1, config=FREE).tokens[0]
+        assert made.preview_HW is not None and torch.equal(prior.tensors(row)["tokens"].long(), made.ids_HW)
+        assert torch.equal(prior.tensors(row)["preview"].long(), made.preview_HW)
+    with monkeypatch.context() as patched:
+        patched.setattr("glmimg.training.finetune_prior.TokenGenerator", None)  # all are there
+        opened(**settings).prior("generator", tmp_path).encode()
+    lost, kept = pipeline.store.path(pipeline.encoder.picture_key(prior.examples[1])), prior.tensors(1)
+    lost.unlink()
+    assert torch.equal(prior.tensors(1)["tokens"], kept["tokens"]) and lost.is_file()
+
+
+def test_the_generator_is_held_to_what_it_was(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
+    """No distance before the first step; with the weight it ends nearer to it than without."""
+    data, distances = discs(tmp_path / "data"), []
+    for weight in (0.0, 10.0):
+        pipeline = opened(stage="generator", learning_rate=2e-2, steps=12, prior_weight=weight, prior_prompts=["a fox"])
+        prior = OwnTokens.of(("a fox",), pipeline.encoder, pipeline.config)
+        prior.encode()
+        parts = pipeline.parts("generator")
+        batch = parts.learner.batch(prior, [0, 1, 2, 3], None)
+        with torch.no_grad():
+            assert float(parts.learner.keep(batch, 0)) == 0
+        out = tmp_path / f"weight {weight}"
+        pipeline(data, out)
+        learnt = Adapter.open(out / "generator").layers
+        with torch.no_grad():
+            for name, layer in parts.layers.items():
+                layer.lora_A.copy_(learnt[name].a_rK)
+                layer.lora_B.copy_(learnt[name].b_Nr)
+            distances.append(float(parts.learner.keep(batch, 0)))
+    assert 0 < distances[1] < 0.3 * distances[0]
 
 
 def test_prompts_of_the_prior_come_from_files_or_are_everyday(
     opened: Callable[..., FineTunePipeline], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unsaid = opened(prior_weight=1.0, prior_count=40)
-    assert len(set(unsaid.config.prior)) == 40 and unsaid._settings()["prior_prompts"] == list(unsaid.config.prior)
-    assert opened().config.prior == () and len(set(EVERYDAY)) == len(EVERYDAY) > 200
+    assert len(set(opened(prior_count=40).config.prior)) == 40 and len(set(EVERYDAY)) == len(EVERYDAY) == 256
+    for without in ({"prior_weight": 0.0}, {"stage": "decoder"}, {"method": "full"}):
+        assert opened(**without).config.prior == ()
     data, file, out = disc(tmp_path / "data/a disc.png", 5).parent, tmp_path / "prompts.txt", tmp_path / "out"
     file.write_text("a fox\n\n a red dog \n", encoding="utf-8-sig")
     (tmp_path / "config.json").write_text(json.dumps(SMALL | {"steps": 1, "stage": "decoder", "prior_count": 2}))

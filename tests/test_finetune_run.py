@@ -27,7 +27,15 @@ from glmimg.pipelines.finetune_parts import needed_bytes
 from glmimg.pipelines.finetune_plan import find_rate
 from glmimg.training.finetune_loop import FineTuneStep
 
-SMALL: dict[str, Any] = {"resolution": 64, "batch_size": 2, "rank": 2, "warmup": 2, "steps": 4, "held_out": 0.2}
+SMALL: dict[str, Any] = {
+    "resolution": 64,
+    "batch_size": 2,
+    "rank": 2,
+    "warmup": 2,
+    "steps": 4,
+    "held_out": 0.2,
+    "prior_count": 4,
+}
 PROGRAM = [sys.executable, "-c", "import sys; from glmimg.cli import main; sys.exit(main())"]
 
 
@@ -404,6 +412,7 @@ def test_killed_from_outside_and_gone_on_with(
     out = tmp_path / "out"
     flags = ["--model", str(tiny_checkpoint), "--backend", "cpu", "--dtype", "fp32", "--cache", str(cache)]
     flags += ["--resolution", "64", "--rank", "2", "--batch-size", "2", "--stage", "generator", "--save-every", "3"]
+    flags += ["--set", "prior_count=4"]
     command = ["finetune", str(pictures), "-o", str(out), *flags, "--steps", "100000", "-q"]
     log = out / "run/generator/log.jsonl"
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}  # not where the checkout lies

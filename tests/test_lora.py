@@ -15,7 +15,7 @@ from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.lora import TARGETS, Adapter, merge, open_adapters, parse_adapter, save_adapter, target_names
 from glmimg.packed_linear import PackedLinear, quantize
 from glmimg.training.generator_task import forward_states
-from glmimg.training.lora_layers import LoraLinear, attach, detach
+from glmimg.training.lora_layers import LoraLinear, attach, detach, unchanged
 
 MODELS = {"generator": Checkpoint.generator, "decoder": Checkpoint.decoder}
 
@@ -137,6 +137,19 @@ def test_training_moves_the_adapter_alone(tiny_checkpoint: Path) -> None:
     assert all(layer.lora_B.grad is not None and bool(layer.lora_B.grad.any()) for layer in layers.values())
     detach(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_can_be_asked_what_it_was_before(tiny_checkpoint: Path) -> None:
+    model = Checkpoint.open(tiny_checkpoint).generator()
+    with torch.no_grad():
+        before = run(model, "generator")
+        trained(model, "generator", dora=True)
+        with unchanged(model):
+            assert torch.equal(run(model, "generator"), before)
+        assert (run(model, "generator") - before).abs().max() > 0.1
+        detach(model)
+    with pytest.raises(BadInput, match="is not kept"), unchanged(model):
+        pass
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glmimg import packed_linear
 from glmimg.errors import BadInput, CheckpointError
+from glmimg.fused_linear import lay_out, runs
 from glmimg.packed_format import group_size
 from glmimg.packed_linear import (
     PackedLinear,
@@ -85,11 +87,15 @@ def test_searched_scales_beat_the_plain_ones() -> None:
     assert (searched - weight).square().sum() < 0.85 * (naive - weight).square().sum()
 
 
+@pytest.mark.parametrize("many", [10, 1 << 20])  # in float32 single rows of a larger weight go through the kernel
 @pytest.mark.parametrize("rows", [1, 16, 17, 40])
 @pytest.mark.parametrize("outputs", [48, 40])  # a processor's 4-bit kernel takes multiples of 16 only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_products_equal_the_obvious_one(bits: int, dtype: torch.dtype, outputs: int, rows: int) -> None:
+def test_products_equal_the_obvious_one(
+    bits: int, dtype: torch.dtype, outputs: int, rows: int, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_linear, "_MANY", many)
     made, x = layer(bits, outputs, 128, dtype), random(rows, 128, seed=2, dtype=dtype)
     whole = dequantize(made.weight_packed, made.weight_scale, torch.float32)
     expected = F.linear(x.float(), whole, made.bias.float())
@@ -106,9 +112,13 @@ def test_products_equal_the_obvious_one(bits: int, dtype: torch.dtype, outputs: 
     assert torch.equal(made.weight, dequantize(made.weight_packed, made.weight_scale, made.weight.dtype))
 
 
+@torch.no_grad()
 def test_plain_matrices_go_through_the_same_call() -> None:
     x, weight = random(3, 32), random(8, 32)
-    assert torch.equal(packed_product(x, weight.T), x @ weight.T)
+    for several in [weight, *([lay_out(weight)] if runs(weight) else [])]:
+        for part in (x, x[:1]):
+            for matrix in (weight.T, several):
+                assert torch.allclose(packed_product(part, matrix, several), part @ weight.T, atol=1e-5)
 
 
 def test_inputs_get_gradients_and_weights_do_not() -> None:
@@ -129,9 +139,19 @@ def test_projections_are_joined_only_if_alike() -> None:
             joined([*parts, other], "here")
 
 
+def test_a_single_one_is_copied_only_to_lie_where_kernels_take_it() -> None:
+    one = layer(8, 8, 64)
+    packed, scale = joined([one], "here")
+    assert packed.data_ptr() == one.weight_packed.data_ptr() and scale is one.weight_scale
+    one.weight_packed = torch.cat([torch.zeros(8, dtype=torch.int8), packed.flatten()])[8:].view(8, 64)
+    assert one.weight_packed.data_ptr() % 16
+    moved, _ = joined([one], "here")
+    assert moved.data_ptr() % 16 == 0 and torch.equal(moved, packed)
+
+
 @pytest.mark.parametrize(
     ("weight", "bits", "told"),
-    [(random(4, 4, 4), 8, "shape"), (random(4, 7), 4, "shape"), (random(4, 8), 3, "bits 3")],
+    [(random(4), 8, "shape"), (random(4, 4, 4), 4, "shape"), (random(4, 7), 4, "shape"), (random(4, 8), 3, "bits 3")],
 )
 def test_what_cannot_be_packed_is_refused(weight: torch.Tensor, bits: int, told: str) -> None:
     with pytest.raises(BadInput, match=told):

@@ -154,7 +154,7 @@ def test_examples_adapters_files_and_the_copied_call(page: Any, tmp_path: Path) 
     page.click("#theme")
     assert page.get_attribute("html", "data-theme") != theme
     page.locator("#examples button").nth(1).click()
-    assert page.input_value("#prompt") == 'a sign that says "HELLO"'
+    assert page.input_value("#prompt") == "a strawberry on a white background"
     page.select_option("#adapter", "ink")
     page.evaluate(
         """() => {

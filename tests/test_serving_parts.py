@@ -30,7 +30,6 @@ from glmimg.errors import BadInput
 from glmimg.serving import run, worker
 from glmimg.serving.answers import EventStream
 from glmimg.serving.auth import Client, KeyFile, Limits, add_key
-from glmimg.serving.cluster import _arguments
 from glmimg.serving.dispatcher import Ticket
 from glmimg.serving.fair_queue import FairQueue
 from glmimg.serving.jobs import Job
@@ -324,15 +323,3 @@ def test_reading_pictures_keeps_no_cancellation_waiting() -> None:
     assert [(message["type"], message["id"]) for message in sent] == [("checked", slow.id), ("ended", slow.id)]
     assert ran == [(quick, quick)]
     desk.close()
-
-
-def test_arguments_of_the_cluster() -> None:
-    for name in ("host", "port", "files", "modle"):
-        with pytest.raises(BadInput, match="choose from"):
-            _arguments({name: "1"})
-    for name, value in (("max_batch", "many"), ("compile", "maybe"), ("replicas", "0"), ("timeout", "long")):
-        with pytest.raises(BadInput, match=name):
-            _arguments({name: value})
-    text = {"max_batch": "4", "timeout": "9.5", "compile": "true", "allow_hosts": "a,b", "keys": "k", "gpus": "0.5"}
-    expected = ServerSettings(max_batch=4, timeout=9.5, compile=True, allow_hosts=("a", "b"), keys="k", files=False)
-    assert _arguments(text) == ({"replicas": 1, "gpus": 0.5, "cpus": 1.0}, expected)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from glmimg.backends import pick_backend
 from glmimg.checkpoint import Checkpoint
 from glmimg.cli import main
 from glmimg.cli_measure import measure
+from glmimg.corpus.scenes import Scene
 from glmimg.errors import BadInput, GlmimgError
+from glmimg.evaluation.prompts import Record
+from glmimg.evaluation.scoring import figures
 from glmimg.weight_files import WeightFiles
 from glmimg.weights_tools import timing
 from glmimg.weights_tools.costs import Workload, costs_of
-from glmimg.weights_tools.packing_plan import PACKABLE, Unit, units
+from glmimg.weights_tools.packing_plan import REST, Unit, units
 from glmimg.weights_tools.plan import Machine, options
 from glmimg.weights_tools.quantize import quantize_checkpoint
 from glmimg.weights_tools.sensitivity import output_errors
@@ -49,8 +54,8 @@ def test_large_models_are_some_of_their_blocks(monkeypatch: pytest.MonkeyPatch) 
 
 
 def unit_table(folder: Path) -> list[Unit]:
-    infos = {name: WeightFiles(folder / name).infos for name in PACKABLE}
-    return [u for name in PACKABLE for u in units(name, {k: (i.dtype, i.shape) for k, i in infos[name].items()})]
+    infos = {name: WeightFiles(folder / name).infos for name in REST}
+    return [u for name in REST for u in units(name, {k: (i.dtype, i.shape) for k, i in infos[name].items()}, rest=4)]
 
 
 def test_sensitivity_is_the_change_of_outputs(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -103,24 +108,47 @@ def test_measured_in_a_process_of_its_own(tiny_checkpoint: Path, tmp_path: Path)
         measure(str(tmp_path / "nothing"), size=(64, 64), steps=1)
 
 
-def test_report_cards_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def fake_card(records: list[Record], right: Callable[[int], bool]) -> cli_weights_report.Card:
+    scores = [{"all": right(k)} for k in range(len(records))]
+    rows = [record.to_dict() | {"scores": {"model": one}} for record, one in zip(records, scores, strict=True)]
+    return cli_weights_report.Card(
+        {"prompts": len(records), "figures": figures(records, {"model": scores})}, json.loads(json.dumps(rows))
+    )
+
+
+def test_report_cards_are_compared() -> None:
+    n, scene = 12, Scene(64, 64, ("white",), "grid", ())
+    pairs = [Record(str(k), "layout", "held-out pairs", "en", "two", k, scene) for k in range(n)]
+    before, same = fake_card(pairs, lambda k: k % 2 == 0), fake_card(pairs, lambda k: k % 2 == 0)
+    told = cli_weights_report.card_change(before, same)
+    assert (told["prompts"], told["mean_points"], told["mean_error"]) == (n, 0, 0), "pictures are paired"
+    told = cli_weights_report.card_change(before, fake_card(pairs, lambda k: k % 2 == 0 and k > 0))
+    row = told["figures"]["Layout: held-out colour and shape pairs, all right"]
+    assert row["points"] == told["mean_points"] == pytest.approx(-100 / n)
+    # one of n pictures changed: sqrt(1/n (1 - 1/n) / n)
+    assert row["error"] == pytest.approx(100 * math.sqrt(1 / n * (1 - 1 / n) / n), rel=0.25)
+    with pytest.raises(BadInput, match="no headline figure"):
+        cli_weights_report.card_change(before._replace(report={"figures": {}}), before)
+
+
+def test_a_report_card_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def evaluate(command: list[str]) -> int:
         asked.append(command)
-        value = 0.8 if "--model a" in " ".join(command) else 0.77
-        figures = {"text/trained words/word": {"model": {"value": value}}, "layout/trained/mean of tasks": {}}
-        print(json.dumps({"prompts": 12, "figures": figures}))
+        folder = Path(command[command.index("-o") + 1])
+        folder.mkdir()
+        (folder / "report.json").write_text('{"prompts": 12}')
+        (folder / "pictures.json").write_text("[]")
+        print("not ours to tell")
         return 0
 
     monkeypatch.setattr("glmimg.cli.main", evaluate)
-    told = cli_weights_report.card_change("a", "b", "bank", 12, size=(64, 96), steps=3)
-    row = told["figures"]["Written words that training showed"]
-    assert told["prompts"] == 12 and row["points"] == pytest.approx(-3) and told["mean_points"] == pytest.approx(-3)
-    assert [command[2] for command in asked] == ["a", "b"] and "96x64" in asked[0]
+    card = cli_weights_report.make_card("a", "bank", 12, size=(64, 96), steps=3)
+    assert card == ({"prompts": 12}, []) and asked[0][2] == "a" and "96x64" in asked[0]
     monkeypatch.setattr("glmimg.cli.main", lambda command: 2)
     with pytest.raises(GlmimgError, match="report card of a could not be made"):
-        cli_weights_report.card_change("a", "b", "bank", 12)
+        cli_weights_report.make_card("a", "bank", 12)
 
 
 def test_flags_that_would_change_nothing(

@@ -9,19 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from glmimg import TextToImagePipeline
+from glmimg import ImageToImagePipeline, TextToImagePipeline
 from glmimg.backends import pick_backend
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.cli import main
 from glmimg.errors import BadInput, CheckpointError, GlmimgError, UnknownName
 from glmimg.generator import TokenGenerator
-from glmimg.packed_linear import PackedLinear, dequantize, quantize
+from glmimg.packed_linear import Packed, dequantize, quantize
 from glmimg.weight_files import WeightFiles
 from glmimg.weights_tools.compare import compare_checkpoints
 from glmimg.weights_tools.packing_plan import Unit, choose, packed_nbytes, units
@@ -30,11 +32,13 @@ from glmimg.weights_tools.quantize import quantize_checkpoint, weight_errors
 GENERATOR = "vision_language_encoder"
 
 
-@pytest.fixture(scope="module", params=[8, 4])
+@pytest.fixture(scope="module", params=[(8, None), (4, None), (8, 8), (4, 4)], ids=lambda pair: f"{pair[0]}-{pair[1]}")
 def packed(request: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    folder = tmp_path_factory.mktemp("packed") / f"int{request.param}"
-    quantize_checkpoint(tiny_checkpoint, folder, request.param)
-    return request.param, folder
+    """(bits, folder); in half of them embeddings, heads, projectors, adaptive norms and the VAE are packed too."""
+    bits, rest = request.param
+    folder = tmp_path_factory.mktemp("packed") / f"int{bits}"
+    quantize_checkpoint(tiny_checkpoint, folder, bits, rest=rest)
+    return bits, folder
 
 
 @pytest.fixture
@@ -68,7 +72,22 @@ def test_what_is_packed_and_what_is_kept(tiny_checkpoint: Path, packed: tuple[in
         ("transformer", "transformer_blocks.1.ff.net.0.proj"),
     ):
         assert wanted in ours
-    for kept in ("embed", "lm_head", "norm", "projector", "proj_out", "relative_attention_bias", "time_", "vqmodel"):
+    for infos in names.values():  # kernels take no others, and would work on copies
+        assert min(info.begin for info in infos.values()) % 16 == 0 or not any(n.endswith("_packed") for n in infos)
+    rest = "shared" in [name for _, name in ours]
+    for part in (
+        "embed",
+        "lm_head",
+        "norm1.linear",
+        "norm_out",
+        "projector",
+        "proj_out",
+        "time_",
+        "conv_in",
+        "mid_block",
+    ):
+        assert bool([name for _, name in ours if part in name]) == rest, part
+    for kept in ("layernorm", "relative_attention_bias", "vqmodel", "visual.patch_embed", "visual.embeddings"):
         assert not [name for _, name in ours if kept in name], kept
     for component, infos in names.items():
         before = load_file(next((tiny_checkpoint / component).glob("*.safetensors")))
@@ -78,11 +97,11 @@ def test_what_is_packed_and_what_is_kept(tiny_checkpoint: Path, packed: tuple[in
             if (component, layer) not in ours:
                 assert torch.equal(after[name], tensor)
                 continue
-            eight = bits == 8 or "visual" in name
+            eight = bits == 8 or "visual" in name or component == "vae"
             assert infos[f"{layer}.weight_packed"].dtype == ("I8" if eight else "U8")
             found = dequantize(after[f"{layer}.weight_packed"], after[f"{layer}.weight_scale"], torch.float32)
             assert (found - tensor).norm() < (0.01 if eight else 0.12) * tensor.norm()
-    assert not [name for name in names["vae"] if "packed" in name]
+    assert rest == bool([name for name in names["vae"] if "packed" in name])
 
 
 def test_report_and_records(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -141,7 +160,7 @@ def test_parts_are_packed_layers_in_every_loader(packed: tuple[int, Path]) -> No
     checkpoint = Checkpoint.open(packed[1])
     visual, _ = checkpoint.vision()
     for module in (checkpoint.generator(vision=True), visual, checkpoint.decoder(), checkpoint.glyph_encoder()):
-        assert any(isinstance(layer, PackedLinear) for layer in module.modules())
+        assert any(isinstance(layer, Packed) for layer in module.modules())
         assert not any(tensor.is_meta for tensor in module.state_dict().values())
     pixels = torch.rand(16, visual.patch_embed.proj.weight[0].numel(), generator=torch.Generator().manual_seed(0))
     assert torch.isfinite(visual.blocks[0].attn.qkv(torch.randn(16, visual.config.hidden_size))).all() and pixels.any()
@@ -233,11 +252,24 @@ def test_nan_stops_it_and_leaves_nothing(tiny_copy: Path, tmp_path: Path) -> Non
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_adaptive_norms_on_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    plain = quantize_checkpoint(tiny_checkpoint, tmp_path / "plain", 4, components=["transformer"])
-    smaller = quantize_checkpoint(tiny_checkpoint, tmp_path / "adaln", 4, components=["transformer"], adaln=True)
-    assert smaller.after < plain.after and smaller.components["transformer"].matrices == {8: 2, 4: 12}
-    assert pictures(tmp_path / "adaln").images
+def test_other_ways_through_packed_weights(packed: tuple[int, Path], unpacked: Path) -> None:
+    """Edits, which read the VAE's encoder and the vision tower, and diffusers' own pipeline."""
+    made = []
+    reference = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=numpy.uint8))
+    options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
+    for folder in (packed[1], unpacked):
+        edit = ImageToImagePipeline.from_pretrained(folder, backend="cpu", dtype="fp32")
+        edited = edit("a dog", reference, seed=1, **options)
+        theirs = TextToImagePipeline.from_pretrained(folder, backend="cpu", dtype="fp32").to_diffusers()
+        theirs.set_progress_bar_config(disable=True)
+        ids = torch.randint(0, 64, (1, 2 * 2 * 4), generator=torch.Generator().manual_seed(0))
+        noise = torch.Generator().manual_seed(2)
+        made.append((edited.images[0], theirs("a cat", prior_token_ids=ids, generator=noise, **options).images[0]))
+        states = theirs.vision_language_encoder.model.language_model(input_ids=torch.tensor([[1, 2, 3]]))
+        made[-1] += (theirs.vision_language_encoder.lm_head(states.last_hidden_state),)
+    for ours, whole in zip(*(pair[:2] for pair in made), strict=True):
+        assert numpy.abs(numpy.asarray(ours).astype(int) - numpy.asarray(whole).astype(int)).max() <= 1
+    assert (made[0][2] - made[1][2]).norm() < 1e-4 * made[1][2].norm()
 
 
 def test_budget_packs_the_cheapest_first(tiny_checkpoint: Path, tmp_path: Path) -> None:

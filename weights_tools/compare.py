@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from glmimg.autoencoder import Autoencoder, compute_dtype
 from glmimg.backends import Backend
 from glmimg.checkpoint import Checkpoint
-from glmimg.decoder import Decoder, fuse_qkv
+from glmimg.decoder import Decoder
 from glmimg.diffusion import Schedule, guided, noise_like, sample
 from glmimg.errors import BadInput
+from glmimg.fused_linear import fuse_qkv
 from glmimg.generator import TokenGenerator
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.prompt import glyph_texts
@@ -33,14 +35,18 @@ __all__ = ["Comparison", "compare_checkpoints"]
 class Comparison:
     """Over `tokens` tokens, drawn by the source and scored by both: how often the likeliest one is the same, and the
     bits that each needs for one. Over `pictures` decoded from those tokens and the same noise: PSNR in dB of the other
-    against the source (infinite where equal)."""
+    against the source (infinite where equal). `*_error`: standard errors of the mean over pictures, of `bits_error` the
+    difference's; 0 for a single picture."""
 
     tokens: int
     top1_agreement: float
+    top1_error: float
     bits_source: float
     bits_other: float
+    bits_error: float
     pictures: int
     psnr: float
+    psnr_error: float
     psnr_worst: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +93,7 @@ def compare_checkpoints(
         del model
         _release(backend)
     ours, theirs = ([torch.cat(column) for column in zip(*side, strict=True)] for side in scored)
+    by_picture = list(zip(*scored, strict=True))
 
     steps = steps or settings.num_inference_steps
     pixels = [_pictures(checkpoint, backend, dtype, samples, steps, seed, told) for checkpoint in (source, other)]
@@ -94,10 +101,13 @@ def compare_checkpoints(
     return Comparison(
         len(ours[0]),
         float((ours[0] == theirs[0]).float().mean()),
+        _error([float((a[0] == b[0]).float().mean()) for a, b in by_picture]),
         float(ours[1].mean()),
         float(theirs[1].mean()),
+        _error([float((b[1] - a[1]).mean()) for a, b in by_picture]),
         len(ratios),
         sum(ratios) / len(ratios),
+        0.0 if math.inf in ratios else _error(ratios),
         min(ratios),
     )
 
@@ -142,6 +152,11 @@ def _pictures(
     wanted = compute_dtype(checkpoint.config("vae")) or dtype
     autoencoder = Autoencoder(checkpoint.vae(device, wanted, encoder=False), wanted)
     return [autoencoder.decode(latents_1Chw)[0].cpu() for latents_1Chw in made]
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ from glmimg.presets import PRESETS
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.weights_tools.fit import expected_shapes
 from glmimg.weights_tools.inspect import default_size, open_headers
-from glmimg.weights_tools.packing_plan import packed_nbytes, units
+from glmimg.weights_tools.packing_plan import PACKABLE, packed_nbytes, units
 from glmimg.weights_tools.published import NAMES, PUBLISHED
 
 __all__ = ["Costs", "Workload", "costs_of"]
@@ -35,6 +35,8 @@ PROMPT_TOKENS = 64
 GLYPH_TOKENS = 16
 # glmimg.generator.PACK_BELOW: up to here the generator keeps a second, transposed copy while it is built.
 PACK_BELOW = 256 << 20
+# glmimg.fused_linear.COPY_BELOW: up to here the decoder's blocks have a second copy on processors.
+COPY_BELOW = 256 << 20
 # What unpacking a weight for one product reads and writes beside the packed bytes, in bytes for each weight. 8 bits: a
 # copy in 16 bits is written and read, the result is scaled. 4 bits: split, joined, shifted and scaled before that.
 UNPACK_TRAFFIC = {16: 0, 8: 4, 4: 17}
@@ -111,19 +113,27 @@ class Costs:
 
     def host_copies(self, bits: int) -> tuple[int, int]:
         """What (generator, decoder) keep on a processor beside their weights, which stay mapped from the files: the
-        generator its matrices in 8 bits (16) or laid out for the 4-bit kernel (4), both stages joined projections.
-        Nothing where weights are cast."""
-        language = self._packed_numbers("vision_language_encoder")
+        generator its matrices in 8 bits (16) or laid out for the 4-bit kernel (4), both stages joined projections, a
+        small decoder its unpacked matrices laid out for oneDNN. Where weights are cast, laid out ones alone."""
+        language, joined = self._packed_numbers("vision_language_encoder"), r".*attn1\.to_[qkv]"
+        laid_out = 0
+        if self.blocks("transformer", bits) <= COPY_BELOW:
+            matrices = r"transformer_blocks\..*(?<!norm_q)(?<!norm_k)\.weight"
+            laid_out = self.weights("transformer", bits, only=matrices)
+            if bits < 16:
+                laid_out -= self.weights("transformer", bits, only=PACKABLE["transformer"])
         if bits == 16 and self.itemsize > 2:
-            return 0, 0
+            layers = self.blocks("vision_language_encoder")
+            return layers if layers <= PACK_BELOW else 0, laid_out
         if bits == 16:
             head = self.weights("vision_language_encoder", only="lm_head") // 2
-            return language + head, self.weights("transformer", only=r".*attn1\.to_[qkv]")
+            return language + head, laid_out + self.weights("transformer", only=joined)
         if bits == 4:
-            return language // 2, 0
-        return self.weights("vision_language_encoder", 8, only=r".*language_model.*self_attn\.[qkv]_proj"), 0
+            return language // 2, laid_out
+        own = self.weights("vision_language_encoder", 8, only=r".*language_model.*self_attn\.[qkv]_proj")
+        return own, laid_out
 
-    def block(self, component: str, bits: int) -> int:
+    def block(self, component: str, bits: int = 16) -> int:
         """One transformer block."""
         pattern = {
             "vision_language_encoder": r"model\.language_model\.layers\.0\.",
@@ -131,7 +141,7 @@ class Costs:
         }
         return self.weights(component, bits, only=pattern[component])
 
-    def blocks(self, component: str, bits: int) -> int:
+    def blocks(self, component: str, bits: int = 16) -> int:
         """All transformer blocks."""
         return self.block(component, bits) * self.layers(component)
 

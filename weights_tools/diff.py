@@ -135,13 +135,15 @@ class _Weights:
             yield whole.flatten()
 
 
-def _packed_shape(packed: TensorInfo, scale: TensorInfo) -> tuple[int, int] | None:
-    """Of the matrix that both stand for; None if they stand for none."""
-    if len(packed.shape) != 2 or packed.dtype not in ("I8", "U8") or not scale.is_float:
+def _packed_shape(packed: TensorInfo, scale: TensorInfo) -> tuple[int, ...] | None:
+    """Of the weight that both stand for; None if they stand for none."""
+    if len(packed.shape) < 2 or packed.dtype not in ("I8", "U8") or not scale.is_float:
         return None
-    rows, columns = packed.shape
+    rows, columns = packed.shape[:2]
     if packed.dtype == "I8":
-        return (rows, columns) if scale.shape == (rows,) else None
+        return packed.shape if scale.shape == (rows,) else None
+    if len(packed.shape) > 2:
+        return None
     groups = scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == rows else 0
     return (rows, 2 * columns) if groups and 2 * columns % groups == 0 else None
 

@@ -1,12 +1,14 @@
 """Which weights of a checkpoint are packed, and in how many bits. Names and shapes are enough: no torch here.
 
 Kept as they are, as published quantised versions keep them: embeddings, projectors, norms, adaptive layer norm, time
-embedding, both heads, convolutions, biases. The vision tower never gets less than 8 bits, since the ids of a reference
-picture are picked by nearest neighbour. Projections that share their input share their bits.
+embedding, both heads, convolutions, biases. Most of what is large among them (`REST`) is packed on request. The vision
+tower never gets less than 8 bits, since the ids of a reference picture are picked by nearest neighbour, nor does the
+VAE, since convolutions know no other. Projections that share their input share their bits.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -14,7 +16,7 @@ from typing import NamedTuple
 from glmimg.errors import BadInput
 from glmimg.packed_format import group_size
 
-__all__ = ["PACKABLE", "Choice", "Unit", "choose", "packed_nbytes", "require_possible", "units"]
+__all__ = ["PACKABLE", "REST", "Choice", "Unit", "choose", "packed_nbytes", "require_possible", "units"]
 
 # Component -> the linear layers that are multiplied often enough, and are robust enough, to be packed.
 PACKABLE = {
@@ -22,16 +24,27 @@ PACKABLE = {
     "text_encoder": r"encoder\.block\.\d+\..*(?<!relative_attention_bias)",
     "transformer": r"transformer_blocks\.\d+\.(?:attn1|ff)\..*",
 }
-# Adaptive layer norm: a tenth of the published decoder. Sensitive, so on request only, and in 8 bits.
-ADALN = r"transformer_blocks\.\d+\.norm1\.linear"
-_EIGHT_ONLY = re.compile(rf"model\.visual\..*|{ADALN}")
+# Component -> what is otherwise kept: sensitive or small, but together half of a small model's bytes and 2.5 GB of the
+# published one's. The vision tower's first layer, positions and codebook stay, so that pictures get the same ids.
+REST = {
+    "vision_language_encoder": r"lm_head|model\.language_model\.embed_tokens",
+    "text_encoder": r"shared",
+    "transformer": r"transformer_blocks\.\d+\.norm1\.linear|prior_token_embedding|(?:prior|glyph|image)_projector\..*"
+    r"|time_condition_embed\..*|norm_out\.linear|proj_out",
+    "vae": r"(?:encoder|decoder)\..*|(?:post_)?quant_conv",
+}
+# Single weights of these are thirty times larger than the others: in 8 bits they alone take 20 dB off a picture, so
+# they are packed only with a rest of 4 bits, where much else is lost too.
+_UPSAMPLERS = re.compile(r"decoder\.up_blocks\.\d+\.upsamplers\..*")
+_EIGHT_ONLY = re.compile(r"model\.visual\..*")
 _FUSED = re.compile(r"\b(?:[qkv]_proj|to_[qkv]|SelfAttention\.[qkv])$")
 _SCALE_BYTES = {"F32": 4, "F64": 4}  # of a scale for a weight of that dtype; 2 for any other
 _DTYPE_BYTES = {"F32": 4, "F64": 8}
 
 
 class Unit(NamedTuple):
-    """Weights that get the same bits. `layers`: name without ".weight" -> (N, K); `kept` bytes as they are stored."""
+    """Weights that get the same bits. `layers`: name without ".weight" -> (N, K), K of a convolution the product of its
+    input channels and kernel; `kept` bytes as they are stored."""
 
     key: str
     component: str
@@ -50,31 +63,39 @@ class Choice(NamedTuple):
 
 
 def units(
-    component: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, adaln: bool = False, low: int = 4
+    component: str,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    low: int = 4,
+    rest: int | None = None,
 ) -> list[Unit]:
     """The packable weights among `tensors` (name -> dtype as safetensors names it, shape), in their order.
 
-    `low` is the least number of bits that any may get.
+    `low` is the least number of bits that any may get, `rest` that of what is otherwise kept (None: it is kept).
     """
-    pattern = re.compile(PACKABLE.get(component, "(?!)") + (rf"|{ADALN}" if adaln else ""))
+    usual = re.compile(PACKABLE.get(component, "(?!)"))
+    others = re.compile("(?!)" if rest is None else REST.get(component, "(?!)"))
     grouped: dict[str, dict[str, tuple[int, int]]] = {}
     dtypes: dict[str, str] = {}
     for name, (dtype, shape) in tensors.items():
         layer = name.removesuffix(".weight")
         if (
             layer == name
-            or len(shape) != 2
+            or len(shape) not in ((2, 4) if component == "vae" else (2,))
             or dtype not in ("F64", "F32", "BF16", "F16")
-            or not pattern.fullmatch(layer)
+            or not (usual.fullmatch(layer) or others.fullmatch(layer))
+            or (component == "vae" and rest == 8 and _UPSAMPLERS.fullmatch(layer))
         ):
             continue
         key = f"{component}/{_FUSED.sub('qkv', layer)}"
-        grouped.setdefault(key, {})[layer] = (shape[0], shape[1])
+        grouped.setdefault(key, {})[layer] = (shape[0], math.prod(shape[1:]))
         dtypes[key] = dtype
     found = []
     for key, layers in grouped.items():
+        name = next(iter(layers))
         even = all(columns % 2 == 0 for _, columns in layers.values())
-        allowed = (8,) if low == 8 or not even or _EIGHT_ONLY.fullmatch(next(iter(layers))) else (8, 4)
+        least = low if usual.fullmatch(name) else rest
+        allowed = (8,) if least == 8 or not even or component == "vae" or _EIGHT_ONLY.fullmatch(name) else (8, 4)
         kept = sum(rows * columns for rows, columns in layers.values()) * _DTYPE_BYTES.get(dtypes[key], 2)
         found.append(Unit(key, component, dtypes[key], layers, allowed, kept))
     return found

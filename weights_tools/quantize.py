@@ -21,7 +21,7 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, PACKED, SCALE, group_size
 from glmimg.packed_linear import dequantize, quantize
-from glmimg.weights_tools.packing_plan import PACKABLE, Unit, choose, packed_nbytes, require_possible, units
+from glmimg.weights_tools.packing_plan import PACKABLE, REST, Unit, choose, packed_nbytes, require_possible, units
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, require_new, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
 
@@ -84,7 +84,7 @@ def quantize_checkpoint(
     group: int = GROUP,
     budget: int | None = None,
     errors: Errors | None = None,
-    adaln: bool = False,
+    rest: int | None = None,
     progress: Progress | None = None,
 ) -> QuantizeResult:
     """Writes `source`, quantised, to the folder `target`, which must not exist.
@@ -93,8 +93,9 @@ def quantize_checkpoint(
     for which each matrix gets 16, 8 or 4 bits so that the sum of errors is least. `errors(units, group)` measures them,
     such as glmimg.weights_tools.sensitivity.output_errors does; by default relative squared errors of the weights are
     taken, on SAMPLE_ROWS rows of each matrix, which says nothing of what a picture minds. `components`: by default all
-    that have packable matrices. `group`: columns that share a scale in 4 bits. `adaln` packs the decoder's adaptive
-    layer norms too, in 8 bits. `progress(done, total)` is told the bytes measured, for a budget, then those written.
+    that have packable matrices. `group`: columns that share a scale in 4 bits. `rest` packs in that many bits what is
+    kept otherwise: embeddings, projectors, adaptive layer norms, heads, and in 8 bits the VAE's convolutions; for a
+    budget, in no fewer. `progress(done, total)` is told the bytes measured, for a budget, then those written.
     """
     if bits is not None and budget is not None:
         raise BadInput("bits and budget exclude each other: a budget chooses the bits itself")
@@ -102,10 +103,15 @@ def quantize_checkpoint(
         raise BadInput("errors are for a budget: without one every matrix gets the same bits")
     if bits not in (None, *BITS):
         raise BadInput(f"bits {bits}: choose from {', '.join(map(str, BITS))}")
-    chosen = tuple(PACKABLE) if components is None else tuple(dict.fromkeys(components))
+    if rest not in (None, *BITS):
+        raise BadInput(f"rest {rest}: choose from {', '.join(map(str, BITS))}")
+    if rest == 4 and budget is None and bits != 4:
+        raise BadInput("rest 4 is for bits 4: what is sensitive gets no fewer bits than all else")
+    possible = PACKABLE if rest is None else REST
+    chosen = tuple(possible) if components is None else tuple(dict.fromkeys(components))
     for name in chosen:
-        if name not in PACKABLE:
-            raise UnknownName.of("component", name, PACKABLE)
+        if name not in possible:
+            raise UnknownName.of("component", name, possible)
     group_size(GROUP, group)  # refuses what is no size
     checkpoint = Checkpoint.open(source)
     require_new(target, checkpoint)  # measuring takes long
@@ -116,7 +122,7 @@ def quantize_checkpoint(
     found = [
         unit
         for name in chosen
-        for unit in units(name, _specs(readers[name]), adaln=adaln, low=4 if bits is None and budget else bits or 8)
+        for unit in units(name, _specs(readers[name]), low=4 if bits is None and budget else bits or 8, rest=rest)
     ]
     if not found:
         raise BadInput(f"{checkpoint.name} has nothing to pack in {', '.join(chosen) or 'no component'}")
@@ -148,14 +154,14 @@ def quantize_checkpoint(
             sensitivity=None if budget is None else "weights" if errors is None else "outputs",
             group=group,
             components=list(chosen),
-            adaln=adaln,
+            rest=rest,
         )
     return QuantizeResult(Path(target), reports)
 
 
 def weight_errors(weight_NK: torch.Tensor, group: int, rows: int = SAMPLE_ROWS) -> dict[int, float]:
     """Relative squared error of the weight in 8 and in 4 bits, from at most `rows` of its rows."""
-    sample = weight_NK[:: max(1, -(-weight_NK.shape[0] // rows))].float()
+    sample = weight_NK[:: max(1, -(-weight_NK.shape[0] // rows))].flatten(1).float()
     total = sample.square().sum().clamp_min(1e-30)
     found = {}
     for bits in BITS:
@@ -194,10 +200,10 @@ def _write(
         if layer == name or layer not in bits:
             plan[name] = TensorSpec(info.dtype, info.shape)
             continue
-        rows, columns = info.shape
+        rows, columns = info.shape[:2]
         scale_dtype = "F32" if info.dtype in ("F32", "F64") else "BF16"
         if bits[layer] == 8:
-            plan[layer + PACKED] = TensorSpec("I8", (rows, columns))
+            plan[layer + PACKED] = TensorSpec("I8", info.shape)
             plan[layer + SCALE] = TensorSpec(scale_dtype, (rows,))
         else:
             plan[layer + PACKED] = TensorSpec("U8", (rows, columns // 2))
@@ -235,7 +241,7 @@ def _write(
 
 def _differences(weight_NK: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
     """(squared error, squared weight) of each block of rows: whole matrices in float32 would take too much memory."""
-    rows = max(1, (1 << 22) // weight_NK.shape[1])
+    rows = max(1, (1 << 22) // weight_NK[0].numel())
     found = []
     for part, codes, scales in zip(weight_NK.split(rows), packed.split(rows), scale.split(rows), strict=True):
         part = part.float()

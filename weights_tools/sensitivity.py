@@ -3,8 +3,9 @@ are compared.
 
 One stage is in memory at a time, and one group of matrices (those that share their bits) is changed at a time. What is
 compared: the generator's logits over the tokens that it drew itself, the decoder's velocities at several times, the
-glyph encoder's states, the vision tower's features of smooth random pictures. Each error is relative to its own stage's
-output: |changed - plain|^2 / |plain - mean|^2; that all stages count alike is a choice, not a measurement.
+glyph encoder's states, the vision tower's features of smooth random pictures, and those pictures after the VAE's
+encoder and decoder. Each error is relative to its own stage's output: |changed - plain|^2 / |plain - mean|^2; that all
+stages count alike is a choice, not a measurement.
 
 Letters: B pictures, T sequence, N emitted tokens, V codebook, P decoder patches, D width.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from glmimg.autoencoder import Autoencoder, compute_dtype
 from glmimg.backends import Backend
 from glmimg.checkpoint import Checkpoint
 from glmimg.decoder import Decoder
@@ -27,7 +29,7 @@ from glmimg.generator import TokenGenerator
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.packed_linear import dequantize, quantize
 from glmimg.prompt import glyph_texts
-from glmimg.semantic_tokenizer import SemanticTokenizer
+from glmimg.semantic_tokenizer import TOKEN_SIDE, SemanticTokenizer
 from glmimg.token_grid import patch_ids
 from glmimg.weights_tools.packing_plan import Unit
 from glmimg.weights_tools.sampled import PROMPTS, Sample, draw_samples, sequence_of
@@ -67,6 +69,7 @@ def output_errors(
         "visual": _vision,
         "text_encoder": _glyphs,
         "transformer": _decoder,
+        "vae": _vae,
     }
     by_part: dict[str, list[Unit]] = {part: [] for part in parts}
     for unit in found:
@@ -128,6 +131,10 @@ def _generator(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype, sam
 
     def refresh(name: str) -> None:
         """The loop holds projections side by side, and what is packed in a layout of its own."""
+        if name == "lm_head":
+            generator.head = generator._head(model.lm_head)
+        if not name.startswith(_LAYERS):
+            return
         number = int(name.removeprefix(_LAYERS).split(".")[0])
         layers[number] = generator._layer(blocks[number])
 
@@ -146,12 +153,26 @@ def _vision(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype, sample
     """Features of smooth random pictures: real ones would ask for the whole pipeline, and none are at hand."""
     visual, vqmodel = checkpoint.vision(backend.device, dtype)
     tokenizer = SemanticTokenizer(visual, vqmodel)
-    pictures = []
+    pictures = [picture.to(backend.device) for picture in _pictures(samples, tokenizer.patch)]
+    return visual, _VISUAL, lambda: [tokenizer.features(p).float().cpu() for p in pictures], lambda name: None
+
+
+def _pictures(samples: Samples, scale: int) -> list[torch.Tensor]:
+    """A picture_13HW for each sample, as many pixels to a token's side."""
+    made = []
     for k, (_, _, tokens) in enumerate(samples):
         coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(k)) * 2 - 1
-        size = (tokenizer.patch * tokens.ids_HW.shape[0], tokenizer.patch * tokens.ids_HW.shape[1])
-        pictures.append(torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(-1, 1).to(backend.device))
-    return visual, _VISUAL, lambda: [tokenizer.features(p).float().cpu() for p in pictures], lambda name: None
+        size = (scale * tokens.ids_HW.shape[0], scale * tokens.ids_HW.shape[1])
+        made.append(torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(-1, 1))
+    return made
+
+
+def _vae(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype, samples: Samples) -> Stage:
+    wanted = compute_dtype(checkpoint.config("vae")) or dtype
+    vae = checkpoint.vae(backend.device, wanted)
+    autoencoder = Autoencoder(vae, wanted)
+    pictures = [picture.to(backend.device) for picture in _pictures(samples, TOKEN_SIDE)]
+    return vae, "", lambda: [autoencoder.decode(autoencoder.encode(p)).cpu() for p in pictures], lambda name: None
 
 
 def _glyphs(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype, samples: Samples) -> Stage:

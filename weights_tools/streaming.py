@@ -34,6 +34,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from glmimg.atomic_write import atomic_file
 from glmimg.errors import BadInput, CheckpointError, GlmimgError, UnknownName
+from glmimg.packed_format import PACKED
 from glmimg.weight_files import DTYPE_BITS, WeightFiles
 
 if TYPE_CHECKING:
@@ -360,7 +361,9 @@ def _lay_out(plan: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tup
         entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [place, end]}
         relative[name], place = place, end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    # The library aligns to 8; packed weights, which are mapped, are to lie where kernels take them (packed_linear).
+    align = 16 if any(name.endswith(PACKED) for name in plan) else 8
+    text += b" " * (-(8 + len(text)) % align)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + begin for name, begin in relative.items()}
 

@@ -12,8 +12,9 @@ import copy
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from torch import nn
 from glmimg.autoencoder import compute_dtype
 from glmimg.backends import Backend
 from glmimg.checkpoint import empty_component
-from glmimg.decoder import Decoder, fuse_qkv
+from glmimg.decoder import Decoder
+from glmimg.fused_linear import fuse_qkv
 from glmimg.generator import PACK_BELOW, TokenGenerator
 from glmimg.packed_format import PACKED
 from glmimg.packed_linear import PackedLinear
 from glmimg.token_sampling import TokenSampling, draw
-from glmimg.weight_files import WeightFiles
+from glmimg.weight_files import WeightFiles, put
 from glmimg.weights_tools.costs import GLYPH_TOKENS, Costs, Workload
 from glmimg.weights_tools.packing_plan import PACKABLE
 
@@ -59,15 +61,12 @@ def measure_work(
     with torch.inference_mode():
         vae = _vae(costs, work, backend)
         for some in bits:
-            forward, reading = _whole(costs, _DECODER, lambda count, b=some: _forward(costs, work, backend, count, b))  # type: ignore[misc]
             for streamed in (False, True):
-                prompt, step = _whole(
-                    costs,
-                    _GENERATOR,
-                    lambda count, b=some, s=streamed: _tokens(costs, work, backend, count, b, s),  # type: ignore[misc]
-                )
-                # streamed blocks are read once for both halves of guidance
-                found[some, streamed] = Timed(prompt, step, forward + reading * streamed, vae)
+                forward_of = partial(_forward, costs, work, backend, some, streamed)
+                tokens_of = partial(_tokens, costs, work, backend, some, streamed)
+                (forward,) = _whole(costs, _DECODER, forward_of)
+                prompt, step = _whole(costs, _GENERATOR, tokens_of)
+                found[some, streamed] = Timed(prompt, step, forward, vae)
     return found
 
 
@@ -93,7 +92,7 @@ def seconds_of(work: Callable[[], Any], backend: Backend, seconds: float = SECON
 
 
 def _tokens(
-    costs: Costs, work: Workload, backend: Backend, layers: int, bits: int, streamed: bool
+    costs: Costs, work: Workload, backend: Backend, bits: int, streamed: bool, layers: int
 ) -> tuple[float, float]:
     """(prompt, step) with that many blocks, in the middle of a picture."""
     config = copy.deepcopy(costs.configs[_GENERATOR])
@@ -127,24 +126,24 @@ def _tokens(
         nonlocal logits_BV
         if state.length >= before + tokens - 1:
             state.length = before
-        if streamed:
-            generator.layers = [generator._layer(block) for block in blocks]
         uniform_B = torch.rand(work.pictures).to(generator.device)
         logits_BV = generator.step(state, draw(logits_BV, sampling, uniform_B))
 
-    reading = layers * _reading(costs, _GENERATOR, blocks[0], backend) if streamed else 0.0
-    seconds = seconds_of(prompt, backend)
-    return seconds * work.prompt_tokens / before + reading, seconds_of(step, backend) + reading
+    with _Streamed(costs, _GENERATOR, blocks, backend, generator._layer) as layers_read:
+        if streamed:
+            generator.layers = layers_read
+        return seconds_of(prompt, backend) * work.prompt_tokens / before, seconds_of(step, backend)
 
 
-def _forward(costs: Costs, work: Workload, backend: Backend, layers: int, bits: int) -> tuple[float, float]:
-    """Seconds of one decoder step of one picture, and of reading all blocks from a file."""
+def _forward(costs: Costs, work: Workload, backend: Backend, bits: int, streamed: bool, layers: int) -> tuple[float]:
+    """Seconds of one decoder step of one picture."""
     config = copy.deepcopy(costs.configs[_DECODER]) | {"num_layers": layers}
     model = empty_component(_DECODER, config)
     _materialise(model, _DECODER, backend, backend.dtype, bits)
-    reading = layers * _reading(costs, _DECODER, model.transformer_blocks[0], backend)
-    fuse_qkv(model)
     decoder, device = Decoder(model), backend.device
+    if not streamed:
+        fuse_qkv(model)
+        decoder.products.lay_out(model)
     ids_BP = torch.randint(int(config["prior_vq_quantizer_codebook_size"]), (1, work.patches), device=device)
     glyphs_BTG = torch.zeros(1, GLYPH_TOKENS, int(config["text_embed_dim"]), device=device, dtype=backend.dtype)
     size = (work.height, work.width)
@@ -153,7 +152,10 @@ def _forward(costs: Costs, work: Workload, backend: Backend, layers: int, bits: 
     predict = decoder.predictor(conditioning, without)
     shape = (1, int(config["in_channels"]), 2 * conditioning.grid[0], 2 * conditioning.grid[1])
     noise_BChw = torch.randn(shape).to(device)
-    return seconds_of(lambda: predict(noise_BChw, 500.0, work.guidance), backend), reading
+    with _Streamed(costs, _DECODER, list(model.transformer_blocks), backend, lambda block: block) as blocks_read:
+        if streamed:
+            decoder.blocks = lambda: blocks_read
+        return (seconds_of(lambda: predict(noise_BChw, 500.0, work.guidance), backend),)
 
 
 def _vae(costs: Costs, work: Workload, backend: Backend) -> float:
@@ -169,25 +171,43 @@ def _vae(costs: Costs, work: Workload, backend: Backend) -> float:
     return seconds * work.height * work.width / (sides[0] * sides[1] * factor**2)
 
 
-def _reading(costs: Costs, component: str, block: nn.Module, backend: Backend) -> float:
-    """Of reading one streamed block from a file that holds as many tensors as the component's; 0 on an accelerator,
-    where copies from the host count."""
-    from safetensors.torch import save_file
+class _Streamed:
+    """What glmimg.pipelines.block_streaming does, from a temporary file that holds as many tensors as the component's.
+    On an accelerator blocks are only prepared; their copies from the host count elsewhere."""
 
-    if backend.has_pinned_memory:
-        return 0.0
-    stored = {
-        f"0.{name}": tensor.bfloat16() if tensor.is_floating_point() else tensor
-        for name, tensor in block.state_dict().items()
-    }
-    others = {f"{k}.weight": torch.zeros(1) for k in range(1, len(costs.shapes[component]) - len(stored))}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "blocks.safetensors"
-        save_file(stored | others, path)
-        weights = WeightFiles(path)
-        return seconds_of(
-            lambda: weights.load(stored, device=backend.device, dtype=backend.dtype, check_finite=False), backend
-        )
+    def __init__(
+        self, costs: Costs, component: str, blocks: list[Any], backend: Backend, prepare: Callable[[Any], Any]
+    ) -> None:
+        self.count, self.blocks = len(costs.shapes[component]), blocks
+        self.backend, self.prepare = backend, prepare
+
+    def __enter__(self) -> _Streamed:
+        from safetensors.torch import save_file
+
+        self.names: list[dict[str, str]] = [{f"{k}.{n}": n for n in b.state_dict()} for k, b in enumerate(self.blocks)]
+        self.folder = tempfile.TemporaryDirectory()
+        if self.backend.has_pinned_memory:
+            return self
+        stored = {
+            f"{k}.{name}": tensor.bfloat16() if tensor.is_floating_point() else tensor
+            for k, block in enumerate(self.blocks)
+            for name, tensor in block.state_dict().items()
+        }
+        others = {f"other.{k}": torch.zeros(1) for k in range(self.count - len(stored))}
+        path = Path(self.folder.name) / "blocks.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in (stored | others).items()}, path)
+        self.weights = WeightFiles(path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.cleanup()
+
+    def __iter__(self) -> Iterator[Any]:
+        for block, names in zip(self.blocks, self.names, strict=True):
+            if not self.backend.has_pinned_memory:
+                place = {"device": self.backend.device, "dtype": self.backend.dtype, "check_finite": False}
+                put(block, {names[name]: tensor for name, tensor in self.weights.load(names, **place).items()})  # type: ignore[arg-type]
+            yield self.prepare(block)
 
 
 def _materialise(model: nn.Module, component: str, backend: Backend, dtype: torch.dtype, bits: int) -> None:

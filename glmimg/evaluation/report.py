@@ -68,9 +68,11 @@ def run_card(
     }
     others = floor_records(records)
     rows["floor"] = [None if p is None else scorers.score(p, r) for p, r in zip(pictures["model"], others, strict=True)]
-    found = figures(records, rows)
+    found, scored = figures(records, rows), _scored(records, rows)
     if model.edit is not None and edits != 0:
-        found |= _edits(model, bank, scorers, folder, n // 4 if edits is None else edits, signs, tell)
+        edited, edit_rows = _edits(model, bank, scorers, folder, n // 4 if edits is None else edits, signs, tell)
+        found |= figures(edited, edit_rows)
+        scored += _scored(edited, edit_rows)
     tell("distances")
     found |= _features(model, bank, scorers.judge, records, pictures, signs, training_scenes)
     if model.losses is not None:
@@ -88,7 +90,7 @@ def run_card(
         "model": model.about(),
         "seconds": round(time.monotonic() - began),
     }
-    _write(folder, report, records, rows, pictures, bank)
+    _write(folder, report, records, scored, pictures, bank)
     return report
 
 
@@ -119,8 +121,8 @@ def _edits(
     n: int,
     signs: bool,
     tell: Callable[[str], None],
-) -> dict[str, Any]:
-    """Ceiling `real`: the target as drawn; floor: the source left as it was."""
+) -> tuple[list[Record], dict[str, list[Scores | None]]]:
+    """Records and scores. Ceiling `real`: the target as drawn; floor: the source left as it was."""
     records = make_edits(bank, n, size=model.size, signs=signs)
     before = [draw(r.source, bank) for r in records if r.source is not None]
     after = [draw(r.scene, bank) for r in records]
@@ -137,7 +139,15 @@ def _edits(
     cells = [picture for trio in zip(before, edited, after, strict=True) for picture in trio]
     captions = [text for r in records for text in ("before", r.prompt, "true")]
     _sheet(folder / "edits.png", cells[:72], captions[:72], bank, 9)
-    return figures(records, rows)
+    return records, rows
+
+
+def _scored(records: Sequence[Record], rows: dict[str, list[Scores | None]]) -> list[dict[str, Any]]:
+    """For pictures.json."""
+    return [
+        record.to_dict() | {"scores": {source: made[k] for source, made in rows.items()}}
+        for k, record in enumerate(records)
+    ]
 
 
 def _whole(judge: Judge, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -221,7 +231,7 @@ def _write(
     folder: Path,
     report: dict[str, Any],
     records: Sequence[Record],
-    rows: dict[str, list[Scores | None]],
+    scored: list[dict[str, Any]],
     pictures: dict[str, Pictures],
     bank: StickerBank,
 ) -> None:
@@ -239,10 +249,6 @@ def _write(
         _sheet(folder / f"{part}.png", cells, captions, bank, 8)
         sheets.append(f"{part}.png")
     report["sheets"] = sheets
-    scored = [
-        record.to_dict() | {"scores": {source: made[k] for source, made in rows.items()}}
-        for k, record in enumerate(records)
-    ]
     texts = {
         "report.json": json.dumps(report, indent=1, ensure_ascii=False),
         "pictures.json": json.dumps(scored, ensure_ascii=False),

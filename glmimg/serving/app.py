@@ -21,7 +21,7 @@ except ImportError as error:
     raise MissingExtra.of(str(error.name), "server", "the server") from error
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from glmimg.serving import schemas
@@ -35,6 +35,7 @@ __all__ = ["create_app"]
 PAGE = Path(__file__).parent / "page"
 SAVE_EVERY = 10.0  # seconds between two writings of the usage
 _ERROR: dict[str, Any] = {"model": schemas.ErrorReply}
+_TEXT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def create_app(settings: ServerSettings | None = None) -> FastAPI:
         headers = {} if state == "ready" else {"Retry-After": "5"}
         return JSONResponse(body, 200 if state == "ready" else 503, headers)
 
-    @app.get("/metrics", tags=["server"], response_class=PlainTextResponse, responses={401: _ERROR, 403: _ERROR})
+    @app.get("/metrics", tags=["server"], response_class=Response, responses={200: _TEXT, 401: _ERROR, 403: _ERROR})
     async def metrics() -> Response:
         """For Prometheus."""
         figures, dispatcher = service.metrics, service.dispatcher

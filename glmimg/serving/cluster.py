@@ -15,7 +15,7 @@ from glmimg.serving.settings import ServerSettings
 __all__ = ["build"]
 
 _RAY = {"replicas": 1, "gpus": 0.0, "cpus": 1.0}
-_NOT_HERE = ("host", "port", "files")  # Ray listens: serve start --http-host; files: see below
+_NOT_HERE = ("host", "port", "root_path", "files")  # Ray listens: serve start --http-host; files: see below
 
 
 def build(arguments: dict[str, Any]) -> Any:

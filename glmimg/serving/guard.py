@@ -54,7 +54,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, answered = time.monotonic(), 0
+        began, answered, method = time.monotonic(), 0, scope["method"]
+        if method == "HEAD":  # as GET; what is sent of the body, the server leaves out
+            scope = {**scope, "method": "GET"}
         body = _Body(receive, self)
         entered: Client | None = None
 
@@ -92,7 +94,7 @@ class Guard:
             self.service.metrics.requests.labels(route, str(answered or 499)).inc()
             self.service.metrics.seconds.labels(route).observe(time.monotonic() - began)
             who = getattr(scope.get("state", {}).get("client"), "name", "-")
-            logger.info("%s %s %s %s %.3f s", who, scope["method"], route, answered or 499, time.monotonic() - began)
+            logger.info("%s %s %s %s %.3f s", who, method, route, answered or 499, time.monotonic() - began)
 
     def _admit(self, scope: Scope) -> Client | None:
         """Who asks, where that matters; or the Problem that keeps the request out."""

@@ -22,7 +22,18 @@ __all__ = ["router", "validation_problem"]
 
 MAX_REFERENCES = 16
 _STATUSES = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "event": {"type": "string"},
+                "data": {"type": "string", "contentMediaType": "application/json"},
+            },
+            "required": ["data"],
+        }
+    }
+}
 
 router = APIRouter(
     prefix="/v1",
@@ -121,7 +132,7 @@ def _unpacked(name: str, text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Problem(400, f"{name} is no JSON ({error})", "invalid_value", name) from error
 
 
@@ -212,6 +223,9 @@ def validation_problem(errors: Any) -> Problem:
     if first["type"] == "missing":
         what = f"{param} is missing" if param else "the request has no body"
         return Problem(400, what, "missing_required_parameter", param)
+    if first["type"] in ("dict_type", "model_attributes_type") and param is None:  # text, where its kind is not told
+        advice = "send one, with Content-Type: application/json"
+        return Problem(400, f"the body is no JSON object: {advice}", "invalid_body")
     if first["type"] == "json_invalid":
         return Problem(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}", "invalid_json")
     return Problem(400, f"{param or 'body'}: {first['msg']}", "invalid_value", param)

@@ -110,6 +110,7 @@ def run(settings: ServerSettings) -> bool:
         loop="asyncio",
         http=_Protocol,
         ws="none",
+        root_path=settings.root_path,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -153,6 +153,8 @@ class Service:
         try:
             with Image.open(io.BytesIO(data), formats=PICTURES) as image:
                 width, height = image.size
+        except Image.DecompressionBombError as error:
+            raise Problem(400, f"an image is far too large: {error}", "image_too_large", "image") from error
         except Exception as error:  # PIL's readers raise whatever they like
             raise Problem(400, "an image is not a PNG, JPEG or WebP file", "invalid_image_file", "image") from error
         if width * height > self.settings.max_pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class ServerSettings(Config):
     compile: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
+    root_path: str = ""  # where a proxy has put the server, which takes that off: urls of pictures begin with it
     allow_hosts: tuple[str, ...] = ()  # names by which clients may call a server that needs no keys
     keys: str | None = None
     adapters: str | None = None  # folder whose folders are the adapters that clients may name
@@ -48,6 +50,10 @@ class ServerSettings(Config):
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, f"port {self.port}: use 1 to 65535, or 0 for any that is free")
+        require(
+            re.fullmatch(r"(/[\w.~-]+)*", self.root_path, re.ASCII) is not None,
+            f"root path {self.root_path!r}: give one like /pictures, or none",
+        )
         for name in ("max_batch", "max_queue", "max_body", "max_pixels", "url_seconds"):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: use 1 or more")
         for name in ("timeout", "write_timeout", "stuck"):

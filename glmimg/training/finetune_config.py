@@ -31,10 +31,11 @@ class FineTuneConfig(Config):
     resolution None: the checkpoint's own. held_out: share of the pictures that are only looked at, for the held-out
     loss. base_bits: 8 or 4 keeps the frozen weights packed, 0 as they are; needs `checkpointing`, which recomputes
     activations to save memory. preview_weight: how much more a preview token counts; token_noise: share of tokens
-    shown wrongly, so that mistakes are forgiven. prior_weight: how much the model's own pictures of `prior_prompts`
-    (none: of everyday things) count, against forgetting. *_every count steps, 0 for never; pictures are also made
-    before the first step and after the last. diverged: the factor over the first steps' loss at which the run stops; on
-    the way there nothing is saved over what was better. threads: of the processor, 0 for all.
+    shown wrongly, so that mistakes are forgiven. prior_weight: how much staying as before counts, on what the model
+    makes of `prior_prompts` (none: of everyday things); None is 1 for the generator's adapters and 0 for all else.
+    *_every count steps, 0 for never; pictures are also made before the first step and after the last. diverged: the
+    factor over the first steps' loss at which the run stops; on the way there nothing is saved over what was better.
+    threads: of the processor, 0 for all.
     """
 
     stage: str = "both"
@@ -63,9 +64,9 @@ class FineTuneConfig(Config):
     preview_weight: float = 2.0
     token_noise: float = 0.03
     checkpointing: bool = False
-    prior_weight: float = 0.0
+    prior_weight: float | None = None
     prior_prompts: tuple[str, ...] = ()
-    prior_count: int = 32
+    prior_count: int = 256
     sample_prompts: tuple[str, ...] = ()
     sample_every: int = 100
     sample_steps: int | None = None
@@ -115,7 +116,7 @@ class FineTuneConfig(Config):
         require(1 <= self.max_aspect <= 4, f"max_aspect {self.max_aspect}: use 1 to 4")
         require(self.diverged > 1, f"diverged {self.diverged}: use more than 1")
         require(self.clip > 0, f"clip {self.clip}: use more than 0")
-        require(self.prior_weight >= 0, f"prior_weight {self.prior_weight}: use 0 (off) or more")
+        require((self.prior_weight or 0) >= 0, f"prior_weight {self.prior_weight}: use 0 (off) or more")
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -132,8 +133,14 @@ class FineTuneConfig(Config):
 
     @property
     def prior(self) -> tuple[str, ...]:
-        """Prompts of the model's own pictures."""
-        return self.prior_prompts or (EVERYDAY[: self.prior_count] if self.prior_weight else ())
+        """Prompts of what the model itself makes."""
+        used = any(map(self.prior_weight_of, self.stages))
+        return self.prior_prompts or (EVERYDAY[: self.prior_count] if used else ())
+
+    def prior_weight_of(self, stage: str) -> float:
+        if self.prior_weight is None:
+            return float(stage == "generator" and self.method != "full")
+        return self.prior_weight
 
     def targets(self, stage: str) -> tuple[str, ...]:
         return self.generator_targets if stage == "generator" else self.decoder_targets

@@ -217,7 +217,8 @@ class FineTuneLoop:
             with _borrowed(config.dropout, (config.seed, number)), self.backend.autocast(self.dtype):
                 loss = self.learner.loss(batch, _seed(config.seed, number, 2))
                 if prior is not None:
-                    loss = loss + config.prior_weight * self.learner.loss(prior, _seed(config.seed, number, 3))
+                    weight = config.prior_weight_of(self.stage)
+                    loss = loss + weight * self.learner.keep(prior, _seed(config.seed, number, 3))
             (loss / config.accumulate).backward()
             total += float(loss.detach()) / config.accumulate
         if processes.count > 1:

@@ -22,6 +22,7 @@ from glmimg.token_grid import patch_ids
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import Pictures
 from glmimg.training.generator_task import GeneratorBatch, forward_states
+from glmimg.training.lora_layers import unchanged
 
 __all__ = ["DecoderLearner", "GeneratorLearner", "Learner"]
 
@@ -36,6 +37,9 @@ class Learner(Protocol):
     def batch(self, pictures: Pictures, rows: list[int], rng: np.random.Generator | None) -> Any: ...
 
     def loss(self, batch: Any, seed: int | None) -> torch.Tensor: ...
+
+    def keep(self, batch: Any, seed: int) -> torch.Tensor:
+        """What grows as the model forgets what it made of a batch of its own."""
 
 
 class GeneratorLearner:
@@ -73,17 +77,38 @@ class GeneratorLearner:
 
     def loss(self, batch: GeneratorBatch, seed: int | None) -> torch.Tensor:
         """Mean over the tokens, preview tokens weighted."""
+        logits_BNV = self._logits(batch)
+        labels_BN = batch.labels_BN.to(logits_BNV.device)
+        losses = F.cross_entropy(logits_BNV.flatten(0, 1), labels_BN.flatten(), reduction="none")
+        return self._mean(losses.view(labels_BN.shape), batch)
+
+    def keep(self, batch: GeneratorBatch, seed: int) -> torch.Tensor:
+        """How far each token's distribution is from what it was (Kullback and Leibler's); where all weights learn, and
+        that is not kept, the cross-entropy of what was drawn from it."""
+        if self.config.method == "full":
+            return self.loss(batch, seed)
+        with torch.no_grad(), unchanged(self.model):
+            before_BNV = self._logits(batch).log_softmax(-1)
+        now_BNV = self._logits(batch).log_softmax(-1)
+        return self._mean(F.kl_div(now_BNV, before_BNV, reduction="none", log_target=True).sum(-1), batch)
+
+    def _logits(self, batch: GeneratorBatch) -> torch.Tensor:
+        """Logits_BNV of all that is emitted."""
         device, (B, N) = self.device, batch.labels_BN.shape
         language_model = self.model.model.language_model
         ids_BT, positions_3BT = batch.ids_BT.to(device), batch.positions_3BT.to(device)
         states_BTD = forward_states(language_model, ids_BT, positions_3BT, self.config.checkpointing)
         where_BN = (batch.first_B[:, None] + torch.arange(N)).to(device)
         emitted_BND = states_BTD[torch.arange(B, device=device)[:, None], where_BN]
-        logits_BNV = self.model.lm_head(emitted_BND.to(self.model.lm_head.weight.dtype)).float()
-        losses = F.cross_entropy(logits_BNV.flatten(0, 1), batch.labels_BN.flatten().to(device), reduction="none")
-        weights_N = torch.ones(N, device=device)
+        norm = self.model.model.language_model.norm  # the head's own weight may be packed
+        logits: torch.Tensor = self.model.lm_head(emitted_BND.to(norm.weight.dtype)).float()
+        return logits
+
+    def _mean(self, losses_BN: torch.Tensor, batch: GeneratorBatch) -> torch.Tensor:
+        """Over the tokens, preview tokens weighted."""
+        weights_N = torch.ones(losses_BN.shape[1], device=losses_BN.device)
         weights_N[: batch.previews] = self.config.preview_weight
-        return (losses.view(B, N) * weights_N).sum() / (weights_N.sum() * B)
+        return (losses_BN * weights_N).sum() / (weights_N.sum() * len(losses_BN))
 
 
 @dataclass
@@ -151,6 +176,9 @@ class DecoderLearner:
         generator = torch.Generator().manual_seed(seed)
         timesteps_B = training_timesteps(len(batch.ids_BHW), generator)
         return self._error(batch, torch.randn(batch.latents_BChw.shape, generator=generator), timesteps_B)
+
+    def keep(self, batch: PictureBatch, seed: int) -> torch.Tensor:
+        return self.loss(batch, seed)
 
     def _error(self, batch: PictureBatch, noise_BChw: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
         device, (_, H, W) = self.device, batch.ids_BHW.shape

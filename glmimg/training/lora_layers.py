@@ -6,7 +6,8 @@ Letters: N outputs, K inputs, r rank, R rows of input.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glmimg.errors import BadInput
+from glmimg.fused_linear import product
 from glmimg.lora import Adapter, Low, row_lengths, target_names
 
-__all__ = ["LoraLinear", "attach", "detach"]
+__all__ = ["LoraLinear", "attach", "detach", "unchanged"]
 
 
 class _Adapted(torch.autograd.Function):
@@ -31,7 +33,7 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         dtype = weight_NK.dtype
         x_RK, a_rK, b_Nr = x.to(dtype).flatten(0, -2), a_rK.to(dtype), b_Nr.mul(scale).to(dtype)
-        y_RN = F.linear(x_RK, weight_NK, bias_N)
+        y_RN = product(x_RK, weight_NK, bias_N)
         inner_Rr = x_RK @ a_rK.T
         ctx.save_for_backward(x_RK, inner_Rr, weight_NK, a_rK, b_Nr)
         ctx.scale, ctx.shape = scale, x.shape
@@ -45,7 +47,7 @@ class _Adapted(torch.autograd.Function):
         grad_a_rK, grad_b_Nr = (grad_inner_Rr.T @ x_RK).float(), (grad_RN.T @ inner_Rr).float().mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_RN @ weight_NK).addmm_(grad_inner_Rr, a_rK).view(ctx.shape)
+            grad_x = product(grad_RN, weight_NK.T).addmm_(grad_inner_Rr, a_rK).view(ctx.shape)
         return grad_x, None, None, grad_a_rK, grad_b_Nr, None
 
 
@@ -69,6 +71,7 @@ class LoraLinear(nn.Module):
         if not 1 <= rank <= min(base.in_features, base.out_features):
             raise BadInput(f"rank {rank} for a layer of {base.out_features} x {base.in_features}: use 1 to the smaller")
         self.base_layer, self.scale, self.dropout = base.requires_grad_(False), alpha / rank, dropout
+        self.off = False
         device = base.weight.device
         bound = 1 / math.sqrt(base.in_features)
         a_rK = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
@@ -86,18 +89,20 @@ class LoraLinear(nn.Module):
         return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        base = self.base_layer
+        if self.off:
+            return base(x)
         if self._takes_one_node(x):
-            base = self.base_layer
             return _Adapted.apply(x, base.weight, base.bias, self.lora_A, self.lora_B, self.scale)
-        y = self.base_layer(x)
+        y = base(x)
         shown = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if not torch.is_autocast_enabled(x.device.type):
             shown = shown.to(self.lora_A.dtype)
         inner_Rr = F.linear(shown, self.lora_A).mul(self.scale).flatten(0, -2)
         if self.magnitude is None:
             return torch.addmm(y.flatten(0, -2), inner_Rr.to(y.dtype), self.lora_B.T.to(y.dtype)).view_as(y)
-        bias = 0 if self.base_layer.bias is None else self.base_layer.bias.to(y.dtype)
-        gain_N = self.magnitude / row_lengths(self.base_layer.weight, self.low)
+        bias = 0 if base.bias is None else base.bias.to(y.dtype)
+        gain_N = self.magnitude / row_lengths(base.weight, self.low)
         change = F.linear(inner_Rr, self.lora_B).view_as(y)
         return (y - bias + change).mul(gain_N).to(y.dtype) + bias
 
@@ -152,6 +157,21 @@ def _continue(layers: Mapping[str, LoraLinear], start: Adapter) -> None:
         layer.lora_B.copy_(low.b_Nr)
         if layer.magnitude is not None and low.magnitude_N is not None:
             layer.magnitude.copy_(low.magnitude_N)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is what it was before its adapters; BadInput if it has none."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    if not layers:
+        raise BadInput("all weights learn: what the model was before is not kept")
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
 
 
 def detach(model: nn.Module) -> None:

@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImagePi
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from torch import Tensor
 
-from glmimg.decoder import Decoder, Reference, fuse_qkv
+from glmimg.decoder import Decoder, Reference
 from glmimg.diffusion import Schedule, guided, sample
+from glmimg.fused_linear import fuse_qkv
 from glmimg.presets import PRESETS
 
 TINY = PRESETS["tiny"]

@@ -73,8 +73,8 @@ def packed(path: Path) -> None:
     from glmimg.weights_tools.quantize import quantize_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
-        for bits in (8, 4):
-            small = quantize_checkpoint(path, Path(folder) / str(bits), bits).path
+        for bits, rest in ((8, None), (4, None), (8, 8), (4, 4)):
+            small = quantize_checkpoint(path, Path(folder) / f"{bits}-{rest}", bits, rest=rest).path
             expected = TextToImagePipeline.from_pretrained(small, "cpu", "fp32")(PROMPTS, **SIZE)
             for offload in ("none", "block"):
                 pipeline = TextToImagePipeline.from_pretrained(small, "npu", "fp32", offload)

@@ -1,12 +1,21 @@
-// Calls to the server this page came from, and the events of a stream.
+// Calls to the server this page came from, and the events of a stream. Paths are relative: it may lie below a prefix.
 
 export function headers() {
   const key = sessionStorage.getItem("key");
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
+// In place of a browser's "Failed to fetch" and "network error".
+async function heard(promise) {
+  try {
+    return await promise;
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error("The server does not answer: is it running?");
+  }
+}
+
 export async function get(path) {
-  const response = await fetch(path, { headers: headers() });
+  const response = await heard(fetch(path, { headers: headers() }));
   if (!response.ok) throw await problem(response);
   return response.json();
 }
@@ -35,12 +44,12 @@ export async function stream(path, fields, files, told, signal) {
     body = JSON.stringify(fields);
     type = { "Content-Type": "application/json" };
   }
-  const response = await fetch(path, { method: "POST", body, signal, headers: { ...headers(), ...type } });
+  const response = await heard(fetch(path, { method: "POST", body, signal, headers: { ...headers(), ...type } }));
   if (!response.ok) throw await problem(response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await heard(reader.read());
     if (done) return;
     text += value;
     const parts = text.split("\n\n");
@@ -58,7 +67,7 @@ export async function stream(path, fields, files, told, signal) {
 // The same request as a line for a shell.
 export function curl(path, fields, files) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  const lines = [`curl ${location.origin}${path}`];
+  const lines = [`curl ${new URL(path, document.baseURI)}`];
   if (sessionStorage.getItem("key")) lines.push('-H "Authorization: Bearer $GLMIMG_KEY"');
   if (files.length) {
     for (const [name, value] of Object.entries(fields)) {

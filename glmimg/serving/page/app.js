@@ -7,9 +7,9 @@ import { draw, ids } from "./layout.js";
 const $ = (id) => document.getElementById(id);
 const EXAMPLES = [
   "a 3D render of a fox on a light blue background",
+  "a strawberry on a white background",
+  "a red circle above a blue square",
   'a sign that says "HELLO"',
-  "two red apples on a wooden table",
-  "a line drawing of a sailing boat",
 ];
 const NUMBERS = ["steps", "guidance", "temperature", "top_p", "token_guidance"];
 const SIDES = ["left", "top", "right", "bottom"];
@@ -29,7 +29,9 @@ function theme(name) {
 theme(localStorage.getItem("theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
 $("theme").onclick = () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
 
-function say(text, wrong = false) {
+// `passing`: every few moments another one, of which a screen reader would never come to an end.
+function say(text, wrong = false, passing = false) {
+  $("status").ariaLive = passing ? "off" : "polite";
   $("status").textContent = text;
   $("status").className = wrong ? "error" : "";
 }
@@ -45,7 +47,7 @@ for (const text of EXAMPLES) {
 // What the server can do.
 
 async function about() {
-  const [model] = (await get("/v1/models")).data;
+  const [model] = (await get("v1/models")).data;
   const it = model.glmimg, usual = it.defaults;
   $("model").textContent = `${model.id} on ${[...new Set(Object.values(it.backend))].join(" and ")}`;
   $("size").replaceChildren(new Option("auto", "auto"));
@@ -61,7 +63,7 @@ async function about() {
   $("guidance").placeholder = usual.guidance_scale;
   $("temperature").placeholder = usual.temperature;
   $("top_p").placeholder = usual.top_p;
-  const adapters = (await get("/v1/adapters")).data;
+  const adapters = (await get("v1/adapters")).data;
   $("adapter").replaceChildren(new Option("none", ""), ...adapters.map((one) => new Option(one.id, one.id)));
   $("adapter-field").hidden = !adapters.length;
 }
@@ -132,7 +134,7 @@ async function told(event, path, fields, files) {
     bar.max = event.total;
     bar.value = event.step;
     if (event.stage === "tokens") {
-      say(`Layout: token ${event.step} of ${event.total}.`);
+      say(`Layout: token ${event.step} of ${event.total}.`, false, true);
       if (event.index === 0) {
         const started = event.target.some((row) => row.some((id) => id >= 0));
         draw($("layout"), started || !event.preview ? event.target : event.preview);
@@ -140,7 +142,7 @@ async function told(event, path, fields, files) {
       }
     } else {
       $("bar-tokens").value = $("bar-tokens").max;
-      say(`Picture: step ${event.step} of ${event.total}.`);
+      say(`Picture: step ${event.step} of ${event.total}.`, false, true);
     }
   } else if (kind === "partial_image" && event.index === variants.length) {
     paint(await createImageBitmap(blobOf(event)));
@@ -271,7 +273,7 @@ function again(entry) {
 }
 $("form").onsubmit = (event) => {
   event.preventDefault();
-  run(references.length ? "/v1/images/edits" : "/v1/images/generations", settings(), [...references]);
+  run(references.length ? "v1/images/edits" : "v1/images/generations", settings(), [...references]);
 };
 $("stop").onclick = () => running?.abort();
 $("show-layout").onclick = () => {
@@ -281,10 +283,10 @@ $("show-layout").onclick = () => {
 };
 function remake(path, more) {
   // What a picture was made after goes along: edits take a layout and a region as well.
-  run(current.files.length ? "/v1/images/edits" : path, { ...again(current), ...more }, current.files);
+  run(current.files.length ? "v1/images/edits" : path, { ...again(current), ...more }, current.files);
 }
-$("other-seed").onclick = () => remake("/v1/images/decode", {});
-$("resample").onclick = () => remake("/v1/images/regions", { region: SIDES.map((side) => Number($(side).value)) });
+$("other-seed").onclick = () => remake("v1/images/decode", {});
+$("resample").onclick = () => remake("v1/images/regions", { region: SIDES.map((side) => Number($(side).value)) });
 $("reuse").onclick = () => addReferences([new File([current.blob], `seed-${current.seed}.png`, { type: "image/png" })]);
 $("download").onclick = () => {
   const link = document.createElement("a");

@@ -2,7 +2,7 @@
 
 const theme = localStorage.getItem("theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 document.documentElement.dataset.theme = theme;
-const spec = await (await fetch("/openapi.json")).json();
+const spec = await (await fetch("openapi.json")).json();
 const resolved = (schema) => (schema.$ref ? spec.components.schemas[schema.$ref.split("/").pop()] : schema);
 const node = (name, text) => Object.assign(document.createElement(name), { textContent: text });
 

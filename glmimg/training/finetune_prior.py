@@ -1,0 +1,76 @@
+"""What a token generator knew before: grids that it draws itself, once, to be held to while it learns.
+
+They are drawn as they come (temperature 1, nothing left out), so that rare tokens are held to as well. The decoder has
+no part in them: 256 of the embedded model's take seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from glmimg.dataset.buckets import Fit
+from glmimg.dataset.captions import CaptionRules
+from glmimg.dataset.checking import Checked
+from glmimg.dataset.reading import Example, Source
+from glmimg.dataset.store import Store
+from glmimg.generator import TokenGenerator
+from glmimg.token_grid import preview_grid, target_grid
+from glmimg.token_sampling import TokenSampling, generate_tokens
+from glmimg.training.finetune_config import FineTuneConfig
+from glmimg.training.finetune_data import Encoder, Pictures, Progress, prompt_builder
+
+__all__ = ["OwnTokens"]
+
+TOGETHER = 32  # grids drawn at a time
+
+
+@dataclass(frozen=True)
+class OwnTokens(Pictures):
+    """Pictures without pixels: `tensors` are the target and preview grids alone. Kept in the store like any other."""
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], encoder: Encoder, config: FineTuneConfig) -> OwnTokens:
+        """`config.prior_count` of them, of the prompts in turn; the user's trigger and templates are not theirs."""
+        side = config.resolution or encoder.checkpoint.settings.default_size[0]
+        fit = Fit((side, side), (side, side), 0, 0)
+        examples = []
+        for number in range(config.prior_count):
+            prompt = prompts[number % len(prompts)]
+            digest = Store.key("own tokens/1", prompt, config.seed + number)
+            examples.append(Checked(Example(Source(digest), (prompt,)), (side, side), fit, None, digest, 0))
+        plain = replace(config, captions=CaptionRules(dropout=config.captions.dropout))
+        return cls(tuple(examples), encoder, plain)
+
+    @torch.no_grad()
+    def encode(self, rows: Sequence[int] | None = None, progress: Progress | None = None) -> None:
+        """Draws what is missing of these rows (default: all)."""
+        encoder, store = self.encoder, self.encoder.store
+        rows = range(len(self)) if rows is None else rows
+        missing = [row for row in rows if encoder.picture_key(self.examples[row]) not in store]
+        if not missing:
+            return
+        checkpoint = encoder.checkpoint
+        model = TokenGenerator(checkpoint.generator(encoder.backend.device, encoder.dtype))
+        builder = prompt_builder(checkpoint)
+        for start in range(0, len(missing), TOGETHER):
+            part = missing[start : start + TOGETHER]
+            prompts, generators = [], []
+            for row in part:
+                example = self.examples[row]
+                size = example.fit.bucket
+                preview = preview_grid(*size, checkpoint.settings.preview_side)
+                prompts.append(builder.build(example.example.captions[0], target_grid(*size), preview))
+                generators.append(torch.Generator().manual_seed(self.config.seed + row))
+            grids = generate_tokens(model, prompts, generators, TokenSampling(1.0, top_p=1.0))
+            for row, grid in zip(part, grids, strict=True):
+                assert grid.preview_HW is not None
+                tensors = {"tokens": grid.ids_HW.int(), "preview": grid.preview_HW.int()}
+                store.put(encoder.picture_key(self.examples[row]), tensors)
+            if progress is not None:
+                progress(start + len(part), len(missing))
+
+    def tensors(self, row: int) -> dict[str, torch.Tensor]:
+        return self._stored(self.encoder.picture_key(self.examples[row]), lambda: self.encode([row]))
