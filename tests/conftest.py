@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -54,6 +55,33 @@ def write_adapter() -> Any:
             save_adapter(folder / stage, stage, layers, rank=2, alpha=2)
 
     return write
+
+
+_PARTING = """
+import atexit, os, sys
+from pathlib import Path
+
+@atexit.register  # before the processes are connected, so called after they part
+def alone():
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.exists() else []
+    if any("gloo" in name for name in names):
+        sys.stderr.write(f"threads outlive the connection and may abort the process: {names}")
+        os._exit(3)
+"""
+
+
+@pytest.fixture
+def two_processes(tmp_path: Path) -> Any:
+    """Writes a program that fails if its processes do not part at its end; the command that starts two of them."""
+
+    def command(program: str) -> list[str]:
+        script = tmp_path / "two.py"
+        script.write_text(_PARTING + program)
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        return [sys.executable, *launch, str(script)]
+
+    return command
 
 
 class Server:

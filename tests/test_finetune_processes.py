@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +73,20 @@ def state(folder: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / stage / "state.safetensors")
 
 
-def test_two_processes_learn_what_one_learns_from_their_batches(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    data, config, program = tmp_path / "discs", tmp_path / "config.json", tmp_path / "two.py"
+def test_two_processes_learn_what_one_learns_from_their_batches(
+    tiny_checkpoint: Path, tmp_path: Path, two_processes: Any
+) -> None:
+    data, config = tmp_path / "discs", tmp_path / "config.json"
     data.mkdir()
     for k in range(7):
         picture = Image.new("RGB", (80, 80), (250, 250, 240))
         ImageDraw.Draw(picture).ellipse((5 + k, 8, 55, 58 - k), fill=(36 * k, 90, 255 - 36 * k))
         picture.save(data / f"disc in colour {chr(97 + k)}.png")
     config.write_text(json.dumps(SETTINGS))
-    program.write_text(_TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     words = [tiny_checkpoint, data, tmp_path / "cache", tmp_path, config]
-    done = subprocess.run([*launch, *map(str, words)], capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    done = subprocess.run(
+        [*two_processes(_TWO), *map(str, words)], capture_output=True, text=True, cwd=tmp_path, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
     lines = done.stdout.splitlines()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,24 +203,23 @@ sys.stdout.write(json.dumps([run.processes.count, run.position, weights.tolist()
 """
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(_TWO)
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, two_processes: Any) -> None:
+    two = two_processes(_TWO)
+    one = [two[0], two[-1]]
 
-    def train(folder: str, size: int, steps: int, *launch: str) -> list:
-        command = [sys.executable, *launch, str(script), str(tmp_path / folder), str(size), str(steps)]
+    def train(folder: str, size: int, steps: int, command: list[str]) -> list:
+        command = [*command, str(tmp_path / folder), str(size), str(steps)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=180)
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
         assert all(row == rows[0] for row in rows)  # every process has the same model
         return rows[0]
 
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    count, position, _ = train("both", 4, 5, *two)
+    count, position, _ = train("both", 4, 5, two)
     assert (count, position) == (2, 5 * 2 * 4)
     # Momenta of both processes are in the state: one process alone goes on as one that was always alone.
-    _, position, mixed = train("both", 8, 8)
-    _, same_position, alone = train("alone", 8, 8)
+    _, position, mixed = train("both", 8, 8, one)
+    _, same_position, alone = train("alone", 8, 8, one)
     assert position == same_position
     assert torch.allclose(torch.tensor(mixed), torch.tensor(alone), atol=2e-3)
 

@@ -17,7 +17,8 @@ PATIENCE = timedelta(days=1)  # the first process may draw pictures for hours wh
 
 
 def _disconnect() -> None:
-    """The connection's threads, left running, now and then abort a process at its end."""
+    """The connection's threads, left running, now and then abort a process at its end: what they let go of last may
+    need the interpreter. They end with the group, so nothing else may hold that."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -38,6 +39,8 @@ class Processes:
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls()
+        # Imported after the processes are connected, its functions' defaults would hold the group for ever.
+        import torch.distributed.nn.functional
         from accelerate import PartialState
 
         # On processors accelerate must be told so: it would not connect the processes.
