@@ -37,6 +37,7 @@ __all__ = [
     "Velocity",
     "guided",
     "interpolate",
+    "noise_generator",
     "noise_like",
     "sample",
     "shift_of",
@@ -92,6 +93,11 @@ class Schedule:
     @property
     def steps(self) -> int:
         return len(self.timesteps)
+
+
+def noise_generator(seed: int) -> torch.Generator:
+    """The stream of a picture's noise: another one than that of its tokens, so that either can be kept alone."""
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + 1) % 2**63)
 
 
 def noise_like(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:

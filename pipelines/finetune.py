@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from glmimg.atomic_write import atomic_file, clear_leftovers
 from glmimg.backends import Backend, pick_backend
 from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.dataset.checking import Checked, Report
-from glmimg.dataset.reading import Dataset, Example, Source, read_dataset
+from glmimg.dataset.reading import Dataset, read_dataset
 from glmimg.dataset.store import Store, default_store
 from glmimg.errors import BadInput
 from glmimg.lora import COMPONENT, Adapter
@@ -34,13 +34,11 @@ from glmimg.pipelines.finetune_card import write_card
 from glmimg.pipelines.finetune_parts import StageParts
 from glmimg.pipelines.finetune_plan import Plan, make_plan, refuse_what_cannot_fit, telling_what_would_fit
 from glmimg.pipelines.finetune_samples import Samples
-from glmimg.pipelines.result import read_settings
 from glmimg.pipelines.stages import Stages
-from glmimg.pipelines.text_to_image import TextToImagePipeline
 from glmimg.training.finetune_config import FineTuneConfig, changed_settings
 from glmimg.training.finetune_data import Encoder, Pictures, Progress, survey
 from glmimg.training.finetune_loop import REQUESTS, FineTuneLoop, FineTuneStep
-from glmimg.training.finetune_prior import OwnTokens
+from glmimg.training.finetune_prior import OwnLatents, OwnTokens
 from glmimg.training.processes import Processes
 
 __all__ = ["FineTunePipeline", "FineTuneResult"]
@@ -169,7 +167,7 @@ class FineTunePipeline:
             planned(make_plan(self, train, held_out, progress))
         self._record(output, report)
         # 3. What the frozen parts make of the pictures, once; what the model itself makes, if it is not to forget.
-        prior = {stage: self.prior(stage, output) for stage in config.stages}
+        prior = {stage: self.prior(stage) for stage in config.stages}
         for pictures in (train, held_out, *filter(None, prior.values())):
             pictures.encode(range(processes.rank, len(pictures), processes.count), progress)
         processes.wait()  # each has made a share
@@ -271,38 +269,12 @@ class FineTunePipeline:
             "glmimg": __version__,
         }
 
-    def prior(self, stage: str, output: Path) -> Pictures | None:
-        """What the model itself makes of the prior prompts, for the stage to be held to: token grids for the generator,
-        pictures, made once, for the decoder."""
-        config = self.config
-        if not config.prior_weight_of(stage):
+    def prior(self, stage: str) -> OwnTokens | None:
+        """What the model itself makes of the prior prompts, for the stage to be held to."""
+        if not self.config.prior_weight_of(stage):
             return None
-        if stage == "generator":
-            return OwnTokens.of(config.prior, self.encoder, config)
-        folder, pipeline = output / "prior", None
-        examples = []
-        for number in range(config.prior_count):
-            prompt = config.prior[number % len(config.prior)]
-            path = folder / f"{number:04d}.png"
-            seed = config.seed + number
-            if Processes.current().main and not self._is_of(path, prompt, seed):
-                pipeline = pipeline or TextToImagePipeline(Stages(self.checkpoint, self.backend, self.dtype, "stage"))
-                pipeline(prompt, seed=seed).save(path)
-            Processes.current().wait()
-            examples.append(Example(Source(path.name, path), (prompt,)))
-        plain = replace(config, captions=replace(config.captions, trigger="", templates=("{caption}",)))
-        dataset = Dataset(str(folder), "the model's own pictures", tuple(examples))
-        report = survey(dataset, self.checkpoint, plain, duplicates=False)
-        return Pictures(report.usable, self.encoder, plain)
-
-    def _is_of(self, path: Path, prompt: str, seed: int) -> bool:
-        """Whether a picture is there, and this checkpoint's of that prompt and seed: others may be an earlier run's."""
-        try:
-            told = read_settings(path)
-        except BadInput:
-            return False
-        made = told["prompt"], told["config"].get("seed"), told["checkpoint"].get("hash")
-        return made == (prompt, seed, self.checkpoint.hash)
+        kind = OwnTokens if stage == "generator" else OwnLatents
+        return kind.of(self.config.prior, self.encoder, self.config)
 
     # Records of the run.
 

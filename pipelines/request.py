@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from glmimg.config import SamplingConfig, check_size, require
-from glmimg.diffusion import SAMPLERS, Schedule
+from glmimg.diffusion import SAMPLERS, Schedule, noise_generator
 from glmimg.errors import BadInput, UnknownName
 from glmimg.pipelines.stages import Stages
 from glmimg.prompt import Prompt, glyph_texts
 from glmimg.token_grid import TokenGrid, preview_grid, region_mask, target_grid
 from glmimg.token_sampling import Forced, TokenSampling
 
-__all__ = ["Request", "build_prompts", "check_prompts", "check_request", "default_config", "noise_generator"]
+__all__ = ["Request", "build_prompts", "check_prompts", "check_request", "default_config"]
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 MAX_PICTURES = 4096  # of one call
@@ -100,11 +100,6 @@ class Request:
             }
             for k, seed in enumerate(self.seeds)
         ]
-
-
-def noise_generator(seed: int) -> torch.Generator:
-    """The stream of a picture's noise: another one than that of its tokens, so that either can be kept alone."""
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + 1) % 2**63)
 
 
 def default_config(stages: Stages) -> SamplingConfig:

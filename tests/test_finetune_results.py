@@ -16,14 +16,14 @@ from glmimg import Checkpoint, TextToImagePipeline
 from glmimg.atomic_write import _exchanged, atomic_folder
 from glmimg.cli import main
 from glmimg.errors import BadInput, GlmimgError
-from glmimg.image_io import read_metadata, save_png
+from glmimg.image_io import save_png, to_pil
 from glmimg.lora import COMPONENT, Adapter, open_adapters
 from glmimg.pipelines import FineTunePipeline
 from glmimg.pipelines.finetune_parts import needed_bytes
 from glmimg.pipelines.finetune_samples import Samples, read_samples
 from glmimg.training.everyday import EVERYDAY
 from glmimg.training.finetune_loop import FineTuneStep
-from glmimg.training.finetune_prior import OwnTokens
+from glmimg.training.finetune_prior import STEPS, OwnLatents, OwnTokens
 from glmimg.weights_tools.quantize import quantize_checkpoint
 
 SMALL: dict[str, Any] = {
@@ -191,17 +191,6 @@ def test_a_folder_with_a_finished_adapter_is_not_overwritten(
             opened()(data, out, resume=resume)
 
 
-def test_pictures_of_the_prior_are_of_its_prompts(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
-    for prompt in ("a fox", "a dog"):  # a run that was killed before its first step, and another
-        pipeline = opened(prior_weight=1.0, prior_prompts=[prompt], prior_count=1)
-        prior = pipeline.prior("decoder", tmp_path)
-        assert prior is not None and prior.examples[0].example.captions == (prompt,)
-        assert read_metadata(tmp_path / "prior/0000.png")["prompt"] == prompt
-    made = (tmp_path / "prior/0000.png").stat().st_mtime_ns
-    pipeline.prior("decoder", tmp_path)
-    assert (tmp_path / "prior/0000.png").stat().st_mtime_ns == made
-
-
 def test_the_generators_prior_are_tokens_of_its_own(
     opened: Callable[..., FineTunePipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,8 +202,8 @@ def test_the_generators_prior_are_tokens_of_its_own(
         "captions": {"trigger": "zibble", "templates": ["{trigger}"]},
     }
     pipeline = opened(**settings)
-    prior = pipeline.prior("generator", tmp_path)
-    assert prior is not None and pipeline.prior("decoder", tmp_path) is None
+    prior = pipeline.prior("generator")
+    assert prior is not None and pipeline.prior("decoder") is None
     assert [prior.config.captions.texts(e.example.captions) for e in prior.examples] == [
         [p] for p in (*prompts, "a fox")
     ]
@@ -226,26 +215,58 @@ def test_the_generators_prior_are_tokens_of_its_own(
         assert torch.equal(prior.tensors(row)["preview"].long(), made.preview_HW)
     with monkeypatch.context() as patched:
         patched.setattr("glmimg.training.finetune_prior.TokenGenerator", None)  # all are there
-        opened(**settings).prior("generator", tmp_path).encode()
+        opened(**settings).prior("generator").encode()
     lost, kept = pipeline.store.path(pipeline.encoder.picture_key(prior.examples[1])), prior.tensors(1)
     lost.unlink()
     assert torch.equal(prior.tensors(1)["tokens"], kept["tokens"]) and lost.is_file()
 
 
-def test_the_generator_is_held_to_what_it_was(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
+def test_the_decoders_prior_are_latents_of_its_own(
+    opened: Callable[..., FineTunePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it draws of the generator's grids without guidance; drawn once, and anew where it was lost."""
+    monkeypatch.setattr("glmimg.training.finetune_prior.OwnLatents.most", 2)
+    pipeline = opened(prior_weight=1.0, prior_prompts=["a fox", 'a sign that says "on"', "a dog"])
+    grids, prior = pipeline.prior("generator"), pipeline.prior("decoder")
+    assert grids is not None and prior is not None and (len(grids), len(prior)) == (4, 2)
+    prior.encode()
+    alone = TextToImagePipeline.from_pretrained(pipeline.checkpoint, "cpu", "fp32")
+    plain = FREE | {"guidance_scale": 1.0, "num_inference_steps": STEPS}
+    for row, prompt in enumerate(["a fox", 'a sign that says "on"']):
+        assert torch.equal(prior.tensors(row)["tokens"], grids.tensors(row)["tokens"])
+        latents = prior.tensors(row)["latents"].float()[None]
+        (drawn,) = to_pil(alone.stages.autoencoder().decode(latents))
+        made = alone(prompt, seed=row, height=64, width=64, config=plain).images[0]
+        difference = np.asarray(drawn, np.int16) - np.asarray(made, np.int16)
+        assert abs(difference).max() <= 2 and np.asarray(made).std() > 1  # latents are kept in half precision
+    lost = [path for path in pipeline.store.folder.rglob("*.safetensors") if b"latents" in path.read_bytes()[:200]]
+    kept = prior.tensors(1)["latents"]
+    for path in lost:
+        path.unlink()
+    assert len(lost) == 2 and torch.equal(prior.tensors(1)["latents"], kept)
+    with monkeypatch.context() as patched:
+        patched.setattr("glmimg.training.finetune_prior.Decoder", None)  # it is there
+        prior.encode([1])
+
+
+@pytest.mark.parametrize(("stage", "weight"), [("generator", 10.0), ("decoder", 100.0)])
+def test_a_stage_is_held_to_what_it_was(
+    stage: str, weight: float, opened: Callable[..., FineTunePipeline], tmp_path: Path
+) -> None:
     """No distance before the first step; with the weight it ends nearer to it than without."""
     data, distances = discs(tmp_path / "data"), []
-    for weight in (0.0, 10.0):
-        pipeline = opened(stage="generator", learning_rate=2e-2, steps=12, prior_weight=weight, prior_prompts=["a fox"])
-        prior = OwnTokens.of(("a fox",), pipeline.encoder, pipeline.config)
+    for held in (0.0, weight):
+        pipeline = opened(stage=stage, learning_rate=2e-2, steps=12, prior_weight=held, prior_prompts=["a fox"])
+        kind = OwnTokens if stage == "generator" else OwnLatents
+        prior = kind.of(("a fox",), pipeline.encoder, pipeline.config)
         prior.encode()
-        parts = pipeline.parts("generator")
+        parts = pipeline.parts(stage)
         batch = parts.learner.batch(prior, [0, 1, 2, 3], None)
         with torch.no_grad():
             assert float(parts.learner.keep(batch, 0)) == 0
-        out = tmp_path / f"weight {weight}"
+        out = tmp_path / f"weight {held}"
         pipeline(data, out)
-        learnt = Adapter.open(out / "generator").layers
+        learnt = Adapter.open(out / stage).layers
         with torch.no_grad():
             for name, layer in parts.layers.items():
                 layer.lora_A.copy_(learnt[name].a_rK)
@@ -273,7 +294,6 @@ def test_prompts_of_the_prior_come_from_files_or_are_everyday(
     assert main(["finetune", str(data), *flags, str(file), "--resume"]) == 0
     assert f"{out} holds no run yet: this one begins" in capsys.readouterr().err
     assert json.loads((out / "finetune.json").read_text())["prior_prompts"] == ["a fox", "a red dog"]
-    assert read_metadata(out / "prior/0001.png")["prompt"] == "a red dog"
 
 
 def test_packed_checkpoints_count_whole_and_do_not_learn_in_full(

@@ -214,13 +214,15 @@ class FineTuneLoop:
             if following is None:
                 following = ((step + 1) * config.accumulate) * processes.count + processes.rank
             self._ahead = pool.submit(self._batch, following)
-            with _borrowed(config.dropout, (config.seed, number)), self.backend.autocast(self.dtype):
-                loss = self.learner.loss(batch, _seed(config.seed, number, 2))
-                if prior is not None:
-                    weight = config.prior_weight_of(self.stage)
-                    loss = loss + weight * self.learner.keep(prior, _seed(config.seed, number, 3))
-            (loss / config.accumulate).backward()
-            total += float(loss.detach()) / config.accumulate
+            terms = [(1.0, self.learner.loss, batch)]
+            if prior is not None:
+                terms.append((config.prior_weight_of(self.stage), self.learner.keep, prior))
+            with _borrowed(config.dropout, (config.seed, number)):
+                for place, (weight, term, of) in enumerate(terms, 2):  # one after the other: half the activations
+                    with self.backend.autocast(self.dtype):
+                        loss = weight * term(of, _seed(config.seed, number, place)) / config.accumulate
+                    loss.backward()
+                    total += float(loss.detach())
         if processes.count > 1:
             for parameter in self.parameters.values():  # all must exchange the same list
                 if parameter.grad is None:

@@ -1,13 +1,14 @@
-"""What a token generator knew before: grids that it draws itself, once, to be held to while it learns.
+"""What a model knew before: token grids and latents that it draws itself, once, to be held to while it learns.
 
-They are drawn as they come (temperature 1, nothing left out), so that rare tokens are held to as well. The decoder has
-no part in them: 256 of the embedded model's take seconds.
+Grids are drawn as they come (temperature 1, nothing left out), so that rare tokens are held to as well. The decoder has
+no part in them: 256 of the embedded model's take seconds. Latents, for the decoder, follow from fewer of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -16,28 +17,36 @@ from glmimg.dataset.captions import CaptionRules
 from glmimg.dataset.checking import Checked
 from glmimg.dataset.reading import Example, Source
 from glmimg.dataset.store import Store
+from glmimg.decoder import Decoder
+from glmimg.diffusion import Schedule, noise_generator, noise_like, sample
 from glmimg.generator import TokenGenerator
-from glmimg.token_grid import preview_grid, target_grid
+from glmimg.prompt import glyph_texts
+from glmimg.token_grid import patch_ids, preview_grid, target_grid
 from glmimg.token_sampling import TokenSampling, generate_tokens
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import Encoder, Pictures, Progress, prompt_builder
 
-__all__ = ["OwnTokens"]
+__all__ = ["OwnLatents", "OwnTokens"]
 
 TOGETHER = 32  # grids drawn at a time
+Own = TypeVar("Own", bound="OwnTokens")
+LATENTS, STEPS = 64, 8  # at most so many, in so many steps: what shows where its way leads, not a finished picture
 
 
 @dataclass(frozen=True)
 class OwnTokens(Pictures):
     """Pictures without pixels: `tensors` are the target and preview grids alone. Kept in the store like any other."""
 
+    most: ClassVar[int | None] = None
+
     @classmethod
-    def of(cls, prompts: Sequence[str], encoder: Encoder, config: FineTuneConfig) -> OwnTokens:
-        """`config.prior_count` of them, of the prompts in turn; the user's trigger and templates are not theirs."""
+    def of(cls: type[Own], prompts: Sequence[str], encoder: Encoder, config: FineTuneConfig) -> Own:
+        """`config.prior_count` of them, or the most, of the prompts in turn; the user's trigger and templates are not
+        theirs."""
         side = config.resolution or encoder.checkpoint.settings.default_size[0]
         fit = Fit((side, side), (side, side), 0, 0)
         examples = []
-        for number in range(config.prior_count):
+        for number in range(min(config.prior_count, cls.most or config.prior_count)):
             prompt = prompts[number % len(prompts)]
             digest = Store.key("own tokens/1", prompt, config.seed + number)
             examples.append(Checked(Example(Source(digest), (prompt,)), (side, side), fit, None, digest, 0))
@@ -74,3 +83,45 @@ class OwnTokens(Pictures):
 
     def tensors(self, row: int) -> dict[str, torch.Tensor]:
         return self._stored(self.encoder.picture_key(self.examples[row]), lambda: self.encode([row]))
+
+
+@dataclass(frozen=True)
+class OwnLatents(OwnTokens):
+    """With the latents that the decoder makes of the grids: without guidance, which is not learnt."""
+
+    most: ClassVar[int | None] = LATENTS
+
+    @torch.no_grad()
+    def encode(self, rows: Sequence[int] | None = None, progress: Progress | None = None) -> None:
+        """Draws what is missing of these rows (default: all)."""
+        encoder, store = self.encoder, self.encoder.store
+        rows = range(len(self)) if rows is None else rows
+        super().encode(rows, progress)
+        for row in rows:
+            for text in self.config.captions.texts(self.examples[row].example.captions):
+                encoder.glyphs(glyph_texts(text))
+        missing = [row for row in rows if self._latents_key(row) not in store]
+        if not missing:
+            return
+        encoder.release()
+        checkpoint, device = encoder.checkpoint, encoder.backend.device
+        settings, decoder = checkpoint.settings, Decoder(checkpoint.decoder(device, encoder.dtype))
+        for done, row in enumerate(missing, 1):
+            ids_1HW = super().tensors(row)["tokens"].long()[None]
+            glyphs_1TG = self.glyph_states(self.examples[row].example.captions[0])[None].to(device)
+            size = self.examples[row].fit.bucket
+            conditioning = decoder.condition(patch_ids(ids_1HW).to(device), glyphs_1TG, size=size)
+            height, width = conditioning.grid
+            generators = [noise_generator(self.config.seed + row)]
+            noise = noise_like((settings.latent_channels, 2 * height, 2 * width), generators).to(device)
+            schedule = Schedule.published(STEPS, height * width, settings.scheduler)
+            latents = sample(lambda x, t, _, told=conditioning: decoder.velocity(x, t, told), noise, schedule)
+            store.put(self._latents_key(row), {"latents": latents[0].half().cpu()})
+            if progress is not None:
+                progress(done, len(missing))
+
+    def tensors(self, row: int) -> dict[str, torch.Tensor]:
+        return super().tensors(row) | self._stored(self._latents_key(row), lambda: self.encode([row]))
+
+    def _latents_key(self, row: int) -> str:
+        return Store.key("own latents/1", STEPS, self.encoder.picture_key(self.examples[row]))

@@ -173,14 +173,29 @@ class DecoderLearner:
             noise = noise_like(batch.latents_BChw.shape[1:], generators)
             errors = [self._error(batch, noise, torch.full((len(noise),), float(t))) for t in LEVELS]
             return torch.stack(errors).mean()
-        generator = torch.Generator().manual_seed(seed)
-        timesteps_B = training_timesteps(len(batch.ids_BHW), generator)
-        return self._error(batch, torch.randn(batch.latents_BChw.shape, generator=generator), timesteps_B)
+        return self._error(batch, *self._drawn(batch, seed))
 
     def keep(self, batch: PictureBatch, seed: int) -> torch.Tensor:
-        return self.loss(batch, seed)
+        """How far the velocity is from what it was (squared); where all weights learn, and that is not kept, the loss
+        on what the model drew."""
+        if self.config.method == "full":
+            return self.loss(batch, seed)
+        drawn = self._drawn(batch, seed)
+        with torch.no_grad(), unchanged(self.model):
+            before = self._velocity(batch, *drawn)
+        return (self._velocity(batch, *drawn) - before).square().mean()
+
+    def _drawn(self, batch: PictureBatch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise_BChw and timesteps_B of that seed."""
+        generator = torch.Generator().manual_seed(seed)
+        timesteps_B = training_timesteps(len(batch.ids_BHW), generator)
+        return torch.randn(batch.latents_BChw.shape, generator=generator), timesteps_B
 
     def _error(self, batch: PictureBatch, noise_BChw: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
+        target = velocity_target(batch.latents_BChw, noise_BChw).to(self.device)
+        return (self._velocity(batch, noise_BChw, timesteps_B) - target).square().mean()
+
+    def _velocity(self, batch: PictureBatch, noise_BChw: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
         device, (_, H, W) = self.device, batch.ids_BHW.shape
         x0, noise = batch.latents_BChw.to(device), noise_BChw.to(device)
         size = (32 * H, 32 * W)
@@ -195,10 +210,8 @@ class DecoderLearner:
             references=self._references(batch, size),
         )
         sigmas_B = training_sigmas(timesteps_B, 4 * H * W, self.scheduler)
-        velocity = self.decoder.velocity(
-            interpolate(x0, noise, sigmas_B.to(device)), timesteps_B.to(device), conditioning
-        )
-        return (velocity - velocity_target(x0, noise)).square().mean()
+        xt = interpolate(x0, noise, sigmas_B.to(device))
+        return self.decoder.velocity(xt, timesteps_B.to(device), conditioning)
 
     def _references(self, batch: PictureBatch, size: tuple[int, int]) -> ReferenceCache | None:
         if batch.reference_BChw is None or batch.reference_ids_BHW is None:

@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from glmimg import ImageToImagePipeline, TextToImagePipeline
-from glmimg.diffusion import noise_like
-from glmimg.pipelines.request import noise_generator
+from glmimg.diffusion import noise_generator, noise_like
 from glmimg.pipelines.result import Result
 
 
