@@ -81,12 +81,15 @@ def main() -> None:
     parser.add_argument("--prior-weight", type=float, default=None, help="against forgetting (default: as shipped)")
     parser.add_argument("--pictures", type=int, default=80, help="made for each row of the table")
     parser.add_argument("--other-prompts", type=int, default=200, help="that have nothing to do with what was learnt")
+    parser.add_argument(
+        "--others-of", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), help="rows that ask them"
+    )
     parser.add_argument("--draw-steps", type=int, default=None)
     arguments = parser.parse_args()
     work = arguments.work / arguments.proof
     bank, judge = StickerBank(arguments.bank), Judge.load()
     proof: Any = Style(work, judge, arguments) if arguments.proof == "style" else Subject(work, bank, judge, arguments)
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("work", "bank", "seeds")}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("work", "bank", "seeds")}
     rows = rows_before(work / "table.json", settings)
     for seed in arguments.seeds:
         out = work / f"seed-{seed}"
@@ -94,8 +97,7 @@ def main() -> None:
         minutes = train(arguments, proof.data, out, seed, proof.trigger) if missing else 0.0
         for name in missing:
             known = [row["others"] for row in rows if row["adapter on"] == name == "none"]  # of any seed
-            adapters = [out / f"{stage}-run" / stage for stage in CONDITIONS[name]]
-            made, told = measure(arguments, proof, bank, judge, adapters, seed, known)
+            made, told = measure(arguments, proof, bank, judge, name, seed, known)
             proof.keep(made, f"{seed}-{name}")
             for number, picture in enumerate(made[:SHOWN]):
                 save_png(Image.fromarray(picture), work / "pictures" / f"{seed}-{name}-{number}.png")
@@ -166,13 +168,15 @@ def measure(
     proof: Any,
     bank: StickerBank,
     judge: Judge,
-    adapters: Sequence[Path],
+    name: str,
     seed: int,
     known: Sequence[list[float]],
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
     from glmimg import TextToImagePipeline
 
-    pipeline = TextToImagePipeline.from_pretrained(arguments.model, adapters=list(adapters) or None)
+    out = arguments.work / arguments.proof / f"seed-{seed}"
+    adapters = [out / f"{stage}-run" / stage for stage in CONDITIONS[name]]
+    pipeline = TextToImagePipeline.from_pretrained(arguments.model, adapters=adapters or None)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
         made: list[np.ndarray] = []
@@ -190,14 +194,15 @@ def measure(
     told = proof.judge(made, seed)
     records = make_prompts(bank, 16 * arguments.other_prompts, size=(SIDE, SIDE), signs=False)
     records = [record for record in records if record.part == "concepts" and record.subset == "seen"]
-    records = [] if known else records[: arguments.other_prompts]
+    records = records[: arguments.other_prompts] if name in arguments.others_of and not known else []
     others = draw([record.prompt for record in records], [record.seed for record in records])
     right = list(known[0]) if known else []
     for record, picture in zip(records, others, strict=True):
         ranks = judge.rank_of(judge.features(crops_of(picture, record.scene)), [t.concept for t in record.scene.things])
         right.append(float((ranks == 0).mean()))
-    told["other prompts right"] = statistics.fmean(right)
     told["others"] = right
+    if right:
+        told["other prompts right"] = statistics.fmean(right)
     told["seconds a picture"] = (time.monotonic() - began) / (len(made) + len(others))
     return made, told
 
@@ -368,8 +373,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for condition in CONDITIONS:
         values = []
         for name in names:
-            found = [float(row[name]) for row in rows if row["adapter on"] == condition]
-            values.append(f"{statistics.fmean(found):.3g} ({min(found):.3g} to {max(found):.3g})")
+            found = [float(row[name]) for row in rows if row["adapter on"] == condition and name in row]
+            values.append(f"{statistics.fmean(found):.3g} ({min(found):.3g} to {max(found):.3g})" if found else "")
         lines.append(f"| {condition} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 

@@ -214,7 +214,7 @@ class FineTuneLoop:
             if following is None:
                 following = ((step + 1) * config.accumulate) * processes.count + processes.rank
             self._ahead = pool.submit(self._batch, following)
-            terms = [(1.0, self.learner.loss, batch)]
+            terms: list[tuple[float, Callable[[Any, int], Tensor], Any]] = [(1.0, self.learner.loss, batch)]
             if prior is not None:
                 terms.append((config.prior_weight_of(self.stage), self.learner.keep, prior))
             with _borrowed(config.dropout, (config.seed, number)):

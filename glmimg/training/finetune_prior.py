@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from glmimg.dataset.captions import CaptionRules
 from glmimg.dataset.checking import Checked
 from glmimg.dataset.reading import Example, Source
 from glmimg.dataset.store import Store
-from glmimg.decoder import Decoder
+from glmimg.decoder import Conditioning, Decoder
 from glmimg.diffusion import Schedule, noise_generator, noise_like, sample
 from glmimg.generator import TokenGenerator
 from glmimg.prompt import glyph_texts
@@ -115,7 +116,7 @@ class OwnLatents(OwnTokens):
             generators = [noise_generator(self.config.seed + row)]
             noise = noise_like((settings.latent_channels, 2 * height, 2 * width), generators).to(device)
             schedule = Schedule.published(STEPS, height * width, settings.scheduler)
-            latents = sample(lambda x, t, _, told=conditioning: decoder.velocity(x, t, told), noise, schedule)
+            latents = sample(partial(_velocity, decoder, conditioning), noise, schedule)
             store.put(self._latents_key(row), {"latents": latents[0].half().cpu()})
             if progress is not None:
                 progress(done, len(missing))
@@ -125,3 +126,7 @@ class OwnLatents(OwnTokens):
 
     def _latents_key(self, row: int) -> str:
         return Store.key("own latents/1", STEPS, self.encoder.picture_key(self.examples[row]))
+
+
+def _velocity(decoder: Decoder, told: Conditioning, x: torch.Tensor, timestep: float, sigma: float) -> torch.Tensor:
+    return decoder.velocity(x, timestep, told)
