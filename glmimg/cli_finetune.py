@@ -32,7 +32,7 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "seed": (int, "of everything drawn at random (default: 0)"),
     "held_out": (float, "share of the pictures that only the held-out loss sees (default: 0.1)"),
     "base_bits": (int, "8 or 4 keeps the frozen weights packed; needs --checkpointing"),
-    "prior_weight": (float, "how much not forgetting counts (default: 1 for the generator's adapters; 0: off)"),
+    "prior_weight": (float, "how much not forgetting counts (default: 1 for adapters; 0: off)"),
     "sample_every": (int, "steps between pictures of the --sample prompts (default: 100)"),
     "sample_steps": (int, "decoder steps of those pictures"),
     "save_every": (int, "steps between saves (default: 50)"),

@@ -168,8 +168,10 @@ class FineTunePipeline:
         self._record(output, report)
         # 3. What the frozen parts make of the pictures, once; what the model itself makes, if it is not to forget.
         prior = {stage: self.prior(stage) for stage in config.stages}
-        for pictures in (train, held_out, *filter(None, prior.values())):
-            pictures.encode(range(processes.rank, len(pictures), processes.count), progress)
+        for stage, pictures in ((config.stages[0], train), (config.stages[0], held_out), *prior.items()):
+            if pictures is not None:
+                with telling_what_would_fit(stage, self):
+                    pictures.encode(range(processes.rank, len(pictures), processes.count), progress)
         processes.wait()  # each has made a share
         self.encoder.release()
         # 4. Each stage alone in memory.

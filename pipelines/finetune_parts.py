@@ -16,7 +16,8 @@ from glmimg.backends import Backend
 from glmimg.checkpoint import Checkpoint, save_component
 from glmimg.errors import BadInput
 from glmimg.lora import COMPONENT, Adapter, Low, save_adapter, target_names
-from glmimg.packed_linear import Packed, PackedLinear, quantize
+from glmimg.packed_linear import Packed, PackedLinear
+from glmimg.training.finetune_base import load_base
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import prompt_builder
 from glmimg.training.finetune_tasks import DecoderLearner, GeneratorLearner, Learner
@@ -43,9 +44,7 @@ class StageParts:
     ) -> StageParts:
         """Loads the stage's model alone. Weights that learn are fp32, frozen ones in `dtype`, or packed."""
         full = config.method == "full"
-        load = checkpoint.generator if stage == "generator" else checkpoint.decoder
-        # What is to be packed is packed before it comes to the device, which need not hold it as it was.
-        model: Any = load("cpu" if config.base_bits else backend.device, torch.float32 if full else dtype)
+        model = load_base(stage, checkpoint, config.base_bits, backend, torch.float32 if full else dtype)
         layers: dict[str, LoraLinear] = {}
         if full:
             learning = model if stage == "decoder" else nn.ModuleList([model.model.language_model, model.lm_head])
@@ -56,9 +55,6 @@ class StageParts:
             parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         else:
             model.requires_grad_(False)
-            if config.base_bits:
-                _pack(model, stage, config.base_bits)
-                nn.Module.to(model, backend.device)
             layers = attach(
                 model,
                 stage,
@@ -115,20 +111,6 @@ class StageParts:
             if name in values:
                 parameter.data = values[name].to(_DTYPES.get(stored[name].dtype, parameter.dtype))
         save_component(folder, component, model, base=base)
-
-
-def _pack(model: Any, stage: str, bits: int) -> None:
-    """Packs every target of the stage, adapted or not."""
-    for name in target_names(model, stage):
-        linear = model.get_submodule(name)
-        if isinstance(linear, PackedLinear) or (bits == 4 and linear.in_features % 2):
-            continue
-        packed = PackedLinear(
-            linear.in_features, linear.out_features, bits, bias=None if linear.bias is None else linear.bias.detach()
-        )
-        packed.weight_packed, packed.weight_scale = quantize(linear.weight.detach(), bits)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed)
 
 
 def needed_bytes(

@@ -203,7 +203,7 @@ def test_the_generators_prior_are_tokens_of_its_own(
     }
     pipeline = opened(**settings)
     prior = pipeline.prior("generator")
-    assert prior is not None and pipeline.prior("decoder") is None
+    assert prior is not None
     assert [prior.config.captions.texts(e.example.captions) for e in prior.examples] == [
         [p] for p in (*prompts, "a fox")
     ]
@@ -226,7 +226,7 @@ def test_the_decoders_prior_are_latents_of_its_own(
 ) -> None:
     """What it draws of the generator's grids without guidance; drawn once, and anew where it was lost."""
     monkeypatch.setattr("glmimg.training.finetune_prior.OwnLatents.most", 2)
-    pipeline = opened(prior_weight=1.0, prior_prompts=["a fox", 'a sign that says "on"', "a dog"])
+    pipeline = opened(prior_prompts=["a fox", 'a sign that says "on"', "a dog"])
     grids, prior = pipeline.prior("generator"), pipeline.prior("decoder")
     assert grids is not None and prior is not None and (len(grids), len(prior)) == (4, 2)
     prior.encode()
@@ -279,7 +279,7 @@ def test_prompts_of_the_prior_come_from_files_or_are_everyday(
     opened: Callable[..., FineTunePipeline], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(set(opened(prior_count=40).config.prior)) == 40 and len(set(EVERYDAY)) == len(EVERYDAY) == 256
-    for without in ({"prior_weight": 0.0}, {"stage": "decoder"}, {"method": "full"}):
+    for without in ({"prior_weight": 0.0}, {"method": "full"}):
         assert opened(**without).config.prior == ()
     data, file, out = disc(tmp_path / "data/a disc.png", 5).parent, tmp_path / "prompts.txt", tmp_path / "out"
     file.write_text("a fox\n\n a red dog \n", encoding="utf-8-sig")

@@ -32,7 +32,7 @@ class FineTuneConfig(Config):
     loss. base_bits: 8 or 4 keeps the frozen weights packed, 0 as they are; needs `checkpointing`, which recomputes
     activations to save memory. preview_weight: how much more a preview token counts; token_noise: share of tokens
     shown wrongly, so that mistakes are forgiven. prior_weight: how much staying as before counts, on what the model
-    makes of `prior_prompts` (none: of everyday things); None is 1 for the generator's adapters and 0 for all else.
+    makes of `prior_prompts` (none: of everyday things); None is 1 for adapters and 0 where all weights learn.
     *_every count steps, 0 for never; pictures are also made before the first step and after the last. diverged: the
     factor over the first steps' loss at which the run stops; on the way there nothing is saved over what was better.
     threads: of the processor, 0 for all.
@@ -139,7 +139,7 @@ class FineTuneConfig(Config):
 
     def prior_weight_of(self, stage: str) -> float:
         if self.prior_weight is None:
-            return float(stage == "generator" and self.method != "full")
+            return float(self.method != "full")
         return self.prior_weight
 
     def targets(self, stage: str) -> tuple[str, ...]:

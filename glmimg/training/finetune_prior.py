@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from glmimg.generator import TokenGenerator
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import patch_ids, preview_grid, target_grid
 from glmimg.token_sampling import TokenSampling, generate_tokens
+from glmimg.training.finetune_base import load_base
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import Encoder, Pictures, Progress, prompt_builder
 
@@ -49,7 +50,7 @@ class OwnTokens(Pictures):
         examples = []
         for number in range(min(config.prior_count, cls.most or config.prior_count)):
             prompt = prompts[number % len(prompts)]
-            digest = Store.key("own tokens/1", prompt, config.seed + number)
+            digest = Store.key("own tokens/2", prompt, config.seed + number, config.base_bits)
             examples.append(Checked(Example(Source(digest), (prompt,)), (side, side), fit, None, digest, 0))
         plain = replace(config, captions=CaptionRules(dropout=config.captions.dropout))
         return cls(tuple(examples), encoder, plain)
@@ -62,8 +63,9 @@ class OwnTokens(Pictures):
         missing = [row for row in rows if encoder.picture_key(self.examples[row]) not in store]
         if not missing:
             return
+        encoder.release()
         checkpoint = encoder.checkpoint
-        model = TokenGenerator(checkpoint.generator(encoder.backend.device, encoder.dtype))
+        model = TokenGenerator(self._load("generator"))
         builder = prompt_builder(checkpoint)
         for start in range(0, len(missing), TOGETHER):
             part = missing[start : start + TOGETHER]
@@ -84,6 +86,11 @@ class OwnTokens(Pictures):
 
     def tensors(self, row: int) -> dict[str, torch.Tensor]:
         return self._stored(self.encoder.picture_key(self.examples[row]), lambda: self.encode([row]))
+
+    def _load(self, stage: str) -> Any:
+        """As small as it will be in training."""
+        encoder = self.encoder
+        return load_base(stage, encoder.checkpoint, self.config.base_bits, encoder.backend, encoder.dtype)
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class OwnLatents(OwnTokens):
             return
         encoder.release()
         checkpoint, device = encoder.checkpoint, encoder.backend.device
-        settings, decoder = checkpoint.settings, Decoder(checkpoint.decoder(device, encoder.dtype))
+        settings, decoder = checkpoint.settings, Decoder(self._load("decoder"))
         for done, row in enumerate(missing, 1):
             ids_1HW = super().tensors(row)["tokens"].long()[None]
             glyphs_1TG = self.glyph_states(self.examples[row].example.captions[0])[None].to(device)
