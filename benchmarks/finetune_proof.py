@@ -81,9 +81,7 @@ def main() -> None:
     parser.add_argument("--prior-weight", type=float, default=None, help="against forgetting (default: as shipped)")
     parser.add_argument("--pictures", type=int, default=80, help="made for each row of the table")
     parser.add_argument("--other-prompts", type=int, default=200, help="that have nothing to do with what was learnt")
-    parser.add_argument(
-        "--others-of", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), help="rows that ask them"
-    )
+    parser.add_argument("--aims-only", action="store_true", help="other prompts with both adapters and none alone")
     parser.add_argument("--draw-steps", type=int, default=None)
     arguments = parser.parse_args()
     work = arguments.work / arguments.proof
@@ -98,7 +96,6 @@ def main() -> None:
         for name in missing:
             known = [row["others"] for row in rows if row["adapter on"] == name == "none"]  # of any seed
             made, told = measure(arguments, proof, bank, judge, name, seed, known)
-            proof.keep(made, f"{seed}-{name}")
             for number, picture in enumerate(made[:SHOWN]):
                 save_png(Image.fromarray(picture), work / "pictures" / f"{seed}-{name}-{number}.png")
             rows.append({"seed": seed, "adapter on": name, "minutes": round(minutes, 1), **told})
@@ -191,10 +188,11 @@ def measure(
     began = time.monotonic()
     prompts = proof.prompts(seed)
     made = draw(prompts, [1000 * seed + k for k in range(len(prompts))])
-    told = proof.judge(made, seed)
+    told = proof.judge(made, seed, name)
     records = make_prompts(bank, 16 * arguments.other_prompts, size=(SIDE, SIDE), signs=False)
     records = [record for record in records if record.part == "concepts" and record.subset == "seen"]
-    records = records[: arguments.other_prompts] if name in arguments.others_of and not known else []
+    asked = not known and (name in ("none", "both") or not arguments.aims_only)
+    records = records[: arguments.other_prompts] if asked else []
     others = draw([record.prompt for record in records], [record.seed for record in records])
     right = list(known[0]) if known else []
     for record, picture in zip(records, others, strict=True):
@@ -265,8 +263,10 @@ class Style:
             [raster(self.icons[name]["body"]) for name in (self.others if others else self.held_out)[seed]]
         )
 
-    def judge(self, made: Sequence[np.ndarray], seed: int) -> dict[str, Any]:
+    def judge(self, made: Sequence[np.ndarray], seed: int, name: str) -> dict[str, Any]:
         features = self._features(made)
+        with atomic_file(self.features / f"{seed}-{name}.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, features)
         copies, real = (statistics.fmean(nearest(f, [self.learnt]).copies()) for f in (features, self._own(seed)))
         return {
             "Frechet distance": frechet(features, self._own(seed)),
@@ -274,10 +274,6 @@ class Style:
             "copies": copies,
             "the set's own": real,
         }
-
-    def keep(self, made: Sequence[np.ndarray], name: str) -> None:
-        with atomic_file(self.features / f"{name}.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, self._features(made))
 
     def aims(self, rows: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
         seeds = sorted({row["seed"] for row in rows})
@@ -333,10 +329,7 @@ class Subject:
     def prompts(self, seed: int) -> list[str]:
         return self._prompts
 
-    def keep(self, made: Sequence[np.ndarray], name: str) -> None:
-        pass
-
-    def judge(self, made: Sequence[np.ndarray], seed: int) -> dict[str, Any]:
+    def judge(self, made: Sequence[np.ndarray], seed: int, name: str) -> dict[str, Any]:
         boxes = [thing_boxes(picture, s[1], s[2])[s[3]] for picture, s in zip(made, self.scenes, strict=True)]
         crops = [crop(picture, box) for picture, box in zip(made, boxes, strict=True)]
         ranks = self.concepts.rank_of(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -18,8 +17,8 @@ from glmimg.dataset.captions import CaptionRules
 from glmimg.dataset.checking import Checked
 from glmimg.dataset.reading import Example, Source
 from glmimg.dataset.store import Store
-from glmimg.decoder import Conditioning, Decoder
-from glmimg.diffusion import Schedule, noise_generator, noise_like, sample
+from glmimg.decoder import Decoder
+from glmimg.diffusion import Schedule, guided, noise_generator, noise_like, sample
 from glmimg.generator import TokenGenerator
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import patch_ids, preview_grid, target_grid
@@ -123,7 +122,7 @@ class OwnLatents(OwnTokens):
             generators = [noise_generator(self.config.seed + row)]
             noise = noise_like((settings.latent_channels, 2 * height, 2 * width), generators).to(device)
             schedule = Schedule.published(STEPS, height * width, settings.scheduler)
-            latents = sample(partial(_velocity, decoder, conditioning), noise, schedule)
+            latents = sample(guided(decoder.predictor(conditioning), 1.0), noise, schedule)
             store.put(self._latents_key(row), {"latents": latents[0].half().cpu()})
             if progress is not None:
                 progress(done, len(missing))
@@ -133,7 +132,3 @@ class OwnLatents(OwnTokens):
 
     def _latents_key(self, row: int) -> str:
         return Store.key("own latents/1", STEPS, self.encoder.picture_key(self.examples[row]))
-
-
-def _velocity(decoder: Decoder, told: Conditioning, x: torch.Tensor, timestep: float, sigma: float) -> torch.Tensor:
-    return decoder.velocity(x, timestep, told)
