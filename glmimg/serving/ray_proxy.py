@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -19,6 +20,7 @@ from glmimg.serving.settings import Problem
 
 __all__ = ["SecondTry", "middlewares"]
 
+logger = logging.getLogger(__name__)
 TRIES = 3
 PAUSE = 1.0  # seconds between two: Ray needs a moment to see who is gone
 KEPT = 32 << 20  # bytes of a body that are kept for another try
@@ -45,9 +47,10 @@ class SecondTry:
             answer = _Answer(send)
             try:
                 await self.app({**scope, "headers": list(scope["headers"])}, body.again(), answer)
-            except Exception:
+            except Exception as error:  # what Ray's proxy raises of a dead replica is of many kinds
                 if answer.begun and not answer.is_events:
                     raise  # the connection is closed in the middle, which says as much
+                logger.warning("a request failed inside Ray (%s: %s)", type(error).__name__, error)
             if answer.complete or body.gone:
                 return
             if answer.begun:
