@@ -31,6 +31,7 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "ema": (float, "moving average of what is learnt, such as 0.99 (default: off)"),
     "seed": (int, "of everything drawn at random (default: 0)"),
     "held_out": (float, "share of the pictures that only the held-out loss sees (default: 0.1)"),
+    "views": (int, "of each picture: as it is, the others enlarged and cut anywhere (default: 1)"),
     "base_bits": (int, "8 or 4 keeps the frozen weights packed; needs --checkpointing"),
     "prior_weight": (float, "how much not forgetting counts (default: 1 for adapters; 0: off)"),
     "sample_every": (int, "steps between pictures of the --sample prompts (default: 100)"),
@@ -61,6 +62,7 @@ def finetune(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
     for name, (_, text) in _LISTS.items():
         how.add_argument(f"--{name.replace('_', '-')}", action="append", metavar="PROMPT", help=text)
     how.add_argument("--prior-prompts", metavar="FILE", help="a text file of such prompts, one a line")
+    how.add_argument("--mirror", action="store_true", default=None, help="half of those --views are mirrored")
     how.add_argument("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     run = parser.add_argument_group("the run")
     run.add_argument("--dry-run", action="store_true", help="check, measure two steps, print the plan, and stop")
@@ -138,7 +140,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
             settings[name] = json.loads(value)
         except ValueError:
             settings[name] = value
-    for name in (*_NUMBERS, "stage", "method", "resolution", "max_aspect", "checkpointing"):
+    for name in (*_NUMBERS, "stage", "method", "resolution", "max_aspect", "checkpointing", "mirror"):
         if getattr(arguments, name) is not None:
             settings[name] = getattr(arguments, name)
     for flag, (name, _) in _LISTS.items():
@@ -169,8 +171,9 @@ def _lines(path: str) -> list[str]:
 
 def _told(plan: Plan, pipeline: FineTunePipeline) -> str:
     config = pipeline.config
+    what = "views of pictures" if config.views > 1 else "pictures"
     lines = [
-        f"{plan.pictures} pictures to train on, {plan.held_out} held out; {plan.batches_per_epoch} batches an epoch, "
+        f"{plan.pictures} {what} to train on, {plan.held_out} held out; {plan.batches_per_epoch} batches an epoch, "
         f"{plan.epochs:g} epochs",
         "sizes: " + ", ".join(f"{count} of {size}" for size, count in plan.buckets.items()),
         f"{config.method} on {plan.device} in {plan.dtype}, {plan.free_bytes / 1e9:.1f} GB free",

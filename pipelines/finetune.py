@@ -36,7 +36,7 @@ from glmimg.pipelines.finetune_plan import Plan, make_plan, refuse_what_cannot_f
 from glmimg.pipelines.finetune_samples import Samples
 from glmimg.pipelines.stages import Stages
 from glmimg.training.finetune_config import FineTuneConfig, changed_settings
-from glmimg.training.finetune_data import Encoder, Pictures, Progress, survey
+from glmimg.training.finetune_data import Encoder, Pictures, Progress, survey, views
 from glmimg.training.finetune_loop import REQUESTS, FineTuneLoop, FineTuneStep
 from glmimg.training.finetune_prior import OwnLatents, OwnTokens
 from glmimg.training.processes import Processes
@@ -118,8 +118,8 @@ class FineTunePipeline:
         return report
 
     def split(self, report: Report) -> tuple[Pictures, Pictures]:
-        """(pictures to train on, pictures held out). Which is which depends on their content alone; what one picture
-        teaches in several examples stays together."""
+        """(pictures to train on, in all their views, pictures held out). Which is which depends on their content alone;
+        what one picture teaches in several examples stays together."""
         pictures: dict[str, list[Checked]] = {}
         for checked in report.usable:
             pictures.setdefault(checked.digest[:64], []).append(checked)  # an edit's second half is its reference's
@@ -127,6 +127,7 @@ class FineTunePipeline:
         count = round(self.config.held_out * len(rows))
         count = max(1, count) if self.config.held_out and len(rows) >= MIN_TO_HOLD_OUT else 0
         held_out, train = (tuple(checked for row in part for checked in row) for part in (rows[:count], rows[count:]))
+        train = tuple(view for checked in train for view in views(checked, self.config))
         return Pictures(train, self.encoder, self.config), Pictures(held_out, self.encoder, self.config)
 
     def plan(self, report: Report, progress: Progress | None = None) -> Plan:
@@ -317,6 +318,10 @@ class FineTunePipeline:
                 "size": list(checked.size),
                 "scaled": list(checked.fit.scaled),
                 "crop": [checked.fit.left, checked.fit.top, checked.fit.bucket[1], checked.fit.bucket[0]],
+                "views": [
+                    {"scaled": list(fit.scaled), "crop": [fit.left, fit.top], "mirrored": fit.mirrored}
+                    for fit in (view.fit for view in views(checked, self.config)[1:])
+                ],
             }
             for checked in report.usable
         }

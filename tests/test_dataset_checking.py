@@ -180,6 +180,29 @@ def test_every_picture_fits_its_bucket(size: tuple[int, int]) -> None:
         assert fit.lost < 0.15
 
 
+def test_views_of_a_picture_lie_where_they_say_and_go_on_to_the_rim() -> None:
+    """A disc is found where its view puts it, mirrored or not, and nothing but the ground is around it."""
+    picture = Image.new("RGB", (64, 64), (10, 200, 30))
+    picture.paste((250, 0, 0), (20, 24, 30, 34))
+    base = fit_to_bucket(64, 64, [(64, 64)])
+    views = [base.varied(seed, (0.5, 1.3), mirror=True) for seed in range(40)]
+    assert views == [base.varied(seed, (0.5, 1.3), mirror=True) for seed in range(40)]
+    assert 10 < sum(view.mirrored for view in views) < 30 and len({view.left for view in views}) > 10
+    assert all(0.5 <= view.scaled[0] / 64 <= 1.3 and view.scaled[0] == view.scaled[1] for view in views)
+    for view in views:
+        shown, factor = np.asarray(view.apply(picture)).astype(int), view.scaled[0] / 64
+        assert shown.shape == (64, 64, 3)
+        rows, columns = np.nonzero(shown[..., 0] > 130)
+        x = 25 * factor - view.left
+        x = 64 - x if view.mirrored else x
+        assert abs(columns.mean() + 0.5 - x) < 1.5 and abs(rows.mean() + 0.5 - (29 * factor - view.top)) < 1.5
+        assert (np.abs(shown[[0, -1]] - (10, 200, 30)) < 3).all()
+    assert not any(base.varied(seed, (1, 1.2), mirror=False).mirrored for seed in range(20))
+    assert base.varied(3, (1, 1), mirror=False) == base
+    other = fit_to_bucket(640, 640, [(64, 64)])
+    assert [other.varied(k, (0.5, 1.3), True) for k in range(40)] == views
+
+
 def test_captions_with_trigger_templates_and_dropout() -> None:
     rules = CaptionRules("zib", ("a photo of {trigger}, {caption}", "{caption}"), 0.25)
     assert rules.texts(["red", "my zib"]) == [

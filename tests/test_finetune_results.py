@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,51 @@ def test_several_rows_of_one_picture_stay_together_and_all_count(
     rows[2]["text"] = "something else"
     after = pipeline._data(look())["files"]
     assert [name for name in before if before[name] != after[name]] == ["2.png"]
+
+
+def test_views_are_trained_on_and_recorded_and_words_stay_as_they_are(
+    opened: Callable[..., FineTunePipeline], tmp_path: Path
+) -> None:
+    data = discs(tmp_path / "data", 6)
+    (data / "disc a.txt").write_text('a disc that says "HI"')
+    for name in "bcdef":
+        (data / f"disc {name}.txt").write_text("a disc")
+    settings: dict[str, Any] = {"views": 3, "zoom": [0.8, 1.3], "mirror": True, "held_out": 0.2}
+    pipeline = opened(**settings)
+    report = pipeline.check(data)
+    train, held_out = pipeline.split(report)
+    shown = Counter(one.example.label for one in train.examples)
+    quoting = "disc a.png" in shown
+    assert set(shown.values()) == ({1, 3} if quoting else {3}) and len(held_out) == 1
+    result = pipeline(data, tmp_path / "out")
+    files = json.loads((tmp_path / "out/data.json").read_text())["files"]
+    assert files["disc a.png"]["views"] == [] and len(files["disc b.png"]["views"]) == 2
+    kept = [train.tensors(row)["latents"] for row in range(len(train))]
+    assert len({tuple(latents.flatten().tolist()) for latents in kept}) == len(kept)
+    assert set(result.held_out) == {"generator", "decoder"}
+    with pytest.raises(BadInput, match="views: was 3, is 2"):
+        opened(**settings | {"views": 2})(data, tmp_path / "out", resume=True)
+    for wrong, message in (
+        ({"views": 0}, "views 0"),
+        ({"views": 2, "zoom": [1.3, 1.0]}, "the smaller one first"),
+        ({"mirror": True}, "views 2 or more"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            opened(**wrong)
+
+
+def test_views_of_an_edit_pair_are_cut_alike(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
+    for k in range(2):
+        for side in ("source", "target"):
+            disc(tmp_path / "edits" / side / f"{k}.png", 9 * k)
+        (tmp_path / f"edits/target/{k}.txt").write_text("as it was")
+    pipeline = opened(views=4, mirror=True, held_out=0.0)
+    train, _ = pipeline.split(pipeline.check(tmp_path / "edits"))
+    train.encode()
+    assert len(train) == 8
+    for row, one in enumerate(train.examples):
+        found = train.tensors(row)
+        assert one.fit == one.reference_fit and found["latents"].equal(found["reference_latents"])
 
 
 def test_a_folder_with_a_finished_adapter_is_not_overwritten(

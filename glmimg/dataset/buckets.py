@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from glmimg.config import SIDE
 from glmimg.errors import BadInput
@@ -21,12 +22,16 @@ Bucket = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """How a picture gets its bucket's size: scaled to `scaled` (width, height), then cut at `left`, `top`."""
+    """How a picture gets its bucket's size: scaled to `scaled` (width, height), cut at `left`, `top`, then mirrored.
+
+    Negative `left`, `top` put it inside the bucket; its outermost pixels go on to the rim.
+    """
 
     bucket: Bucket
     scaled: tuple[int, int]
     left: int
     top: int
+    mirrored: bool = False
 
     @property
     def lost(self) -> float:
@@ -38,7 +43,23 @@ class Fit:
         if picture.size != self.scaled:
             picture = picture.resize(self.scaled, Image.Resampling.LANCZOS)
         height, width = self.bucket
-        return picture.crop((self.left, self.top, self.left + width, self.top + height))
+        right, bottom = self.left + width, self.top + height
+        if min(self.left, self.top, picture.width - right, picture.height - bottom) < 0:
+            rows = np.arange(self.top, bottom).clip(0, picture.height - 1)
+            columns = np.arange(self.left, right).clip(0, picture.width - 1)
+            picture = Image.fromarray(np.asarray(picture)[rows[:, None], columns])
+        else:
+            picture = picture.crop((self.left, self.top, right, bottom))
+        return ImageOps.mirror(picture) if self.mirrored else picture
+
+    def varied(self, seed: int, zoom: tuple[float, float], mirror: bool) -> Fit:
+        """Another view for the same bucket: scaled once more by a factor out of `zoom` (smallest, largest), anywhere in
+        it, and, if `mirror`, every second time mirrored. One seed does the same to pictures of any size."""
+        factor, across, down, turn = np.random.default_rng(seed).random(4)
+        factor = zoom[0] * (zoom[1] / zoom[0]) ** factor
+        width, height = (max(1, round(side * factor)) for side in self.scaled)
+        left, top = round(across * (width - self.bucket[1])), round(down * (height - self.bucket[0]))
+        return replace(self, scaled=(width, height), left=left, top=top, mirrored=bool(mirror and turn < 0.5))
 
 
 def bucket_sizes(resolution: int, min_size: int, max_size: int, max_aspect: float = 2.0) -> list[Bucket]:

@@ -29,13 +29,14 @@ class FineTuneConfig(Config):
     rank, alpha, dropout: of adapters; alpha None is the rank. targets: groups of glmimg.lora.TARGETS, none for all.
     learning_rate None: 5e-4 for adapters, 2e-5 for all weights. accumulate: batches to an optimizer step.
     resolution None: the checkpoint's own. held_out: share of the pictures that are only looked at, for the held-out
-    loss. base_bits: 8 or 4 keeps the frozen weights packed, 0 as they are; needs `checkpointing`, which recomputes
-    activations to save memory. preview_weight: how much more a preview token counts; token_noise: share of tokens
-    shown wrongly, so that mistakes are forgiven. prior_weight: how much staying as before counts, on what the model
-    makes of `prior_prompts` (none: of everyday things); None is 1 for adapters and 0 where all weights learn.
-    *_every count steps, 0 for never; pictures are also made before the first step and after the last. diverged: the
-    factor over the first steps' loss at which the run stops; on the way there nothing is saved over what was better.
-    threads: of the processor, 0 for all.
+    loss. views: each picture is learnt from in so many, the first as it is, the others scaled by a factor out of `zoom`
+    and placed anywhere, half of them mirrored if `mirror`. base_bits: 8 or 4 keeps the frozen weights packed, 0 as they
+    are; needs `checkpointing`, which recomputes activations to save memory. preview_weight: how much more a preview
+    token counts; token_noise: share of tokens shown wrongly, so that mistakes are forgiven. prior_weight: how much
+    staying as before counts, on what the model makes of `prior_prompts` (none: of everyday things); None is 1 for
+    adapters and 0 where all weights learn. *_every count steps, 0 for never; pictures are also made before the first
+    step and after the last. diverged: the factor over the first steps' loss at which the run stops; on the way there
+    nothing is saved over what was better. threads: of the processor, 0 for all.
     """
 
     stage: str = "both"
@@ -61,6 +62,9 @@ class FineTuneConfig(Config):
     max_aspect: float = 2.0
     captions: CaptionRules = field(default_factory=CaptionRules)
     held_out: float = 0.1
+    views: int = 1
+    zoom: tuple[float, float] = (1.0, 1.25)
+    mirror: bool = False
     preview_weight: float = 2.0
     token_noise: float = 0.03
     checkpointing: bool = False
@@ -95,7 +99,7 @@ class FineTuneConfig(Config):
             not self.base_bits or (self.checkpointing and self.method == "lora"),
             "base_bits packs frozen weights: it needs method lora, and checkpointing to unpack one block at a time",
         )
-        for name in ("rank", "steps", "batch_size", "accumulate", "prior_count", "sample_steps"):
+        for name in ("rank", "steps", "batch_size", "accumulate", "prior_count", "sample_steps", "views"):
             if getattr(self, name) is None:
                 continue
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: use 1 or more")
@@ -111,6 +115,11 @@ class FineTuneConfig(Config):
         require(0 < self.preview_weight <= 100, f"preview_weight {self.preview_weight}: use more than 0, at most 100")
         require(0 <= self.ema < 1, f"ema {self.ema}: use 0 (off) to less than 1, such as 0.99")
         require(0 <= self.held_out <= 0.5, f"held_out {self.held_out}: use 0 to 0.5")
+        low, high = self.zoom
+        require(0.25 <= low <= high <= 4, f"zoom {self.zoom}: use two factors from 0.25 to 4, the smaller one first")
+        require(
+            not self.mirror or self.views > 1, "mirror turns views other than the picture itself: use views 2 or more"
+        )
         require(0 <= self.dropout < 1, f"dropout {self.dropout}: use 0 to less than 1")
         require(0 <= self.token_noise < 0.5, f"token_noise {self.token_noise}: use 0 to 0.5")
         require(1 <= self.max_aspect <= 4, f"max_aspect {self.max_aspect}: use 1 to 4")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,7 @@ from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.token_grid import TOKEN_SIDE, preview_grid
 from glmimg.training.finetune_config import FineTuneConfig
 
-__all__ = ["BatchOrder", "Encoder", "Pictures", "prompt_builder", "survey"]
+__all__ = ["BatchOrder", "Encoder", "Pictures", "prompt_builder", "survey", "views"]
 
 Progress = Callable[[int, int], None]
 
@@ -74,6 +74,23 @@ def survey(
         thumbnail=thumbnail,
         progress=progress,
     )
+
+
+def views(checked: Checked, config: FineTuneConfig) -> list[Checked]:
+    """The picture as it is, and `config.views - 1` others, which depend on its content and the seed alone.
+
+    Words that a caption quotes are to be read: such a picture stays as it is.
+    """
+    found = [checked]
+    if any(map(glyph_texts, checked.example.captions)):
+        return found
+    for number in range(1, config.views):
+        seed = int(Store.key("view", config.seed, checked.digest, number), 16)
+        fits = (fit and fit.varied(seed, config.zoom, config.mirror) for fit in (checked.fit, checked.reference_fit))
+        fit, reference_fit = fits
+        assert fit is not None
+        found.append(replace(checked, fit=fit, reference_fit=reference_fit))
+    return found
 
 
 class Encoder:

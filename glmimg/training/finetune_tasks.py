@@ -150,7 +150,8 @@ class DecoderLearner:
             ids.append(tokens_HW)
             texts.append(pictures.glyph_states(text))
             dropped.append(drop)
-        crops = [(pictures.examples[row].fit.top, pictures.examples[row].fit.left) for row in rows]
+        fits = [pictures.examples[row].fit for row in rows]
+        crops = [(max(0, fit.top), max(0, fit.left)) for fit in fits]
         lengths_B = torch.tensor([len(states) for states in texts])
         glyphs_BTG = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         batch = PictureBatch(
