@@ -326,7 +326,15 @@ class Subject:
             box = (left, top, left + side, top + side)
             drawing.paste_sticker(canvas, bank, rows[k % len(rows)], box, None, bool(k % 2))
             Image.fromarray(canvas.round().astype(np.uint8)).save(path)
-            path.with_suffix(".txt").write_text(f"a {SUBJECT} on {article(colour)} background\n")
+            big = "small" if side < 140 else "big" if side > 170 else ""
+            ways = (
+                f"a {SUBJECT} on {{}} background",
+                f"one {SUBJECT}; the background is {{}}",
+                f"a {big} {SUBJECT} on {{}}",
+            )
+            named = (article(colour), colour, colour)
+            captions = [way.replace("  ", " ").format(name) for way, name in zip(ways, named, strict=True)]
+            path.with_suffix(".txt").write_text("\n".join([*captions, f"a {SUBJECT}"]) + "\n")
         new = backgrounds[8:] or backgrounds
         scenes = [  # prompt, things in it, layout, which of them is the subject
             ("a {s} on {b} background", 1, "single", 0),

@@ -205,6 +205,7 @@ def test_views_are_trained_on_and_recorded_and_words_stay_as_they_are(
         opened(**settings | {"views": 2})(data, tmp_path / "out", resume=True)
     for wrong, message in (
         ({"views": 0}, "views 0"),
+        ({"views": 10**9}, "at most 1000"),
         ({"views": 2, "zoom": [1.3, 1.0]}, "the smaller one first"),
         ({"mirror": True}, "views 2 or more"),
     ):

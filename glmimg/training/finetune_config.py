@@ -115,6 +115,7 @@ class FineTuneConfig(Config):
         require(0 < self.preview_weight <= 100, f"preview_weight {self.preview_weight}: use more than 0, at most 100")
         require(0 <= self.ema < 1, f"ema {self.ema}: use 0 (off) to less than 1, such as 0.99")
         require(0 <= self.held_out <= 0.5, f"held_out {self.held_out}: use 0 to 0.5")
+        require(self.views <= 1000, f"views {self.views}: use at most 1000, each is encoded")
         low, high = self.zoom
         require(0.25 <= low <= high <= 4, f"zoom {self.zoom}: use two factors from 0.25 to 4, the smaller one first")
         require(
