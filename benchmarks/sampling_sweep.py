@@ -65,7 +65,9 @@ def main() -> None:
         pictures += [made[k] for k in shown]
         captions += [f"{name}: {records[k].prompt}" for k in shown]
         arguments.output.mkdir(parents=True, exist_ok=True)
-        contact_sheet(pictures, captions, columns=SHOWN).save(arguments.output / "sheet.png")
+        font = bank.directory / "fonts" / "cjk.ttc"  # not in a bank of pictures alone
+        sheet = contact_sheet(pictures, captions, columns=SHOWN, font_path=str(font) if font.exists() else None)
+        sheet.save(arguments.output / "sheet.png")
         counts = ", ".join(f"{len(values)} of {part}" for part, values in scores[0].items())
         told = "\n".join([*lines, "", f"Prompts: {counts}, seeds from {SEED}.", ""])
         with atomic_file(arguments.output / "table.md") as temporary:
