@@ -1,6 +1,7 @@
 """Which sampling settings suit a checkpoint: one at a time is changed from its defaults, on prompts of their own.
 
     python benchmarks/sampling_sweep.py -o sweep guidance_scale=1,2,3 temperature=0.2,0.7 [--model M] [-n 200]
+    python benchmarks/sampling_sweep.py -o sweep '{"guidance_scale": 4, "guidance_interval": [0.5, 1]}'
 
 The prompts are made as the report card's, from seeds that neither the card nor training uses, so settings may be chosen
 by them. Judged are layout (everything at once right) and concepts (all things among the judge's five first), beside the
@@ -36,7 +37,7 @@ SHOWN = 12
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", metavar="NAME=VALUE,...", help="arguments of the pipeline's call")
+    parser.add_argument("settings", nargs="+", metavar="NAME=VALUE,...|JSON", help="of SamplingConfig")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--backend", default="auto")
@@ -53,7 +54,7 @@ def main() -> None:
     scores: list[dict[str, np.ndarray]] = []
     pictures, captions = [], []
     for setting in tried:
-        model = PipelineModel(*pipelines, **setting)
+        model = PipelineModel(*pipelines, config=setting)
         made = model.draw([record.prompt for record in records], [record.seed for record in records])
         right: dict[str, list[float]] = {part: [] for part in RIGHT}
         for record, picture in zip(records, made, strict=True):
@@ -76,7 +77,12 @@ def main() -> None:
 
 
 def settings(text: str) -> list[dict[str, Any]]:
-    """A dict for each value of NAME=VALUE,VALUE."""
+    """A dict for each value of NAME=VALUE,VALUE; or the one that is written as json."""
+    if text.startswith("{"):
+        try:
+            return [dict(json.loads(text))]
+        except ValueError as error:
+            raise BadInput(f"{text!r} is no json object ({error})") from error
     name, equals, values = text.partition("=")
     if not equals or not values:
         raise BadInput(f"{text!r}: write NAME=VALUE or NAME=VALUE,VALUE, such as guidance_scale=1,2")
