@@ -15,7 +15,7 @@ on other backgrounds and beside other things, and the same concept accuracy; as 
 scenes with the thing itself, as drawn and with their true semantic tokens decoded.
 
 The aims, with both adapters: the distance of all seeds together halved, in at most 20 minutes on two cores; the subject
-recognised more often than without; of either, other prompts less than 5 points worse. Exit status 1 where one is missed.
+recognised more often than without; of either, other prompts less than 5 points worse. Exit status 1 where it is not so.
 
 Each seed trains both stages once; a row of the table takes one of the adapters, both or none. --work/PROOF gets
 table.json, table.md and page.png. Started again with the same arguments it goes on where it was stopped. The bank is
