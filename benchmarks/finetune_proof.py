@@ -49,6 +49,7 @@ from glmimg.corpus.words import BACKGROUNDS, FIRST_THINGS
 from glmimg.errors import BadInput
 from glmimg.evaluation.concepts import CROP, Judge, crop, crops_of, thing_boxes
 from glmimg.evaluation.distance import frechet, nearest
+from glmimg.evaluation.drawers import PipelineModel
 from glmimg.evaluation.prompts import make_prompts
 from glmimg.image_io import save_png
 
@@ -384,15 +385,14 @@ class Subject:
         return ", ".join(f"{name} {value:.2f}" for name, value in self.judge(pictures, 0, "").items())
 
     def _decoded(self) -> list[np.ndarray]:
-        from glmimg import ImageToImagePipeline, TextToImagePipeline
+        from glmimg import Checkpoint, ImageToImagePipeline, TextToImagePipeline
+        from glmimg.pipelines.stages import Stages
 
-        pictures = TextToImagePipeline.from_pretrained(self.model)
-        editor, made = ImageToImagePipeline.from_pretrained(self.model), []
-        for prompt, drawn in zip(self._prompts, self._drawn, strict=True):
-            grid = editor.extract_tokens(Image.fromarray(drawn))
-            result = pictures([prompt], tokens=[grid], seed=0, num_inference_steps=self.draw_steps)
-            made.append(np.asarray(result.images[0]))
-        return made
+        stages = Stages(Checkpoint.open(self.model), "auto")
+        pipelines = TextToImagePipeline(stages), ImageToImagePipeline(stages)
+        model = PipelineModel(*pipelines, size=(SIDE, SIDE), num_inference_steps=self.draw_steps)
+        drawn = [Image.fromarray(picture) for picture in self._drawn]
+        return [np.asarray(picture) for picture in model.decode(drawn, self._prompts, [0] * len(drawn))]
 
 
 def raster(body: str) -> np.ndarray:

@@ -310,6 +310,7 @@ class FineTunePipeline:
     def _data(self, report: Report) -> dict[str, Any]:
         told = report.to_dict()
         parts: dict[str, list[str]] = {}
+        held_out = {one.example.label for one in self.split(report)[1].examples}
         for checked in report.usable:  # a picture may be in several rows
             parts.setdefault(checked.example.label, []).extend([checked.digest, *checked.example.captions])
         pictures = {
@@ -321,6 +322,7 @@ class FineTunePipeline:
                 "views": [
                     {"scaled": list(fit.scaled), "crop": [fit.left, fit.top], "mirrored": fit.mirrored}
                     for fit in (view.fit for view in views(checked, self.config)[1:])
+                    if checked.example.label not in held_out
                 ],
             }
             for checked in report.usable

@@ -86,10 +86,9 @@ def views(checked: Checked, config: FineTuneConfig) -> list[Checked]:
         return found
     for number in range(1, config.views):
         seed = int(Store.key("view", config.seed, checked.digest, number), 16)
-        fits = (fit and fit.varied(seed, config.zoom, config.mirror) for fit in (checked.fit, checked.reference_fit))
-        fit, reference_fit = fits
-        assert fit is not None
-        found.append(replace(checked, fit=fit, reference_fit=reference_fit))
+        fit, other = checked.fit.varied(seed, config.zoom, config.mirror), checked.reference_fit
+        other = other and other.varied(seed, config.zoom, config.mirror)
+        found.append(replace(checked, fit=fit, reference_fit=other))
     return found
 
 
