@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from dataclasses import replace
 from functools import cached_property
@@ -23,10 +22,10 @@ import numpy as np
 import torch
 
 from glmimg.backends import pick_backend
-from glmimg.corpus import stickers
+from glmimg.corpus import mini, stickers
 from glmimg.corpus.cache import EditCache, SceneCache, render, render_edits
 from glmimg.corpus.manifest import write_manifest
-from glmimg.corpus.mini import EVERYTHING, FIRST, LARGE, OTHER_SIZES, PLAIN, SMOKE, TRAINED_ON, Scale
+from glmimg.corpus.mini import LARGE, OTHER_SIZES, SMOKE, TRAINED_ON, Scale, scaled
 from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
@@ -37,8 +36,9 @@ from glmimg.training import recipes
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.folder import FolderCache
 from glmimg.training.loop import Run, Task, TrainConfig
+from glmimg.training.optimizer import train_only
 from glmimg.training.processes import Processes
-from glmimg.training.record import checkpoint_record, chunks_record
+from glmimg.training.record import add_command, checkpoint_record, chunks_record
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
@@ -66,6 +66,7 @@ class MiniTraining:
         self.work, self.preset_name, self.preset, self.scale = work, preset, PRESETS[preset], scale
         self.minutes, self.threads, self.seed, self.start_from = minutes, threads, seed, start_from
         self.device, self.workers = device, workers
+        self.only, self.word_share, self.edit_share = "", 0.3, 0.1
 
     # Data
 
@@ -79,14 +80,16 @@ class MiniTraining:
             render(self.work / name, self.bank, count, workers=self.workers, **options)
 
         draw("scenes", self.scale.scenes, seed=0, start=self.seen)
-        draw("scenes_held_out", self.scale.held_out, seed=1, **PLAIN)
+        draw("scenes_held_out", self.scale.held_out, seed=1, **mini.PLAIN)
         draw("scenes_cells", min(300, self.scale.held_out), split="cells", seed=2)
         for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
-            draw(name, self.scale.others, seed=4 + k, start=self.seen, height=height, width=width, **PLAIN)
-        draw("scenes_common", self.scale.common, seed=6, start=self.seen, **PLAIN)
-        draw("scenes_first", self.scale.first, seed=9, start=self.seen, **FIRST)
-        draw("scenes_plain", self.scale.plain, seed=10, start=self.seen, **EVERYTHING)
-        render_edits(self.work / "edits", self.bank, self.scale.edits, seed=3, workers=self.workers, **PLAIN)
+            draw(name, self.scale.others, seed=4 + k, start=self.seen, height=height, width=width, **mini.PLAIN)
+        draw("scenes_common", self.scale.common, seed=6, start=self.seen, **mini.PLAIN)
+        draw("scenes_first", self.scale.first, seed=9, start=self.seen, **mini.FIRST)
+        draw("scenes_plain", self.scale.plain, seed=10, start=self.seen, **mini.EVERYTHING)
+        draw("scenes_words", self.scale.words, seed=11, start=self.seen, **mini.WORDS)
+        options = {"start": self.seen, "workers": self.workers, **mini.PLAIN}
+        render_edits(self.work / "edits", self.bank, self.scale.edits, seed=3, **options)
 
     @property
     def seen(self) -> int:
@@ -171,6 +174,8 @@ class MiniTraining:
 
     def _run(self, stage: str, task: Task, config: TrainConfig) -> None:
         config = recipes.on_device(replace(config, seed=self.seed), self.device, self.workers)
+        if stage in KEPT:
+            train_only(self._parts(stage), self.only)
         run = Run(task, config, self.work / stage)
         if run.resume():
             print(f"{stage}: resumed at step {run.step}", file=sys.stderr)
@@ -261,10 +266,9 @@ class MiniTraining:
 
         self.load("autoencoder")
         vae = Autoencoder(self.models["vae"])
-        scale = self.scale
+        scale, kinds = self.scale, ("plain", "common", "first", "words")
         counts = {"scenes_held_out": 64, "scenes": scale.latents}
-        counts |= {"scenes_common": scale.common_latents, "scenes_first": scale.first_latents}
-        counts["scenes_plain"] = scale.plain_latents
+        counts |= {f"scenes_{kind}": getattr(scale, f"{kind}_latents") for kind in kinds}
         for name, cache in self.caches():
             if not (self.work / name / "encoded" / "latents.npy").exists():
                 encode_latents(self.work / name / "encoded", cache, vae, counts.get(name, len(cache)))
@@ -321,6 +325,7 @@ class MiniTraining:
             self.encoded_training("tokens.npy"),
             self.encoded("scenes_held_out"),
             edits=self.edits(),
+            edit_share=self.edit_share,
         )
         self._run("generator", task, recipes.generator(self.minutes["generator"], self.threads))
 
@@ -338,6 +343,8 @@ class MiniTraining:
             self.encoded("scenes_held_out"),
             self.preset["scheduler"],
             edits=self.edits(),
+            edit_share=self.edit_share,
+            word_share=self.word_share,
         )
         self._run("decoder", task, recipes.decoder(self.minutes["decoder"], self.threads))
 
@@ -392,11 +399,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--large", action="store_true", help="as many scenes as suit an accelerator")
     parser.add_argument("--device", default="cpu", help="where models train: cpu, cuda, cuda:1, npu ...")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes and make batches")
-    parser.add_argument("--latents", type=int, help="scenes of the first things with latents on disk (32 KB each)")
+    told = "how much of something is drawn, or kept encoded (32 KB each), as first=9000 or first_latents=9000"
+    parser.add_argument("--scale", action="append", default=[], metavar="NAME=N", help=told)
+    parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression: names of weights that learn")
+    parser.add_argument("--word-share", type=float, default=0.3, help="of the decoder's batches: crops of words")
+    parser.add_argument("--edit-share", type=float, default=0.1, help="of the batches of generator and decoder: edits")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-    parser.add_argument(
-        "--watts", type=float, default=0.0, help="that the machine draws: tells the energy (with --out)"
-    )
+    parser.add_argument("--watts", type=float, default=0.0, help="drawn by the machine: tells the energy (with --out)")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
     wanted = [stage for stage in a.stages.split(",") if stage]
@@ -409,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
         raise BadInput(f"--device {device} with {processes.count} processes: several share processors only")
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
     scale = SMOKE if a.smoke else LARGE if a.large else Scale()
-    scale = replace(scale, first_latents=a.latents or scale.first_latents)
+    scale = scaled(scale, a.scale)
     arguments = (a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from, device, a.workers)
     if a.data:
         from glmimg.pipelines.train_folder import FolderTraining
@@ -417,10 +426,9 @@ def main(argv: list[str] | None = None) -> int:
         training: MiniTraining = FolderTraining(a.data, a.resolution, *arguments)
     else:
         training = MiniTraining(*arguments)
+    training.only, training.word_share, training.edit_share = a.only, a.word_share, a.edit_share
     if processes.main:
-        a.work.mkdir(parents=True, exist_ok=True)
-        with open(a.work / "commands.txt", "a", encoding="utf-8") as log:
-            log.write(shlex.join(sys.argv[1:] if argv is None else argv) + "\n")
+        add_command(a.work, sys.argv[1:] if argv is None else argv)
     for stage in wanted:
         if processes.main or stage in SHARES:  # the other stages are one process' work
             print(f"stage {stage}", file=sys.stderr, flush=True)

@@ -387,8 +387,9 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
     for order, low in (([[0, 3], [1, 2]], True), ([[1, 2], [0, 3]], False)):
         states = torch.nn.functional.one_hot(torch.tensor(order), decoder.count.in_features).sum(1).float()
         decoder.glyph_states = states[None].expand(2, -1, -1), torch.ones(2, 2)
-        assert (float(decoder._count([["ab"], []]).detach()) < 0.5) == low
-    assert float(decoder._count([[], ["a", "b"]])) == 0.0
+        lost, share = decoder._count([["ab"], []])
+        assert (float(lost.detach()) < 0.5) == low and share == (1.0 if low else 0.0)
+    assert float(decoder._count([[], ["a", "b"]])[0]) == 0.0
 
 
 def test_crops_hold_their_thing_whole(tmp_path: Path, bank: StickerBank, models: dict) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from glmimg.errors import BadInput
 from glmimg.weights_tools.convert import convert
-from glmimg.weights_tools.rounding import main, round_checkpoint, rounded
+from glmimg.weights_tools.rounding import main, on_grid, round_checkpoint, rounded
 
 
 def test_rounds_to_nearest_ties_to_even() -> None:
@@ -45,3 +45,27 @@ def test_checkpoint_packs_smaller_and_keeps_its_tokenizer(
         main([str(exact), str(folder)])
     with pytest.raises(BadInput, match="digits 1"):
         round_checkpoint(exact, tmp_path / "other", 1)
+
+
+def test_only_some_matrices_lie_on_a_grid(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    exact, folder = tmp_path / "exact", tmp_path / "rounded"
+    convert(tiny_checkpoint, exact, dtype="bfloat16")
+    assert (
+        main([str(exact), str(folder), "--steps", "3", "--only", r"transformer\.transformer_blocks\.0\..*attn1"]) == 0
+    )
+    before, after = (load_file(root / "transformer/diffusion_pytorch_model.safetensors") for root in (exact, folder))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed and all(name.startswith("transformer_blocks.0.attn1.") for name in changed)
+    for name in changed:
+        values, kept = before[name].float(), after[name].float()
+        if values.dim() == 1:
+            assert torch.equal(kept, rounded(values, 5))
+            continue
+        assert torch.equal(kept, on_grid(values, 3))
+        step = kept[kept != 0].abs().min()
+        assert ((kept / step) % 1 == 0).all() and 3 <= values.std() / step <= 6
+        assert (kept - values).abs().max() <= step / 2 and (kept - values).std() < 0.12 * values.std()
+    with pytest.raises(BadInput, match="steps 65"):
+        round_checkpoint(exact, tmp_path / "other", 5, steps=65)
+    with pytest.raises(BadInput, match="regular expression"):
+        round_checkpoint(exact, tmp_path / "other", 5, only="(")

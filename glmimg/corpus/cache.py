@@ -152,7 +152,7 @@ class EditCache:
 
     def edit(self, k: int) -> Edit:
         if k not in self._edits:
-            self._edits[k] = self.sampler.sample(k)
+            self._edits[k] = self.sampler.sample(self.settings.get("start", 0) + k)
         return self._edits[k]
 
     def draw_rows(self, start: int, end: int) -> None:
@@ -169,17 +169,18 @@ def render_edits(
     *,
     split: str = "train",
     seed: int = 0,
+    start: int = 0,
     height: int = 256,
     width: int = 256,
     workers: int = 0,
     **options: Any,
 ) -> EditCache:
-    """Draw `count` edit pairs into `directory`; a folder that is finished is used as it is."""
+    """Draw edit pairs start .. start+count into `directory`; a folder that is finished is used as it is."""
     if not (directory / "done").exists():
         directory.mkdir(parents=True, exist_ok=True)
         shape = (2 * count, height, width, 3)
         np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
-        settings = dict(split=split, seed=seed, height=height, width=width, options=options)
+        settings = dict(split=split, seed=seed, start=start, height=height, width=width, options=options)
         (directory / "settings.json").write_text(json.dumps(settings))
         for _ in _draw_parts(EditCache, directory, bank, 0, count, workers):
             pass

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from glmimg.corpus.words import FIRST_THINGS
+from glmimg.errors import BadInput, UnknownName
 
 # Beside the square pictures: (height, width) in pixels.
 OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
-TRAINED_ON = ("scenes", "scenes_plain", "scenes_common", "scenes_first", *OTHER_SIZES)
+TRAINED_ON = ("scenes", "scenes_plain", "scenes_common", "scenes_first", "scenes_words", *OTHER_SIZES)
 # What a small model can learn by heart: mostly common things, alone in the middle of a light background, on whole
 # tokens (32 pixels), two styles of five in most of them, short words, most in one font and on patches. `scenes` and
 # `scenes_cells` are of everything, anywhere.
@@ -27,13 +29,15 @@ PLAIN: dict[str, Any] = {
 # Of fewer things still, and of all things as plainly.
 FIRST = {**PLAIN, "names": FIRST_THINGS}
 EVERYTHING = {**PLAIN, "common": 0.0}
+# Nothing but words, half of them random: each letter must be taken from the prompt, none can be guessed.
+WORDS = {**PLAIN, "kinds": (0.0, 0.0, 1.0), "spaced": 1.0, "large": True, "strings": 0.5}
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much data a run draws: scenes of everything (VAE and tokenizer take all of them), everything shown plainly,
-    common things, the first things, and each other size; of how many of them tokens and latents are kept, and so how
-    often they are drawn; edit pairs; texts for the text tokenizer's merges.
+    common things, the first things, words, and each other size; of how many of them tokens and latents are kept, and
+    so how often they are drawn; edit pairs; texts for the text tokenizer's merges.
     """
 
     scenes: int = 16_000
@@ -41,11 +45,13 @@ class Scale:
     plain: int = 4_000
     common: int = 12_000
     first: int = 28_000
+    words: int = 4_000
     others: int = 300
     latents: int = 400
     plain_latents: int = 800
     common_latents: int = 1_600
     first_latents: int = 4_800
+    words_latents: int = 1_600
     edits: int = 2_000
     held_out: int = 1_000
     texts: int = 40_000
@@ -59,11 +65,13 @@ LARGE = Scale(
     plain=20_000,
     common=18_000,
     first=12_000,
+    words=12_000,
     others=3_000,
     latents=2_000,
     plain_latents=20_000,
     common_latents=18_000,
     first_latents=12_000,
+    words_latents=12_000,
     edits=5_000,
 )
 SMOKE = Scale(
@@ -71,13 +79,28 @@ SMOKE = Scale(
     plain=64,
     common=64,
     first=64,
+    words=64,
     others=16,
     latents=64,
     plain_latents=64,
     common_latents=64,
     first_latents=64,
+    words_latents=64,
     edits=32,
     held_out=208,
     texts=300,
     concepts=40,
 )
+
+
+def scaled(scale: Scale, changes: Sequence[str]) -> Scale:
+    """The scale with some of its numbers replaced, each told as NAME=N."""
+    names = [f.name for f in fields(Scale)]
+    for text in changes:
+        name, _, number = text.partition("=")
+        if name not in names:
+            raise UnknownName.of("--scale", name, names)
+        if not number.isdigit():
+            raise BadInput(f"--scale {text}: write {name}=N with a whole number, such as {name}={getattr(scale, name)}")
+        scale = replace(scale, **{name: int(number)})
+    return scale

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from glmimg.corpus import drawing
-from glmimg.corpus.drawing import letter_cells
+from glmimg.corpus.drawing import WORD_AREA, letter_cells
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept, is_held_out_relation, is_held_out_shape
 from glmimg.corpus.stickers import STYLES, StickerBank
 from glmimg.corpus.words import BACKGROUNDS, COLOURS, COMMON_THINGS, SHAPES, SIGNS, sign_words
@@ -98,7 +98,9 @@ class SceneSampler:
     single: share of the sticker scenes that show one alone; centre: share of things alone that lie in the middle.
     styles: how often each of `STYLES` is drawn, by name (others: 1). pale: share of the backgrounds that are drawn from
     white and the light colours only. spaced: share of the signs in Latin letters that have one font, black or white
-    letters and each of those in a cell of its own, on patches. longest: letters of a Latin word, at most.
+    letters and each of those in a cell of its own, on patches; large: on signs so wide that the cells are 32 pixels
+    wide. longest: letters of a Latin word, at most. strings: share of the Latin words of training that are random
+    letters or digits.
     """
 
     def __init__(
@@ -119,12 +121,15 @@ class SceneSampler:
         styles: Mapping[str, float] | None = None,
         pale: float = 0.5,
         spaced: float = 0.0,
+        large: bool = False,
         longest: int = 10,
+        strings: float = 0.25,
     ) -> None:
         if split not in SPLITS:
             raise UnknownName.of("split", split, SPLITS)
         self.bank, self.split, self.seed, self.sizes, self.max_things = bank, split, seed, sizes, max_things
         self.grid, self.centre, self.pale, self.spaced = grid, centre, pale, spaced
+        self.large, self.strings = large, strings
         self.styles = {"3d": 1.5, "silhouette": 0.6} if styles is None else styles
         self.numbers = [single, *((1 - single) / 0.45 * p for p in (0.25, 0.1, 0.1))]
         self.kinds = {"words": (0.0, 0.0, 1.0), "shapes": (0.0, 1.0, 0.0)}.get(split, kinds)
@@ -237,7 +242,9 @@ class SceneSampler:
         language = str(rng.choice(["en", "es", "pt", "zh"], p=[0.6, 0.14, 0.14, 0.12]))
         word = self.words[language][int(rng.integers(len(self.words[language])))]
         if language != "zh":
-            if self.split == "train" and rng.random() < 0.25:  # any string of letters or digits may be asked for
+            if (
+                self.split == "train" and rng.random() < self.strings
+            ):  # any string of letters or digits may be asked for
                 letters = "abcdefghijklmnopqrstuvwxyz" if rng.random() < 0.8 else "0123456789"
                 word = "".join(rng.choice(list(letters), size=int(rng.integers(1, 7))))
             case = rng.random()
@@ -291,9 +298,11 @@ class SceneSampler:
         board = str(rng.choice(["white", *COLOURS]))
         ink = max("black", "white", key=lambda c: _distance(COLOURS[c][0], COLOURS[board][0]))
         beside = beside and height >= 96 + 16 + 32  # the sign, its margin and the smallest thing
-        if beside:
+        widths = {"mug": 192}
+        room = (WORD_AREA[sign][2] - WORD_AREA[sign][0]) * widths.get(sign, 224)
+        if beside or (self.large and len(word) * 32 > room):
             sign = "sign"
-        w = {"mug": 192}.get(sign, 224)
+        w = widths.get(sign, 224)
         h = {"sign": 96 if beside else 128, "bubble": 160, "banner": 160}.get(sign, w)
         w, h = min(w, width - 32), min(h, height - 32)
         left, top = (width - w) // 2, (height - h) // 2

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from glmimg.corpus.drawing import letter_cells
+from glmimg.corpus.scenes import Thing
 from glmimg.training.encoded import EncodedScenes
 
 __all__ = ["CROPS", "PIXELS_PER_TOKEN", "Places"]
 
 PIXELS_PER_TOKEN = 32
 CROPS = ((4, 4), (4, 6), (6, 4), (6, 6), (4, 8))  # rows, columns in tokens; what fits in none takes the whole picture
+_LINE = (2, 8)  # a word's letters, 32 or 16 pixels wide and twice as high
 
 
 class Places:
@@ -25,7 +28,7 @@ class Places:
         h, w = self.whole = data.target
         shapes = sorted((s for s in crops if s[0] <= h and s[1] <= w and s != data.target), key=lambda s: s[0] * s[1])
         found: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {s: [] for s in (*shapes, self.whole)}
-        words: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {s: [] for s in found}
+        words: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {}
         for k in range(len(data.latents) if data.latents is not None else 0):
             for thing in data.cache.scene(k).things:
                 left, top = (v // PIXELS_PER_TOKEN for v in thing.box[:2])
@@ -34,12 +37,24 @@ class Places:
                 shape = next(fits, self.whole)
                 found[shape].append((k, top, left, min(bottom, h), min(right, w)))
                 if thing.spaced:
-                    words[shape].append(found[shape][-1])
+                    shape, corners = self._line(thing)
+                    words.setdefault(shape, []).append((k, *corners))
         self.things = {shape: np.array(rows, dtype=np.int32) for shape, rows in found.items() if rows}
         self.words = {shape: np.array(rows, dtype=np.int32) for shape, rows in words.items() if rows}
         # Large things are fewer in a batch: in between equal work for every shape and equal chances for every thing.
         weights = [len(rows) * math.sqrt(h * w) for (h, w), rows in self.things.items()]
         self.chances = [weight / sum(weights) for weight in weights]
+
+    def _line(self, thing: Thing) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+        """The shape of crop that holds a word's letters, and where they lie: top, left, bottom, right in tokens."""
+        h, w = self.whole
+        cells = letter_cells(thing.sign, thing.word, thing.box)
+        (left, top, *_), (*_, right, bottom) = cells[0], cells[-1]
+        corners = top // PIXELS_PER_TOKEN, left // PIXELS_PER_TOKEN
+        ends = min(-(-bottom // PIXELS_PER_TOKEN), h), min(-(-right // PIXELS_PER_TOKEN), w)
+        shape = (min(_LINE[0], h), min(_LINE[1], w))
+        fits = all(end - start <= side for start, end, side in zip(corners, ends, shape, strict=True))
+        return shape if fits else self.whole, (*corners, *ends)
 
     def draw_shape(self, rng: np.random.Generator) -> tuple[int, int]:
         """A shape, the oftener the more things there are of it."""

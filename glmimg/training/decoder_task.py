@@ -132,6 +132,7 @@ class DecoderTask:
         time_mean: float = 1.3,
         where: float = 0.1,
         spell: float = 0.1,
+        count: float = 1.0,
         word_share: float = 0.3,
         token_noise: float = 0.1,
         trade: float = 0.5,
@@ -159,7 +160,7 @@ class DecoderTask:
             self.count = nn.Linear(int(transformer.config.text_embed_dim), 2 * _NUMBERS)
         self.device = transformer.device
         nn.ModuleList((self.where, self.spell, self.count)).to(self.device)
-        self.where_weight, self.spell_weight = where, spell
+        self.where_weight, self.spell_weight, self.count_weight = where, spell, count
         self.modules: Mapping[str, nn.Module] = {
             "transformer": transformer,
             "text_encoder": text_encoder,
@@ -312,7 +313,8 @@ class DecoderTask:
         loss = error + self.where_weight * lost
         if seen_B2P is not None:
             unspelt, told["letters"] = self._spell(seen_B2P)
-            loss = loss + self.spell_weight * (unspelt + self._count(words))
+            uncounted, told["counted"] = self._count(words)
+            loss = loss + self.spell_weight * unspelt + self.count_weight * uncounted
         return loss, told
 
     def _spell(self, letters_B2P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,12 +329,13 @@ class DecoderTask:
         right = (logits_N[:, :_LETTERS].argmax(-1) == letters_N).float().mean()
         return lost * shown_BP.any(1).float().mean(), right
 
-    def _count(self, words: list[list[str]]) -> torch.Tensor:
+    def _count(self, words: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of reading off a glyph's state how many bytes of its word stand before and after it, times the
-        share of pictures with one word. Patches find their letter by its place, which glyphs learn slowly otherwise."""
+        share of pictures with one word; and the share of those numbers read right. Patches find their letter by its
+        place, which glyphs learn slowly otherwise."""
         alone = [b for b, texts in enumerate(words) if len(texts) == 1]
         if not alone:
-            return torch.zeros((), device=self.device)
+            return torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         lengths = [len(words[b][0].encode()) for b in alone]
         before_N = torch.cat([torch.arange(n) for n in lengths])
         after_N = torch.cat([torch.arange(n).flip(0) for n in lengths])
@@ -341,7 +344,7 @@ class DecoderTask:
         logits_N2n = self.count(states_NG.to(self.count.weight.dtype)).float().unflatten(-1, (2, _NUMBERS))
         places_N2 = torch.stack([before_N, after_N], -1).clamp(max=_NUMBERS - 1).to(self.device)
         lost = nn.functional.cross_entropy(logits_N2n.flatten(0, 1), places_N2.flatten())
-        return lost * len(alone) / len(words)
+        return lost * len(alone) / len(words), (logits_N2n.argmax(-1) == places_N2).float().mean()
 
     def _where(self, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of reading each patch's row and column, and whether they are odd (which half of its token it

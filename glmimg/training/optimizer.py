@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else, with one learning rate.
+"""Muon for the matrices inside the blocks, AdamW for everything else, with one learning rate but for T5's distances.
 
 Muon's update is scaled to AdamW's root mean square (`match_rms_adamw`), so the two share a schedule. Making it
 orthogonal is a third of a training step on processors: of several processes each does its share of the matrices.
@@ -7,19 +7,25 @@ orthogonal is a third of a training step on processors: of several processes eac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from glmimg.errors import BadInput
 from glmimg.training.processes import Processes
 
 _ALONE = Processes()
+# How much faster T5's tables of distances learn. Attention tells places apart by differences of several units there,
+# 10,000 steps away for a weight that learns as fast as the others: glyphs never knew their places (docs/training.md).
+TABLES = 30.0
 
 
 def split_parameters(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices of linear layers, the rest): embeddings, convolutions, norms, biases and output heads are the rest."""
+    """(matrices of linear layers, the rest): embeddings, convolutions, norms, biases and output heads, also those that
+    are a module of their own, are the rest."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     seen: set[int] = set()
@@ -29,10 +35,26 @@ def split_parameters(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], 
                 if id(parameter) in seen or not parameter.requires_grad:
                     continue
                 seen.add(id(parameter))
-                head = any(part in name for part in ("lm_head", "proj_out", "head"))
+                head = not name or any(part in name for part in ("lm_head", "proj_out", "head"))
                 is_matrix = isinstance(child, nn.Linear) and key == "weight" and not head
                 (matrices if is_matrix else rest).append(parameter)
     return matrices, rest
+
+
+def train_only(modules: Mapping[str, nn.Module], pattern: str) -> None:
+    """Of the modules' weights only those learn whose name, as "transformer.proj_out.bias", holds the expression."""
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise BadInput(f"{pattern!r} is no regular expression ({error})") from error
+    named = [(f"{part}.{name}", p) for part, m in modules.items() for name, p in m.named_parameters()]
+    learning = [p for name, p in named if p.requires_grad and wanted.search(name)]
+    if not learning:
+        raise BadInput(f"{pattern!r} finds none of {len(named)} weights; one is called {named[0][0]}")
+    for _, parameter in named:
+        parameter.requires_grad_(False)
+    for parameter in learning:
+        parameter.requires_grad_()
 
 
 class Muon(torch.optim.Muon):
@@ -87,10 +109,14 @@ class Optimizers:
         muon: bool = True,
         processes: Processes = _ALONE,
     ) -> None:
+        modules = list(modules)
         matrices, rest = split_parameters(modules)
+        named = (pair for module in modules for pair in module.named_parameters())
+        tables = [p for name, p in named if name.endswith("relative_attention_bias.weight") and p.requires_grad]
+        rest = [p for p in rest if all(p is not table for table in tables)]
         if not muon:
             matrices, rest = [], [*matrices, *rest]
-        self.parameters, self.processes = [*matrices, *rest], processes
+        self.parameters, self.processes = [*matrices, *rest, *tables], processes
         self.matrices = matrices
         self.members: list[torch.optim.Optimizer] = []
         if matrices:
@@ -105,12 +131,15 @@ class Optimizers:
             )
         if rest:
             self.members.append(torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
-        self.learning_rate = learning_rate
+        if tables:
+            self.members.append(torch.optim.AdamW(tables, lr=learning_rate * TABLES, betas=betas, weight_decay=0.0))
+        self._rates = [member.param_groups[0]["lr"] for member in self.members]
+        self._counts = [count for count in (len(matrices), len(rest), len(tables)) if count]
 
     def scale_learning_rate(self, factor: float) -> None:
-        for member in self.members:
+        for member, rate in zip(self.members, self._rates, strict=True):
             for group in member.param_groups:
-                group["lr"] = self.learning_rate * factor
+                group["lr"] = rate * factor
 
     def _share(self, values: Sequence[Any], rank: int) -> list[Any]:
         return list(values[rank :: self.processes.count])
@@ -145,9 +174,7 @@ class Optimizers:
 
     def fit(self, states: list[dict[str, Any]]) -> bool:
         """Whether these are states of as many parameters."""
-        counts = [sum(len(group["params"]) for group in state["param_groups"]) for state in states]
-        matrices = len(self.matrices)
-        return counts == [n for n in (matrices, len(self.parameters) - matrices) if n]
+        return [sum(len(group["params"]) for group in state["param_groups"]) for state in states] == self._counts
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         if self.matrices:

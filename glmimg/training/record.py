@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,13 @@ def checkpoint_record(checkpoint: Path | None, stage: str) -> dict[str, Any]:
     """What a checkpoint's training.json tells of a stage."""
     file = checkpoint / "training.json" if checkpoint else None
     return dict(json.loads(file.read_text()).get(stage, _UNTRAINED) if file and file.exists() else _UNTRAINED)
+
+
+def add_command(work: Path, arguments: Sequence[str]) -> None:
+    """Adds a call to the list that a work folder keeps."""
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "commands.txt", "a", encoding="utf-8") as log:
+        log.write(shlex.join(arguments) + "\n")
 
 
 def chunks_record(directory: Path, start_from: Path | None, watts: float = 0.0) -> dict[str, Any]:
