@@ -28,8 +28,9 @@ from glmimg.token_grid import TokenGrid, patch_ids
 @dataclass(frozen=True)
 class Model:
     """draw(prompts, seeds) makes pictures; decode(pictures, prompts, seeds) redraws given pictures from their true
-    tokens (the second ceiling); edit(prompts, pictures, seeds) changes them; losses(pictures, prompts) gives per
-    picture its bits per token and the decoder's loss. `about` is put into the report as it is; `size` (height, width).
+    tokens (the second ceiling); edit(prompts, pictures, seeds) changes them, and edit_decode(prompts, pictures, seeds,
+    edited) does so with the true tokens of the pictures as they should be; losses(pictures, prompts) gives per picture
+    its bits per token and the decoder's loss. `about` is put into the report as it is; `size` (height, width).
     """
 
     size: tuple[int, int]
@@ -38,6 +39,9 @@ class Model:
     edit: Callable[[Sequence[str], Sequence[Image.Image], Sequence[int]], list[Image.Image]] | None = None
     losses: Callable[[Sequence[Image.Image], Sequence[str]], dict[str, list[float]]] | None = None
     about: Callable[[], dict[str, Any]] = dict
+    edit_decode: (
+        Callable[[Sequence[str], Sequence[Image.Image], Sequence[int], Sequence[Image.Image]], list[Image.Image]] | None
+    ) = None
 
 
 class PipelineModel:
@@ -55,7 +59,7 @@ class PipelineModel:
         self.seconds: list[float] = []  # of each drawn picture, loading left out
 
     def model(self) -> Model:
-        return Model(self.size, self.draw, self.decode, self.edit, self.losses, self.about)
+        return Model(self.size, self.draw, self.decode, self.edit, self.losses, self.about, self.edit_decode)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         height, width = self.size
@@ -77,11 +81,29 @@ class PipelineModel:
         return images
 
     def edit(self, prompts: Sequence[str], pictures: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
+        return self._edit(prompts, pictures, seeds, None)
+
+    def edit_decode(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Image.Image],
+        seeds: Sequence[int],
+        edited: Sequence[Image.Image],
+    ) -> list[Image.Image]:
+        return self._edit(prompts, pictures, seeds, [self.editor.extract_tokens(picture) for picture in edited])
+
+    def _edit(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Image.Image],
+        seeds: Sequence[int],
+        grids: Sequence[TokenGrid] | None,
+    ) -> list[Image.Image]:
         images: list[Image.Image] = []
         for part in _parts(len(prompts), self.batch):
-            images += self.editor(
-                list(prompts[part]), list(pictures[part]), seed=list(seeds[part]), **self.options
-            ).images
+            given = {} if grids is None else {"tokens": list(grids[part])}
+            asked = list(prompts[part]), list(pictures[part])
+            images += self.editor(*asked, seed=list(seeds[part]), **given, **self.options).images
         return images
 
     @torch.no_grad()

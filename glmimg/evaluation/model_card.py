@@ -31,6 +31,9 @@ _HEADLINES = {
     "concepts/held-out cells/top5": "Held-out concept and style cells, top-5",
     "concepts/held-out concepts/top5": "Concepts never seen, top-5",
     "edit/all/both": "Edits: changed as asked and the rest kept",
+    "edit/background/both": "Edits of the background",
+    "edit/move/both": "Edits that move the thing",
+    "edit/word/both": "Edits of the written word",
     "memorisation/copies by pixels": "Copies of training scenes (pixels)",
 }
 _LICENCES = """## Data and licences

@@ -122,16 +122,22 @@ def _edits(
     signs: bool,
     tell: Callable[[str], None],
 ) -> tuple[list[Record], dict[str, list[Scores | None]]]:
-    """Records and scores. Ceiling `real`: the target as drawn; floor: the source left as it was."""
+    """Records and scores. Ceilings `real`: the target as drawn, `tokens`: its true tokens decoded beside the source;
+    floor: the source left as it was."""
     records = make_edits(bank, n, size=model.size, signs=signs)
     before = [draw(r.source, bank) for r in records if r.source is not None]
     after = [draw(r.scene, bank) for r in records]
     tell(f"making {len(records)} edits")
     assert model.edit is not None
-    images = model.edit([r.prompt for r in records], [Image.fromarray(p) for p in before], [r.seed for r in records])
-    edited = [np.asarray(image) for image in images]
+    asked = [r.prompt for r in records], [Image.fromarray(p) for p in before], [r.seed for r in records]
+    edited = [np.asarray(image) for image in model.edit(*asked)]
+    sources = {"model": edited, "real": after, "floor": before}
+    if model.edit_decode is not None:
+        tell("decoding the true tokens of the edits")
+        redrawn = model.edit_decode(*asked, [Image.fromarray(p) for p in after])
+        sources["tokens"] = [np.asarray(image) for image in redrawn]
     rows: dict[str, list[Scores | None]] = {}
-    for source, made in (("model", edited), ("real", after), ("floor", before)):
+    for source, made in sources.items():
         rows[source] = [
             editing.score(p, r, b, a, scorers.judge, scorers.reader)
             for p, r, b, a in zip(made, records, before, after, strict=True)
