@@ -120,7 +120,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         if "://" in target:
             continue
         found = page if not path else (page.parent / path).resolve()
-        if found.name == "hero.png" and not (ROOT / "glmimg/assets/mini/model_index.json").is_file():
+        if found.name == "hero.webp" and not (ROOT / "glmimg/assets/mini/model_index.json").is_file():
             continue  # the embedded model draws it
         assert found.exists(), f"{page.name}: {target}"
         if anchor:
