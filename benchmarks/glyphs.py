@@ -18,7 +18,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from glmimg.evaluation.text import rapidocr_reader, score
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import TokenGrid
-from glmimg.training.decoder_task import DecoderTask
+from glmimg.training.decoder_task import traded
 
 SEED = 710_000
 LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -68,15 +67,9 @@ def main() -> None:
             "true tokens": model.decode(true, prompts, seeds),
         }
         if kind == "large letters":
-            grids = [
-                shuffled(model.editor.extract_tokens(p), s, k)
-                for k, (p, s) in enumerate(zip(true, scenes, strict=True))
-            ]
-            rows["tokens shuffled"] = [
-                picture
-                for k in range(0, a.n, 8)
-                for picture in model.pictures(prompts[k : k + 8], tokens=grids[k : k + 8], seed=seeds[k : k + 8]).images
-            ]
+            grids = [model.editor.extract_tokens(picture) for picture in true]
+            grids = [shuffled(grid, scene, k) for k, (grid, scene) in enumerate(zip(grids, scenes, strict=True))]
+            rows["tokens shuffled"] = model.paint(grids, prompts, seeds)
         for name, pictures in rows.items():
             found = [score(reader(picture), s.things[-1].word) for picture, s in zip(pictures, scenes, strict=True)]
             word, ned = (np.mean([f[key] for f in found]) for key in ("word", "ned"))
@@ -99,9 +92,8 @@ def word_scenes(bank: StickerBank, n: int, options: dict[str, Any]) -> list[Scen
 
 def shuffled(grid: TokenGrid, scene: Scene, seed: int) -> TokenGrid:
     """The tokens with those under the letters shuffled, as some are in training."""
-    task: Any = SimpleNamespace(trade=1.0)
-    ids_hw = DecoderTask._traded(task, grid.ids_HW.numpy(), scene, np.random.default_rng(seed))
-    return replace(grid, ids_HW=torch.from_numpy(ids_hw.copy()))
+    ids_hw = traded(grid.ids_HW.numpy(), scene, np.random.default_rng(seed), 1.0)
+    return replace(grid, ids_HW=torch.from_numpy(ids_hw))
 
 
 def probes(glyphs: GlyphEncoder) -> list[tuple[str, float, float]]:

@@ -409,6 +409,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
     wanted = [stage for stage in a.stages.split(",") if stage]
+    if not (0 <= a.word_share <= 1 and 0 <= a.edit_share <= 1):
+        raise BadInput(f"--word-share {a.word_share}, --edit-share {a.edit_share}: give shares from 0 to 1")
     device = str(pick_backend(a.device).device)
     for stage in wanted:
         if stage not in STAGES:

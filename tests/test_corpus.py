@@ -8,7 +8,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import COMMON_THINGS, FIRST_THINGS, SIGNS
 from glmimg.errors import BadInput
 from glmimg.pipelines.browse_corpus import write_corpus_page
-from glmimg.training.decoder_task import DecoderTask, letters
+from glmimg.training.decoder_task import letters, traded
 
 
 def test_scene_is_a_pure_function_of_seed_and_index(bank: StickerBank) -> None:
@@ -108,12 +107,11 @@ def test_spaced_letters_lie_on_patches_and_their_tokens_trade_places(bank: Stick
     rows, columns = slice(cells[0][1] // 32, cells[0][3] // 32), slice(cells[0][0] // 32, cells[-1][2] // 32)
     grid = np.arange(64).reshape(8, 8)
     for trade in (0.0, 1.0):
-        task = SimpleNamespace(trade=trade)
-        traded = DecoderTask._traded(task, grid, scene, np.random.default_rng(1))  # type: ignore[arg-type]
-        assert (traded != grid).any() == (trade == 1.0)
-        assert (np.sort(traded[rows, columns]) == grid[rows, columns]).all()
-        traded[rows, columns] = grid[rows, columns]
-        assert (traded == grid).all()
+        moved = traded(grid, scene, np.random.default_rng(1), trade)
+        assert (moved != grid).any() == (trade == 1.0)
+        assert (np.sort(moved[rows, columns]) == grid[rows, columns]).all()
+        moved[rows, columns] = grid[rows, columns]
+        assert (moved == grid).all()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (96, 160), (128, 128), (144, 144), (160, 96), (256, 96)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from glmimg.corpus.mini import SMOKE, WORDS, Scale, scaled
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput, UnknownName
+from glmimg.pipelines.train_mini import main as train_mini
 from glmimg.presets import PRESETS
 from glmimg.training.crops import CROPS, Places
 from glmimg.training.optimizer import TABLES, Optimizers, split_parameters, train_only
@@ -84,6 +86,13 @@ def test_only_the_weights_asked_for_learn() -> None:
         train_only(modules, "abacus")
     with pytest.raises(BadInput, match="no regular expression"):
         train_only(modules, "(")
+
+
+def test_shares_are_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    for flag, value in (("--word-share", "1.5"), ("--edit-share", "-0.1")):
+        with pytest.raises(BadInput, match="from 0 to 1"):
+            train_mini(["--work", str(tmp_path / "work"), "--smoke", flag, value])
+    assert not (tmp_path / "work").exists()
 
 
 def test_scales_by_name() -> None:

@@ -74,10 +74,14 @@ class PipelineModel:
     def decode(
         self, pictures: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image]:
+        return self.paint([self.editor.extract_tokens(picture) for picture in pictures], prompts, seeds)
+
+    def paint(self, grids: Sequence[TokenGrid], prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Pictures of given grids."""
         images: list[Image.Image] = []
         for part in _parts(len(prompts), self.batch):
-            grids = [self.editor.extract_tokens(picture) for picture in pictures[part]]
-            images += self.pictures(list(prompts[part]), tokens=grids, seed=list(seeds[part]), **self.options).images
+            given = list(grids[part]), list(seeds[part])
+            images += self.pictures(list(prompts[part]), tokens=given[0], seed=given[1], **self.options).images
         return images
 
     def edit(self, prompts: Sequence[str], pictures: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:

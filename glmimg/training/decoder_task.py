@@ -73,6 +73,19 @@ def letters(scene: Scene) -> np.ndarray:
     return found
 
 
+def traded(grid_hw: np.ndarray, scene: Scene, rng: np.random.Generator, share: float) -> np.ndarray:
+    """The tokens with those under spaced letters shuffled along their row, for a share of the words."""
+    for thing in scene.things:
+        if thing.spaced and rng.random() < share:
+            cells = letter_cells(thing.sign, thing.word, thing.box)
+            (left, top, *_), (*_, right, bottom) = cells[0], cells[-1]
+            columns = np.arange(left // PIXELS_PER_TOKEN, -(-right // PIXELS_PER_TOKEN))
+            grid_hw = grid_hw.copy()
+            for row in range(top // PIXELS_PER_TOKEN, -(-bottom // PIXELS_PER_TOKEN)):
+                grid_hw[row, columns] = grid_hw[row, rng.permutation(columns)]
+    return grid_hw
+
+
 def upsample_ids(ids_Bhw: torch.Tensor) -> torch.Tensor:
     """(B, h, w) token ids -> (B, 4hw) patch ids, each token over two by two patches."""
     return ids_Bhw.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
@@ -209,7 +222,7 @@ class DecoderTask:
             latents.append(data.latents[k, :, y : y + side_h * f, x : x + side_w * f])
             grid = data.tokens[k, data.prompt_offset :].reshape(h, w)
             if rng is not None:
-                grid = self._traded(grid, scene, rng)
+                grid = traded(grid, scene, rng, self.trade)
             ids.append(grid[top : top + side_h, left : left + side_w])
             corner = (top * PIXELS_PER_TOKEN, left * PIXELS_PER_TOKEN)
             edges = (corner[0] + side_h * PIXELS_PER_TOKEN, corner[1] + side_w * PIXELS_PER_TOKEN)
@@ -225,18 +238,6 @@ class DecoderTask:
             4 * h * w,
             letters_B2P=torch.from_numpy(np.stack(shown)).flatten(2),
         )
-
-    def _traded(self, grid_hw: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
-        """The tokens with those under spaced letters shuffled along their row, in a share of the scenes."""
-        for thing in scene.things:
-            if thing.spaced and rng.random() < self.trade:
-                cells = letter_cells(thing.sign, thing.word, thing.box)
-                (left, top, *_), (*_, right, bottom) = cells[0], cells[-1]
-                columns = np.arange(left // PIXELS_PER_TOKEN, -(-right // PIXELS_PER_TOKEN))
-                grid_hw = grid_hw.copy()
-                for row in range(top // PIXELS_PER_TOKEN, -(-bottom // PIXELS_PER_TOKEN)):
-                    grid_hw[row, columns] = grid_hw[row, rng.permutation(columns)]
-        return grid_hw
 
     def _read_edits(self, data: EncodedEdits, rows: np.ndarray, rng: np.random.Generator) -> DecoderBatch:
         (h, w), side = data.target, min(4, *data.target)
