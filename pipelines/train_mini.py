@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from glmimg.backends import pick_backend
-from glmimg.corpus import mini, stickers
-from glmimg.corpus.cache import EditCache, SceneCache, render, render_edits
+from glmimg.corpus import stickers
+from glmimg.corpus.cache import EditCache, SceneCache
 from glmimg.corpus.manifest import write_manifest
-from glmimg.corpus.mini import LARGE, OTHER_SIZES, SMOKE, TRAINED_ON, Scale, scaled
+from glmimg.corpus.mini import LARGE, SMOKE, TRAINED_ON, Scale, draw_all, scaled
 from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
@@ -66,7 +66,8 @@ class MiniTraining:
         self.work, self.preset_name, self.preset, self.scale = work, preset, PRESETS[preset], scale
         self.minutes, self.threads, self.seed, self.start_from = minutes, threads, seed, start_from
         self.device, self.workers = device, workers
-        self.only, self.word_share, self.edit_share = "", 0.3, 0.1
+        self.only, self.word_share, self.edit_share, self.tokens_only = "", 0.3, 0.1, False
+        self.changes: dict[str, Any] = {}  # of the recipes
 
     # Data
 
@@ -76,20 +77,7 @@ class MiniTraining:
             stickers.build(folder, self.work / "packages", concepts=self.scale.concepts)
         (folder / "ATTRIBUTION.md").write_text(attribution())
 
-        def draw(name: str, count: int, **options: Any) -> None:
-            render(self.work / name, self.bank, count, workers=self.workers, **options)
-
-        draw("scenes", self.scale.scenes, seed=0, start=self.seen)
-        draw("scenes_held_out", self.scale.held_out, seed=1, **mini.PLAIN)
-        draw("scenes_cells", min(300, self.scale.held_out), split="cells", seed=2)
-        for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
-            draw(name, self.scale.others, seed=4 + k, start=self.seen, height=height, width=width, **mini.PLAIN)
-        draw("scenes_common", self.scale.common, seed=6, start=self.seen, **mini.PLAIN)
-        draw("scenes_first", self.scale.first, seed=9, start=self.seen, **mini.FIRST)
-        draw("scenes_plain", self.scale.plain, seed=10, start=self.seen, **mini.EVERYTHING)
-        draw("scenes_words", self.scale.words, seed=11, start=self.seen, **mini.WORDS)
-        options = {"start": self.seen, "workers": self.workers, **mini.PLAIN}
-        render_edits(self.work / "edits", self.bank, self.scale.edits, seed=3, **options)
+        draw_all(self.work, self.bank, self.scale, start=self.seen, workers=self.workers, keep=not self.tokens_only)
 
     @property
     def seen(self) -> int:
@@ -123,9 +111,9 @@ class MiniTraining:
             found.append(("edits", EditCache(self.work / "edits", self.bank)))
         return found
 
-    def edits(self) -> EncodedEdits | None:
-        """Encoded edit pairs, if there are any."""
-        if not (self.work / "edits" / "encoded" / "latents.npy").exists():
+    def edits(self, file: str) -> EncodedEdits | None:
+        """Encoded edit pairs, if `file` of them is there."""
+        if not (self.work / "edits" / "encoded" / file).exists():
             return None
         return EncodedEdits(self.work / "edits" / "encoded", EditCache(self.work / "edits", self.bank))
 
@@ -174,6 +162,7 @@ class MiniTraining:
 
     def _run(self, stage: str, task: Task, config: TrainConfig) -> None:
         config = recipes.on_device(replace(config, seed=self.seed), self.device, self.workers)
+        config = replace(config, **self.changes)
         if stage in KEPT:
             train_only(self._parts(stage), self.only)
         run = Run(task, config, self.work / stage)
@@ -259,7 +248,7 @@ class MiniTraining:
         for name, cache in self.caches():
             if not (self.work / name / "encoded" / "tokens.npy").exists():
                 count = self.scale.tokens if name == "scenes" else 0
-                encode_tokens(self.work / name / "encoded", cache, self.semantic_tokenizer, side, count)
+                encode_tokens(self.work / name / "encoded", cache, self.semantic_tokenizer, side, count, self.workers)
 
     def encode_latents(self) -> None:
         from glmimg.autoencoder import Autoencoder
@@ -324,7 +313,7 @@ class MiniTraining:
             builder,
             self.encoded_training("tokens.npy"),
             self.encoded("scenes_held_out"),
-            edits=self.edits(),
+            edits=self.edits("tokens.npy"),
             edit_share=self.edit_share,
         )
         self._run("generator", task, recipes.generator(self.minutes["generator"], self.threads))
@@ -342,7 +331,7 @@ class MiniTraining:
             self.encoded_training("latents.npy"),
             self.encoded("scenes_held_out"),
             self.preset["scheduler"],
-            edits=self.edits(),
+            edits=self.edits("latents.npy"),
             edit_share=self.edit_share,
             word_share=self.word_share,
         )
@@ -401,7 +390,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes and make batches")
     told = "how much of something is drawn, or kept encoded (32 KB each), as first=9000 or first_latents=9000"
     parser.add_argument("--scale", action="append", default=[], metavar="NAME=N", help=told)
+    told = "for the generator alone: keep no pictures of training scenes (200 KB each), only their tokens"
+    parser.add_argument("--tokens-only", action="store_true", help=told)
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression: names of weights that learn")
+    parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
+    told = "matrices learn to be rounded to N steps in a standard deviation: for `rounding --steps N` afterwards"
+    parser.add_argument("--grid", type=int, metavar="N", help=told)
     parser.add_argument("--word-share", type=float, default=0.3, help="of the decoder's batches: crops of words")
     parser.add_argument("--edit-share", type=float, default=0.1, help="of the batches of generator and decoder: edits")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
@@ -429,6 +423,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         training = MiniTraining(*arguments)
     training.only, training.word_share, training.edit_share = a.only, a.word_share, a.edit_share
+    training.tokens_only = a.tokens_only
+    changes = {"learning_rate": a.learning_rate, "grid": a.grid}
+    training.changes = {name: value for name, value in changes.items() if value is not None}
     if processes.main:
         add_command(a.work, sys.argv[1:] if argv is None else argv)
     for stage in wanted:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from glmimg.errors import BadInput
+from glmimg.weight_grid import on_grid
 from glmimg.weights_tools.convert import convert
-from glmimg.weights_tools.rounding import main, on_grid, round_checkpoint, rounded
+from glmimg.weights_tools.rounding import main, round_checkpoint, rounded
 
 
 def test_rounds_to_nearest_ties_to_even() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from glmimg.errors import BadInput
+from glmimg.weight_grid import on_grid
 from glmimg.weights_tools.merge import Change, MergeResult, Model, _everywhere, _open, _write
 from glmimg.weights_tools.streaming import Progress
 
@@ -33,14 +34,6 @@ def rounded(tensor: torch.Tensor, digits: int) -> torch.Tensor:
     """The fp32 values of a tensor with `digits` significant binary digits: the nearest, ties to even."""
     mantissa, exponent = torch.frexp(tensor.float())
     return torch.ldexp((mantissa * 2**digits).round() / 2**digits, exponent)
-
-
-def on_grid(matrix: torch.Tensor, steps: int) -> torch.Tensor:
-    """The fp32 values of a matrix as multiples of a power of two, the largest that its standard deviation (in files, of
-    the rows that are read at once) holds `steps` times at least."""
-    values = matrix.float()
-    step = torch.exp2((values.std() / steps).log2().floor())
-    return (values / step).round() * step
 
 
 def round_checkpoint(

@@ -1,7 +1,8 @@
 """Rendered scenes on disk: drawing costs 5 ms a scene, and every trainer reads the same ones several times.
 
 A cache folder holds pictures.npy (n, h, w, 3 uint8), done (how many rows are complete) and settings.json. Scene k of
-the cache is `sampler.sample(start + k)`, so captions and ground truth are drawn again from the sampler, not stored.
+the cache is `sampler.sample(start + k)`, so captions and ground truth are drawn again from the sampler, not stored. So
+are pictures where pictures.npy is absent: who looks at each once needs no 200 KB for it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class SceneCache:
         self.sampler = SceneSampler(
             bank, self.settings["split"], seed=self.settings["seed"], sizes=((size, 1.0),), **self.settings["options"]
         )
-        self.pictures = np.load(self.directory / "pictures.npy", mmap_mode="r")
+        self.pictures = _kept(self.directory)
         self._scenes: dict[int, Scene] = {}
 
     def __len__(self) -> int:
@@ -44,7 +46,7 @@ class SceneCache:
         return int((self.directory / "done").read_text())
 
     def picture(self, k: int) -> np.ndarray:
-        return self.pictures[k]
+        return draw(self.scene(k), self.bank) if self.pictures is None else self.pictures[k]
 
     def scene(self, k: int) -> Scene:
         if k not in self._scenes:  # training asks for each many times
@@ -72,11 +74,12 @@ def render(
     width: int = 256,
     report: float = 30.0,
     workers: int = 0,
+    keep: bool = True,
     **options: Any,
 ) -> SceneCache:
     """Draw scenes start .. start+count into `directory`; an interrupted run goes on where it stopped.
 
-    workers: so many processes draw (0: this one).
+    workers: so many processes draw (0: this one). keep: False writes no pictures, they are drawn when asked for.
     """
     directory.mkdir(parents=True, exist_ok=True)
     settings = dict(split=split, seed=seed, start=start, height=height, width=width, count=count, options=options)
@@ -84,10 +87,11 @@ def render(
     if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(settings)):
         raise BadInput(f"{directory} holds a cache of other settings: choose another folder or delete it")
     if not file.exists():
-        np.lib.format.open_memmap(
-            directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=(count, height, width, 3)
-        ).flush()
-        (directory / "done").write_text("0")
+        if keep:
+            np.lib.format.open_memmap(
+                directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=(count, height, width, 3)
+            ).flush()
+        (directory / "done").write_text("0" if keep else str(count))
         file.write_text(json.dumps(settings))
     cache = SceneCache(directory, bank)
     begun, first = time.monotonic(), len(cache)
@@ -119,6 +123,34 @@ def _draw_parts(
             yield end
 
 
+def pictures_of(cache: SceneCache | EditCache, count: int, workers: int = 0, block: int = 64) -> Iterator[np.ndarray]:
+    """The first `count` pictures in order, (block, h, w, 3) at a time; `workers` processes draw ahead what is not
+    kept."""
+    parts = [(start, min(start + block, count)) for start in range(0, count, block)]
+    if workers < 2 or cache.pictures is not None:
+        yield from (_pictures(cache, part) for part in parts)
+        return
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), _open_in_worker, (type(cache), cache.directory, cache.bank.directory)
+    ) as pool:
+        coming: deque[Future[np.ndarray]] = deque()
+        for part in parts:
+            coming.append(pool.submit(_pictures_in_worker, part))
+            if len(coming) > 4 * workers:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+def _pictures(cache: SceneCache | EditCache, rows: tuple[int, int]) -> np.ndarray:
+    return np.stack([cache.picture(k) for k in range(*rows)])
+
+
+def _kept(directory: Path) -> np.ndarray | None:
+    file = directory / "pictures.npy"
+    return np.load(file, mmap_mode="r") if file.exists() else None
+
+
 _opened: list[SceneCache | EditCache] = []  # of a worker: the cache that it draws
 
 
@@ -128,6 +160,10 @@ def _open_in_worker(kind: type[SceneCache] | type[EditCache], directory: Path, b
 
 def _draw_in_worker(rows: tuple[int, int]) -> None:
     _opened[0].draw_rows(*rows)
+
+
+def _pictures_in_worker(rows: tuple[int, int]) -> np.ndarray:
+    return _pictures(_opened[0], rows)
 
 
 class EditCache:
@@ -140,15 +176,18 @@ class EditCache:
         self.sampler = EditSampler(
             bank, self.settings["split"], seed=self.settings["seed"], sizes=((size, 1.0),), **self.settings["options"]
         )
-        self.pictures = np.load(self.directory / "pictures.npy", mmap_mode="r")
+        self.pictures = _kept(self.directory)
         self._edits: dict[int, Edit] = {}
 
     def __len__(self) -> int:
         """Pictures, two a pair."""
-        return len(self.pictures)
+        return 2 * int((self.directory / "done").read_text())
 
     def picture(self, k: int) -> np.ndarray:
-        return self.pictures[k]
+        if self.pictures is not None:
+            return self.pictures[k]
+        edit = self.edit(k // 2)
+        return draw(edit.target if k % 2 else edit.source, self.bank)
 
     def edit(self, k: int) -> Edit:
         if k not in self._edits:
@@ -173,16 +212,19 @@ def render_edits(
     height: int = 256,
     width: int = 256,
     workers: int = 0,
+    keep: bool = True,
     **options: Any,
 ) -> EditCache:
-    """Draw edit pairs start .. start+count into `directory`; a folder that is finished is used as it is."""
+    """Draw edit pairs start .. start+count into `directory`; a folder that is finished is used as it is. See `render`
+    for `workers` and `keep`."""
     if not (directory / "done").exists():
         directory.mkdir(parents=True, exist_ok=True)
         shape = (2 * count, height, width, 3)
-        np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
+        if keep:
+            np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
         settings = dict(split=split, seed=seed, start=start, height=height, width=width, options=options)
         (directory / "settings.json").write_text(json.dumps(settings))
-        for _ in _draw_parts(EditCache, directory, bank, 0, count, workers):
+        for _ in _draw_parts(EditCache, directory, bank, 0, count if keep else 0, workers):
             pass
         (directory / "done").write_text(str(count))
     return EditCache(directory, bank)

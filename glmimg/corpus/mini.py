@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+from glmimg.corpus.cache import render, render_edits
+from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import FIRST_THINGS
 from glmimg.errors import BadInput, UnknownName
 
@@ -104,3 +107,23 @@ def scaled(scale: Scale, changes: Sequence[str]) -> Scale:
             raise BadInput(f"--scale {text}: write {name}=N with a whole number, such as {name}={getattr(scale, name)}")
         scale = replace(scale, **{name: int(number)})
     return scale
+
+
+def draw_all(work: Path, bank: StickerBank, scale: Scale, *, start: int, workers: int, keep: bool) -> None:
+    """A cache of each kind in `work`: the training scenes from number `start` on, whose pictures are written if
+    `keep`."""
+
+    def draw(name: str, count: int, **options: Any) -> None:
+        render(work / name, bank, count, workers=workers, **options)
+
+    draw("scenes_held_out", scale.held_out, seed=1, **PLAIN)
+    draw("scenes_cells", min(300, scale.held_out), split="cells", seed=2)
+    new: dict[str, Any] = {"start": start, "keep": keep}
+    draw("scenes", scale.scenes, seed=0, **new)
+    for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
+        draw(name, scale.others, seed=4 + k, height=height, width=width, **new, **PLAIN)
+    draw("scenes_common", scale.common, seed=6, **new, **PLAIN)
+    draw("scenes_first", scale.first, seed=9, **new, **FIRST)
+    draw("scenes_plain", scale.plain, seed=10, **new, **EVERYTHING)
+    draw("scenes_words", scale.words, seed=11, **new, **WORDS)
+    render_edits(work / "edits", bank, scale.edits, seed=3, workers=workers, **new, **PLAIN)

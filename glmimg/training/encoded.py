@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from glmimg.autoencoder import Autoencoder
-from glmimg.corpus.cache import EditCache, SceneCache
+from glmimg.corpus.cache import EditCache, SceneCache, pictures_of
 from glmimg.errors import BadInput
 from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.token_grid import preview_grid, target_grid
@@ -35,8 +35,9 @@ class EncodedEdits:
         self.target = (int(h), int(w))
         tokens = np.load(directory / "tokens.npy", mmap_mode="r")
         self.tokens = tokens[:, -h * w :].reshape(-1, 2, h, w)
-        latents = np.load(directory / "latents.npy", mmap_mode="r")
-        self.latents = latents.reshape(-1, 2, *latents.shape[1:])
+        file = directory / "latents.npy"
+        latents = np.load(file, mmap_mode="r") if file.exists() else np.empty((0, 1))  # the decoder's alone
+        self.latents = latents.reshape(len(latents) // 2, 2, *latents.shape[1:])
         self.trained = len(self.tokens) - min(96, len(self.tokens) // 4)  # the last pairs are held out
 
 
@@ -77,15 +78,21 @@ def encode_tokens(
     tokenizer: SemanticTokenizer,
     preview_side: int,
     count: int = 0,
+    workers: int = 0,
 ) -> None:
-    """Write tokens.npy of the first `count` scenes of the cache (0: of all that are complete)."""
+    """Write tokens.npy of the first `count` scenes of the cache (0: of all that are complete); `workers` processes
+    draw those whose pictures are not kept."""
     directory.mkdir(parents=True, exist_ok=True)
     height, width = cache.settings["height"], cache.settings["width"]
     target, preview = target_grid(height, width), preview_grid(height, width, preview_side)
     n, begun = min(count or len(cache), len(cache)), time.monotonic()
     rows = np.empty((n, preview[0] * preview[1] + target[0] * target[1]), dtype=np.int16)
-    for start in range(0, n, 64):
-        pixels = to_pixels([cache.picture(k) for k in range(start, min(start + 64, n))], tokenizer.visual.device)
+    if isinstance(cache, FolderCache):
+        blocks = (np.stack([cache.picture(k) for k in range(s, min(s + 64, n))]) for s in range(0, n, 64))
+    else:
+        blocks = pictures_of(cache, n, workers)
+    for start, pictures in zip(range(0, n, 64), blocks, strict=True):
+        pixels = to_pixels(list(pictures), tokenizer.visual.device)
         with torch.autocast(tokenizer.visual.device.type, dtype=torch.bfloat16):
             small, large = tokenizer.tokenize(pixels, preview), tokenizer.tokenize(pixels)
         rows[start : start + 64] = torch.cat([small.flatten(1), large.flatten(1)], 1).to(torch.int16).cpu().numpy()

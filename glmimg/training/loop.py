@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glmimg.errors import BadInput
-from glmimg.training.optimizer import Optimizers
+from glmimg.training.optimizer import Optimizers, on_grids
 from glmimg.training.processes import Processes
 
 
@@ -36,9 +36,10 @@ class TrainConfig:
 
     steps: optimizer steps in all (0: bounded by `minutes` alone). minutes: wall-clock bound over all resumptions (0:
     bounded by steps alone); the decay follows whichever ends the run. decay: the last part of the run, in which the
-    learning rate falls linearly to zero. ema: decay of the moving average (0: none). workers: processes that make
-    batches (0: a thread of this one, which is enough beside training on processors). save_minutes, sheet_minutes,
-    evaluate_minutes: how often state, sample sheet and held-out loss are written.
+    learning rate falls linearly to zero. ema: decay of the moving average (0: none). grid: matrices learn to be rounded
+    to so many steps in a standard deviation (`optimizer.on_grids`; 0: not). workers: processes that make batches (0: a
+    thread of this one, which is enough beside training on processors). save_minutes, sheet_minutes, evaluate_minutes:
+    how often state, sample sheet and held-out loss are written.
     """
 
     learning_rate: float
@@ -52,6 +53,7 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.0
     muon: bool = True
+    grid: int = 0
     seed: int = 0
     threads: int = 0
     workers: int = 0
@@ -66,6 +68,8 @@ class TrainConfig:
             raise BadInput("a run needs an end: give steps, minutes or both")
         if self.batch_size < 1 or self.learning_rate <= 0:
             raise BadInput(f"batch_size {self.batch_size} and learning_rate {self.learning_rate} must both be positive")
+        if not 0 <= self.grid <= 64:
+            raise BadInput(f"grid {self.grid}: give 1 to 64 steps in a standard deviation, or 0")
 
 
 class Task(Protocol):
@@ -202,7 +206,7 @@ class Run:
             return
         for module in self.modules.values():
             module.eval()
-        with self.averaged(), torch.no_grad():
+        with self.averaged(), on_grids(self.optimizers.parameters, self.config.grid), torch.no_grad():
             self._log({f"held_out_{k}": v for k, v in self.task.evaluate().items()})
             picture = self.task.sheet() if sheet else None
         for module in self.modules.values():
@@ -230,9 +234,10 @@ class Run:
                 batch = next(batches)
                 self.position += all_of_them
                 self.optimizers.scale_learning_rate(self.learning_rate_factor())
-                with autocast:
-                    loss, metrics = self.task.loss(batch, self.progress(), self.generator)
-                loss.backward()
+                with on_grids(self.optimizers.parameters, c.grid):
+                    with autocast:
+                        loss, metrics = self.task.loss(batch, self.progress(), self.generator)
+                    loss.backward()
                 if self.processes.count > 1:
                     for p in self.optimizers.parameters:  # all must exchange the same list
                         p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from glmimg.errors import BadInput
 from glmimg.training.processes import Processes
+from glmimg.weight_grid import on_grid
 
 _ALONE = Processes()
 # How much faster T5's tables of distances learn. Attention tells places apart by differences of several units there,
@@ -55,6 +57,21 @@ def train_only(modules: Mapping[str, nn.Module], pattern: str) -> None:
         parameter.requires_grad_(False)
     for parameter in learning:
         parameter.requires_grad_()
+
+
+@contextmanager
+def on_grids(parameters: Sequence[nn.Parameter], steps: int) -> Iterator[None]:
+    """Inside, matrices hold their nearest values of `glmimg.weight_grid.on_grid`; gradients made there are
+    the exact weights', which learn to be rounded so. 0 steps: nothing is."""
+    matrices = [p for p in parameters if steps and p.dim() > 1]
+    exact = [p.data for p in matrices]
+    try:
+        for p in matrices:
+            p.data = on_grid(p.data, steps)
+        yield
+    finally:
+        for p, values in zip(matrices, exact, strict=True):
+            p.data = values
 
 
 class Muon(torch.optim.Muon):

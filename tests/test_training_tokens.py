@@ -1,0 +1,108 @@
+"""Training the generator in little room: pictures that are not kept, weights that learn to be rounded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from glmimg.corpus.cache import EditCache, SceneCache, pictures_of, render, render_edits
+from glmimg.corpus.stickers import StickerBank
+from glmimg.errors import BadInput
+from glmimg.pipelines.train_mini import main as train_mini
+from glmimg.training.loop import Run, TrainConfig
+from glmimg.training.optimizer import on_grids
+from glmimg.weight_grid import on_grid
+from glmimg.weights_tools.init import init_checkpoint
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_are_not_kept_are_drawn_again(tmp_path: Path, bank: StickerBank, workers: int) -> None:
+    kept = render(tmp_path / "kept", bank, 5, start=3, height=64, width=64)
+    drawn = render(tmp_path / "drawn", bank, 5, start=3, height=64, width=64, keep=False)
+    pairs = render_edits(tmp_path / "pairs", bank, 3, start=2, height=64, width=64)
+    again = render_edits(tmp_path / "again", bank, 3, start=2, height=64, width=64, keep=False)
+    for one, other in ((kept, drawn), (pairs, again)):
+        assert len(one) == len(other) and not (other.directory / "pictures.npy").exists()
+        blocks = list(pictures_of(other, len(other), workers, block=2))
+        assert [len(block) for block in blocks] == [2, 2, 1] if one is kept else [2, 2, 2]
+        assert np.array_equal(np.concatenate(blocks), np.stack([one.picture(k) for k in range(len(one))]))
+    assert np.array_equal(SceneCache(tmp_path / "drawn", bank).picture(4), kept.picture(4))
+    assert np.array_equal(EditCache(tmp_path / "again", bank).picture(5), pairs.picture(5))
+
+
+def test_grids_hold_inside_and_exact_weights_after() -> None:
+    layer = nn.Linear(16, 8)
+    exact, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    parameters = [layer.weight, layer.bias]
+    with on_grids(parameters, 2):
+        assert torch.equal(layer.weight, on_grid(exact, 2)) and torch.equal(layer.bias, bias)
+        layer(torch.ones(1, 16)).sum().backward()
+    assert torch.equal(layer.weight, exact) and not torch.equal(exact, on_grid(exact, 2))
+    assert layer.weight.grad is not None and bool((layer.weight.grad == 1).all())
+    with on_grids(parameters, 0):
+        assert torch.equal(layer.weight, exact)
+    with pytest.raises(RuntimeError), on_grids(parameters, 2):
+        raise RuntimeError
+    assert torch.equal(layer.weight, exact)
+    assert not on_grid(torch.zeros(3, 3), 2).any()  # zeros have no deviation
+
+
+class _Line:
+    """y = W x with a W that lies on no coarse grid."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, 4, bias=False)
+        self.truth = torch.randn(4, 8)
+        self.modules: Mapping[str, nn.Module] = {"layer": self.layer}
+        self.judged: list[torch.Tensor] = []
+
+    def batch(self, position: int, size: int) -> torch.Tensor:
+        return torch.randn(size, 8, generator=torch.Generator().manual_seed(position))
+
+    def loss(self, batch: Any, progress: float, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        return (self.layer(batch) - batch @ self.truth.T).float().square().mean(), {}
+
+    def evaluate(self) -> dict[str, float]:
+        self.judged.append(self.layer.weight.detach().clone())
+        return {"error": float((self.layer.weight - self.truth).norm() / self.truth.norm())}
+
+    def sheet(self) -> None:
+        return None
+
+
+def test_a_run_on_grids_judges_rounded_and_saves_exact_weights(tmp_path: Path) -> None:
+    task = _Line()
+    config = TrainConfig(learning_rate=0.02, batch_size=16, steps=300, grid=2, muon=False, autocast=False)
+    Run(task, config, tmp_path).train()
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)["modules"]["layer"]["weight"]
+    assert torch.equal(task.judged[-1], on_grid(saved, 2)) and not torch.equal(task.judged[-1], saved)
+    rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["held_out_error"] < 0.3  # 1.1 at the start
+    for wrong in (-1, 65):
+        with pytest.raises(BadInput, match="1 to 64 steps"):
+            TrainConfig(learning_rate=1e-3, batch_size=1, steps=1, grid=wrong)
+
+
+def test_generator_trains_on_tokens_alone(tmp_path: Path, bank: StickerBank) -> None:
+    work, checkpoint = tmp_path / "work", init_checkpoint(tmp_path / "checkpoint", "tiny", seed=0)
+    work.mkdir()
+    (work / "corpus").symlink_to(bank.directory)
+    names = ("scenes", "tokens", "plain", "common", "first", "words", "others", "held_out", "edits")
+    scale = [word for name in names for word in ("--scale", f"{name}=8")]
+    call = ["--work", str(work), "--preset", "tiny", "--start-from", str(checkpoint), "--tokens-only", *scale]
+    call += ["--stages", "corpus,encode_tokens,generator", "--only", "self_attn", "--edit-share", "0.5"]
+    assert train_mini([*call, "--minutes", "0.02", "--grid", "2", "--learning-rate", "1e-4", "--threads", "1"]) == 0
+    assert {file.parent.name for file in work.glob("*/pictures.npy")} == {"scenes_held_out", "scenes_cells"}
+    assert {"scenes_words", "edits"} <= {file.parent.parent.name for file in work.glob("*/encoded/tokens.npy")}
+    config = json.loads((work / "generator" / "config.json").read_text())
+    assert (config["grid"], config["learning_rate"]) == (2, 1e-4)
+    rows = [json.loads(row) for row in (work / "generator" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["held_out_edit_bits"] > 0
