@@ -21,7 +21,7 @@ def kernels(check: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     # Several matrices in turn: one alone would stay in the device's cache.
     weight_NK = torch.randn(side, side, generator=generator).mul_(0.02).to(device, torch.bfloat16)
-    plain = [((weight_NK + k).T,) for k in range(copies)]
+    plain = [(matrix_NK.T, matrix_NK) for matrix_NK in (weight_NK + k for k in range(copies))]
     packed = {bits: quantize(weight_NK, bits) for bits in (8, 4)}
     kinds: dict[str, list[tuple[Any, ...]]] = {"16 bits": plain}
     for bits, (matrix, scale) in packed.items():
