@@ -25,7 +25,7 @@ from glmimg.backends import pick_backend
 from glmimg.corpus import stickers
 from glmimg.corpus.cache import EditCache, SceneCache
 from glmimg.corpus.manifest import write_manifest
-from glmimg.corpus.mini import LARGE, SMOKE, TRAINED_ON, Scale, draw_all, scaled
+from glmimg.corpus.mini import EDITS, LARGE, SMOKE, TRAINED_ON, Scale, draw_all, scaled
 from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
@@ -107,15 +107,14 @@ class MiniTraining:
             for name in ("scenes_held_out", *self.trained_on)
             if (self.work / name / "settings.json").exists()
         ]
-        if (self.work / "edits" / "settings.json").exists():
-            found.append(("edits", EditCache(self.work / "edits", self.bank)))
-        return found
+        edits = [name for name in EDITS if (self.work / name / "settings.json").exists()]
+        return found + [(name, EditCache(self.work / name, self.bank)) for name in edits]
 
     def edits(self, file: str) -> EncodedEdits | None:
         """Encoded edit pairs, if `file` of them is there."""
-        if not (self.work / "edits" / "encoded" / file).exists():
-            return None
-        return EncodedEdits(self.work / "edits" / "encoded", EditCache(self.work / "edits", self.bank))
+        folders = [(self.work / name / "encoded", name) for name in EDITS]
+        found = [(place, EditCache(self.work / name, self.bank)) for place, name in folders if (place / file).exists()]
+        return EncodedEdits(*found) if found else None
 
     # Models
 

@@ -337,7 +337,7 @@ def test_generator_and_decoder_learn_on_encoded_scenes(
     pairs = render_edits(tmp_path / "edits", bank, 16, height=64, width=64)
     encode_tokens(tmp_path / "ee", pairs, SemanticTokenizer.of(models["vision_language_encoder"]), 1)
     encode_latents(tmp_path / "ee", pairs, Autoencoder(models["vae"]), 32)
-    edits = EncodedEdits(tmp_path / "ee", pairs)
+    edits = EncodedEdits((tmp_path / "ee", pairs))
     assert edits.tokens.shape == (16, 2, 2, 2) and edits.latents.shape == (16, 2, 16, 8, 8)
     model = models["vision_language_encoder"]
     generator = GeneratorTask(model, builder, [data, wide], data, drop=0.0, noise=0.0, edits=edits)

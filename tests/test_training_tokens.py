@@ -16,6 +16,7 @@ from glmimg.corpus.cache import EditCache, SceneCache, pictures_of, render, rend
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput
 from glmimg.pipelines.train_mini import main as train_mini
+from glmimg.training.encoded import EncodedEdits
 from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.optimizer import on_grids
 from glmimg.weight_grid import on_grid
@@ -95,14 +96,35 @@ def test_generator_trains_on_tokens_alone(tmp_path: Path, bank: StickerBank) -> 
     work, checkpoint = tmp_path / "work", init_checkpoint(tmp_path / "checkpoint", "tiny", seed=0)
     work.mkdir()
     (work / "corpus").symlink_to(bank.directory)
-    names = ("scenes", "tokens", "plain", "common", "first", "words", "others", "held_out", "edits")
+    names = ("scenes", "tokens", "plain", "common", "first", "words", "others", "held_out", "edits", "edits_any")
     scale = [word for name in names for word in ("--scale", f"{name}=8")]
     call = ["--work", str(work), "--preset", "tiny", "--start-from", str(checkpoint), "--tokens-only", *scale]
     call += ["--stages", "corpus,encode_tokens,generator", "--only", "self_attn", "--edit-share", "0.5"]
     assert train_mini([*call, "--minutes", "0.02", "--grid", "2", "--learning-rate", "1e-4", "--threads", "1"]) == 0
     assert {file.parent.name for file in work.glob("*/pictures.npy")} == {"scenes_held_out", "scenes_cells"}
-    assert {"scenes_words", "edits"} <= {file.parent.parent.name for file in work.glob("*/encoded/tokens.npy")}
+    assert {"scenes_words", "edits", "edits_any"} <= {
+        file.parent.parent.name for file in work.glob("*/encoded/tokens.npy")
+    }
     config = json.loads((work / "generator" / "config.json").read_text())
     assert (config["grid"], config["learning_rate"]) == (2, 1e-4)
     rows = [json.loads(row) for row in (work / "generator" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["held_out_edit_bits"] > 0
+
+
+def test_edit_pairs_of_several_folders_hold_out_some_of_each(tmp_path: Path, bank: StickerBank) -> None:
+    folders = []
+    for number, count in enumerate((8, 4)):
+        cache = render_edits(tmp_path / str(number), bank, count, seed=number, height=64, width=64, keep=False)
+        encoded = tmp_path / f"encoded{number}"
+        encoded.mkdir()
+        (encoded / "settings.json").write_text('{"target": [2, 2], "preview": [1, 1]}')
+        rows = 100 * number + np.arange(2 * count)
+        np.save(encoded / "tokens.npy", np.repeat(rows[:, None], 5, 1).astype(np.int16))
+        folders.append((encoded, cache))
+    edits = EncodedEdits(*folders)
+    assert edits.trained == 6 + 3 and edits.tokens.shape == (12, 2, 2, 2) and len(edits.latents) == 0
+    firsts = [0, 2, 4, 6, 8, 10, 100, 102, 104, 12, 14, 106]
+    assert edits.tokens[:, 0, 0, 0].tolist() == firsts and (edits.tokens[:, 1] == edits.tokens[:, 0] + 1).all()
+    for k, row in enumerate(firsts):
+        assert edits.edit(k) == folders[row // 100][1].edit(row % 100 // 2)
+    assert EncodedEdits(folders[1]).trained == 3

@@ -14,6 +14,7 @@ from glmimg.errors import BadInput, UnknownName
 
 # Beside the square pictures: (height, width) in pixels.
 OTHER_SIZES = {"scenes_wide": (192, 320), "scenes_tall": (320, 192)}
+EDITS = ("edits", "edits_any")
 TRAINED_ON = ("scenes", "scenes_plain", "scenes_common", "scenes_first", "scenes_words", *OTHER_SIZES)
 # What a small model can learn by heart: mostly common things, alone in the middle of a light background, on whole
 # tokens (32 pixels), two styles of five in most of them, short words, most in one font and on patches. `scenes` and
@@ -40,7 +41,7 @@ WORDS = {**PLAIN, "kinds": (0.0, 0.0, 1.0), "spaced": 1.0, "large": True, "strin
 class Scale:
     """How much data a run draws: scenes of everything (VAE and tokenizer take all of them), everything shown plainly,
     common things, the first things, words, and each other size; of how many of them tokens and latents are kept, and
-    so how often they are drawn; edit pairs; texts for the text tokenizer's merges.
+    so how often they are drawn; edit pairs, of plain scenes and of any; texts for the text tokenizer's merges.
     """
 
     scenes: int = 16_000
@@ -56,6 +57,7 @@ class Scale:
     first_latents: int = 4_800
     words_latents: int = 1_600
     edits: int = 2_000
+    edits_any: int = 1_000
     held_out: int = 1_000
     texts: int = 40_000
     concepts: int = 0  # 0: all
@@ -76,6 +78,7 @@ LARGE = Scale(
     first_latents=12_000,
     words_latents=12_000,
     edits=5_000,
+    edits_any=5_000,
 )
 SMOKE = Scale(
     scenes=128,
@@ -90,6 +93,7 @@ SMOKE = Scale(
     first_latents=64,
     words_latents=64,
     edits=32,
+    edits_any=32,
     held_out=208,
     texts=300,
     concepts=40,
@@ -127,3 +131,4 @@ def draw_all(work: Path, bank: StickerBank, scale: Scale, *, start: int, workers
     draw("scenes_plain", scale.plain, seed=10, **new, **EVERYTHING)
     draw("scenes_words", scale.words, seed=11, **new, **WORDS)
     render_edits(work / "edits", bank, scale.edits, seed=3, workers=workers, **new, **PLAIN)
+    render_edits(work / "edits_any", bank, scale.edits_any, seed=12, workers=workers, **new)

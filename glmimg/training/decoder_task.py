@@ -248,7 +248,7 @@ class DecoderTask:
         return DecoderBatch(
             latents[:, 1],
             ids[:, 1],
-            [[t.word for t in data.cache.edit(int(k)).target.things if t.word] for k in rows],
+            [[t.word for t in data.edit(int(k)).target.things if t.word] for k in rows],
             (h * PIXELS_PER_TOKEN, w * PIXELS_PER_TOKEN),
             torch.tensor([[top, left]]).mul(PIXELS_PER_TOKEN).float().expand(len(rows), 2),
             4 * h * w,

@@ -17,6 +17,7 @@ import torch
 
 from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.cache import EditCache, SceneCache, pictures_of
+from glmimg.corpus.edits import Edit
 from glmimg.errors import BadInput
 from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.token_grid import preview_grid, target_grid
@@ -25,20 +26,40 @@ from glmimg.training.folder import FolderCache
 
 
 class EncodedEdits:
-    """`tokens` (n, 2, h, w), `latents` (n, 2, C, H8, W8) of edit pairs: source, target; the first `trained` train."""
+    """Edit pairs of folders with their caches, all of one size: `tokens` (n, 2, h, w), `latents` (n, 2, C, H8, W8), source
+    and target. The first `trained` train; the last pairs of each folder are held out. `edit(k)`: ground truth."""
 
-    def __init__(self, directory: Path | str, cache: EditCache) -> None:
-        self.cache = cache
-        directory = Path(directory)
-        settings = json.loads((directory / "settings.json").read_text())
-        h, w = settings["target"]
-        self.target = (int(h), int(w))
-        tokens = np.load(directory / "tokens.npy", mmap_mode="r")
-        self.tokens = tokens[:, -h * w :].reshape(-1, 2, h, w)
-        file = directory / "latents.npy"
-        latents = np.load(file, mmap_mode="r") if file.exists() else np.empty((0, 1))  # the decoder's alone
-        self.latents = latents.reshape(len(latents) // 2, 2, *latents.shape[1:])
-        self.trained = len(self.tokens) - min(96, len(self.tokens) // 4)  # the last pairs are held out
+    def __init__(self, *folders: tuple[Path | str, EditCache]) -> None:
+        self.bank = folders[0][1].bank
+        tokens, latents, places = [], [], []
+        for directory, cache in folders:
+            directory = Path(directory)
+            settings = json.loads((directory / "settings.json").read_text())
+            h, w = settings["target"]
+            self.target = (int(h), int(w))
+            tokens.append(np.load(directory / "tokens.npy", mmap_mode="r")[:, -h * w :].reshape(-1, 2, h, w))
+            file = directory / "latents.npy"
+            if file.exists():  # the decoder's alone
+                pairs = np.load(file, mmap_mode="r")
+                latents.append(pairs.reshape(-1, 2, *pairs.shape[1:]))
+            places.append([(cache, k) for k in range(len(tokens[-1]))])
+        first = [len(some) - min(96, len(some) // 4) for some in tokens]
+        self.trained = sum(first)
+        self.tokens, self.latents = _sorted(tokens, first), _sorted(latents, first)
+        self._places = [p for some, f in zip(places, first, strict=True) for p in some[:f]]
+        self._places += [p for some, f in zip(places, first, strict=True) for p in some[f:]]
+
+    def edit(self, k: int) -> Edit:
+        cache, row = self._places[k]
+        return cache.edit(row)
+
+
+def _sorted(parts: list[np.ndarray], first: list[int]) -> np.ndarray:
+    """The first rows of each part, then the other rows of each; one part as it is."""
+    if len(parts) < 2:
+        return parts[0] if parts else np.empty((0, 2))
+    cut = list(zip(parts, first, strict=True))
+    return np.concatenate([part[:n] for part, n in cut] + [part[n:] for part, n in cut])
 
 
 class EncodedScenes:

@@ -154,7 +154,7 @@ class GeneratorTask:
     def _read_edits(self, data: EncodedEdits, rows: np.ndarray, rng: np.random.Generator) -> GeneratorBatch:
         pairs = torch.from_numpy(data.tokens[rows].astype(np.int64))
         prompts = [
-            self.builder.build(instruction(data.cache.edit(int(k)), data.cache.bank, rng), data.target, None, [source])
+            self.builder.build(instruction(data.edit(int(k)), data.bank, rng), data.target, None, [source])
             for k, source in zip(rows, pairs[:, 0], strict=True)
         ]
         return self._assemble(prompts, pairs[:, 1].flatten(1), rng, self.noise, 0)

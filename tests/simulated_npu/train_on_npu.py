@@ -53,7 +53,7 @@ def losses(device: str, work: Path, scenes, pairs) -> dict[str, list[float]]:  #
             encode_latents(work / name, cache, vae, 64)
     else:
         encode_latents(work / "again", scenes, vae, 8)
-    data, edits = EncodedScenes(work / "s", scenes), EncodedEdits(work / "e", pairs)
+    data, edits = EncodedScenes(work / "s", scenes), EncodedEdits((work / "e", pairs))
     builder = PromptBuilder(train_bpe(["a fox"], TINY), TINY["vision_language_encoder"])
     generator = GeneratorTask(models["vision_language_encoder"], builder, [data], data, edits=edits)
     decoder = DecoderTask(
