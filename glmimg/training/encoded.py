@@ -26,8 +26,8 @@ from glmimg.training.folder import FolderCache
 
 
 class EncodedEdits:
-    """Edit pairs of folders with their caches, all of one size: `tokens` (n, 2, h, w), `latents` (n, 2, C, H8, W8), source
-    and target. The first `trained` train; the last pairs of each folder are held out. `edit(k)`: ground truth."""
+    """Edit pairs of folders with their caches, all of one size, source and target: `tokens` (n, 2, h, w), `latents`
+    (n, 2, C, H8, W8). The first `trained` train; the last of each folder are held out. `edit(k)`: ground truth."""
 
     def __init__(self, *folders: tuple[Path | str, EditCache]) -> None:
         self.bank = folders[0][1].bank
