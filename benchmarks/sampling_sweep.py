@@ -1,11 +1,14 @@
-"""Which sampling settings suit a checkpoint: one at a time is changed from its defaults, on prompts of their own.
+"""Which sampling settings suit a checkpoint, and how another checkpoint compares, on prompts of their own.
 
     python benchmarks/sampling_sweep.py -o sweep guidance_scale=1,2,3 temperature=0.2,0.7 [--model M] [-n 200]
     python benchmarks/sampling_sweep.py -o sweep '{"guidance_scale": 4, "guidance_interval": [0.5, 1]}'
+    python benchmarks/sampling_sweep.py -o sweep --other FOLDER --words --edits 98    # FOLDER against the embedded one
 
-The prompts are made as the report card's, from seeds that neither the card nor training uses, so settings may be chosen
-by them. Judged are layout (everything at once right) and concepts (all things among the judge's five first), beside the
-change from the defaults on the same prompts and its standard error. DIR gets table.md and sheet.png, a row a setting.
+One setting at a time is changed from the checkpoint's defaults. The prompts are made as the report card's, from seeds
+that neither the card nor training uses, so settings may be chosen by them. Judged are layout (everything at once
+right), concepts (all things among the judge's five first), words (read right by OCR) and edits (changed as asked and
+the rest kept), beside the change from the first row on the same prompts and its standard error. DIR gets table.md, by
+part and by subset, and sheet.png, a row a setting.
 """
 
 from __future__ import annotations
@@ -18,62 +21,90 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from glmimg import Checkpoint, ImageToImagePipeline, TextToImagePipeline
 from glmimg.atomic_write import atomic_file
+from glmimg.corpus.scenes import draw
 from glmimg.corpus.sheet import contact_sheet
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput
 from glmimg.evaluation.concepts import Judge
 from glmimg.evaluation.drawers import PipelineModel
-from glmimg.evaluation.prompts import make_prompts
+from glmimg.evaluation.editing import score as edit_score
+from glmimg.evaluation.prompts import Record, make_edits, make_prompts
 from glmimg.evaluation.scoring import Scorers
+from glmimg.evaluation.text import rapidocr_reader
 from glmimg.pipelines.stages import Stages
 
 SEED = 700_000  # the card's begin at 900,000
-RIGHT = {"layout": "all", "concepts": "top5"}
+RIGHT = {"layout": "all", "concepts": "top5", "text": "word", "edit": "both"}
 SHOWN = 12
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", metavar="NAME=VALUE,...|JSON", help="of SamplingConfig")
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE,...|JSON", help="of SamplingConfig")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--model", default="embedded")
+    parser.add_argument("--other", action="append", default=[], metavar="PATH", help="another checkpoint, as it is")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--bank", type=Path, default=Path("runs/corpus"))
-    parser.add_argument("-n", type=int, default=200, help="prompts, the words left out")
+    parser.add_argument("-n", type=int, default=200, help="prompts, without --words a quarter fewer (200)")
+    parser.add_argument("--edits", type=int, default=0, help="edits (0)")
+    parser.add_argument("--words", action="store_true", help="prompts with words too: needs 'glmimg[ocr]'")
     arguments = parser.parse_args()
-    tried: list[dict[str, Any]] = [{}, *(one for text in arguments.settings for one in settings(text))]
-    bank, stages = StickerBank(arguments.bank), Stages(Checkpoint.open(arguments.model), arguments.backend)
-    pipelines = TextToImagePipeline(stages), ImageToImagePipeline(stages)
-    scorers = Scorers(bank, Judge.load(), None)
-    records = make_prompts(bank, arguments.n, first_seed=SEED, signs=False)
+    tried: list[tuple[str, dict[str, Any]]] = [(arguments.model, {})]
+    tried += [(arguments.model, one) for text in arguments.settings for one in settings(text)]
+    tried += [(place, {}) for place in arguments.other]
+    if len(tried) == 1:
+        parser.error("nothing to compare: give settings or --other")
+    bank, signs = StickerBank(arguments.bank), arguments.words
+    scorers = Scorers(bank, Judge.load(), rapidocr_reader() if signs else None)
+    records = make_prompts(bank, arguments.n, first_seed=SEED, signs=signs)
+    edits = make_edits(bank, arguments.edits, first_seed=SEED, signs=signs) if arguments.edits else []
+    truth = [tuple(draw(scene, bank) for scene in (r.source, r.scene) if scene) for r in edits]
+    parts = [part for part in RIGHT if any(r.part == part for r in (*records, *edits))]
     shown = [k * len(records) // SHOWN for k in range(SHOWN)]
-    lines = ["| setting | " + " | ".join(RIGHT) + " | s a picture |", "|---|" + "---|" * (len(RIGHT) + 1)]
-    scores: list[dict[str, np.ndarray]] = []
-    pictures, captions = [], []
-    for setting in tried:
-        model = PipelineModel(*pipelines, config=setting)
+    lines = ["| | " + " | ".join(parts) + " | s a picture |", "|---|" + "---|" * (len(parts) + 1)]
+    scores: list[np.ndarray] = []
+    names, pictures, captions = [], [], []
+    for place, setting in tried:
+        stages = Stages(Checkpoint.open(place), arguments.backend)
+        model = PipelineModel(TextToImagePipeline(stages), ImageToImagePipeline(stages), config=setting)
         made = model.draw([record.prompt for record in records], [record.seed for record in records])
-        right: dict[str, list[float]] = {part: [] for part in RIGHT}
-        for record, picture in zip(records, made, strict=True):
-            right[record.part].append(float(scorers.score(np.asarray(picture), record)[RIGHT[record.part]]))
-        scores.append({part: np.asarray(values) for part, values in right.items()})
-        name = json.dumps(setting)[1:-1].replace('"', "") or "as shipped"
-        lines.append(row(name, scores[0], scores[-1], float(np.median(model.seconds))))
+        right = [scorers.score(np.asarray(p), r)[RIGHT[r.part]] for r, p in zip(records, made, strict=True)]
+        sources = [Image.fromarray(before) for before, _ in truth]
+        edited = model.edit([r.prompt for r in edits], sources, [r.seed for r in edits])
+        for r, image, (before, after) in zip(edits, edited, truth, strict=True):
+            right.append(edit_score(np.asarray(image), r, before, after, scorers.judge, scorers.reader)["both"])
+        scores.append(np.asarray(right, dtype=float))
+        names.append(json.dumps(setting)[1:-1].replace('"', "") or place)
+        within = {part: np.array([r.part == part for r in (*records, *edits)]) for part in parts}
+        cells = [cell(scores[0][rows], scores[-1][rows]) for rows in within.values()]
+        lines.append(f"| {names[-1]} | {' | '.join(cells)} | {np.median(model.seconds):.2f} |")
         print(lines[-1], file=sys.stderr, flush=True)
         pictures += [made[k] for k in shown]
-        captions += [f"{name}: {records[k].prompt}" for k in shown]
+        captions += [f"{names[-1]}: {records[k].prompt}" for k in shown]
         arguments.output.mkdir(parents=True, exist_ok=True)
         font = bank.directory / "fonts" / "cjk.ttc"  # not in a bank of pictures alone
         sheet = contact_sheet(pictures, captions, columns=SHOWN, font_path=str(font) if font.exists() else None)
         sheet.save(arguments.output / "sheet.png")
-        counts = ", ".join(f"{len(values)} of {part}" for part, values in scores[0].items())
-        told = "\n".join([*lines, "", f"Prompts: {counts}, seeds from {SEED}.", ""])
+        subsets = by_subset([*records, *edits], names, scores)
+        told = "\n".join([*lines, "", f"Prompts with seeds from {SEED}.", "", *subsets, ""])
         with atomic_file(arguments.output / "table.md") as temporary:
             temporary.write_text(told)
     print(told)
+
+
+def by_subset(records: Sequence[Record], names: Sequence[str], scores: Sequence[np.ndarray]) -> list[str]:
+    """A table with a row for each subset of the prompts."""
+    lines = ["| subset | n | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for subset in dict.fromkeys((r.part, r.subset) for r in records):
+        rows = np.array([(r.part, r.subset) == subset for r in records])
+        cells = " | ".join(cell(scores[0][rows], now[rows]) for now in scores)
+        lines.append(f"| {subset[0]}: {subset[1]} | {int(rows.sum())} | {cells} |")
+    return lines
 
 
 def settings(text: str) -> list[dict[str, Any]]:
@@ -92,13 +123,10 @@ def settings(text: str) -> list[dict[str, Any]]:
         raise BadInput(f"{text!r}: values must be numbers, or strings in double quotes ({error})") from error
 
 
-def row(name: str, before: dict[str, np.ndarray], now: dict[str, np.ndarray], seconds: float) -> str:
-    cells: Sequence[str] = [
-        f"{100 * now[part].mean():.0f} % ({100 * change.mean():+.1f} +- {100 * change.std() / len(change) ** 0.5:.1f})"
-        for part in RIGHT
-        for change in [now[part] - before[part]]
-    ]
-    return f"| {name} | {' | '.join(cells)} | {seconds:.2f} |"
+def cell(before: np.ndarray, now: np.ndarray) -> str:
+    """The share, and its change with the standard error, in percent."""
+    change = now - before
+    return f"{100 * now.mean():.0f} % ({100 * change.mean():+.1f} +- {100 * change.std() / len(change) ** 0.5:.1f})"
 
 
 if __name__ == "__main__":

@@ -102,8 +102,15 @@ def make_prompts(
     return records
 
 
-def make_edits(bank: StickerBank, n: int, *, size: tuple[int, int] = (256, 256), signs: bool = True) -> list[Record]:
-    """About `n` edits, each kind equally often."""
+def make_edits(
+    bank: StickerBank,
+    n: int,
+    *,
+    size: tuple[int, int] = (256, 256),
+    first_seed: int = FIRST_SEED,
+    signs: bool = True,
+) -> list[Record]:
+    """About `n` edits, each kind equally often; the rest as in `make_prompts`."""
     records = []
     options: dict[str, Any] = {"sizes": ((size, 1.0),), "max_things": 2}
     if not signs:
@@ -111,7 +118,7 @@ def make_edits(bank: StickerBank, n: int, *, size: tuple[int, int] = (256, 256),
     for number, kind in enumerate(EDIT_WEIGHTS):
         if kind == "word" and not signs:
             continue
-        seed = FIRST_SEED + 100_000 + 1000 * number
+        seed = first_seed + 100_000 + 1000 * number
         sampler = EditSampler(bank, "train", seed=seed, weights={kind: 1.0}, **options)
         for k in range(max(2, round(n / len(EDIT_WEIGHTS)))):
             edit = sampler.sample(k)
