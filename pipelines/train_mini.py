@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes and make batches")
     told = "how much of something is drawn, or kept encoded (32 KB each), as first=9000 or first_latents=9000"
     parser.add_argument("--scale", action="append", default=[], metavar="NAME=N", help=told)
-    told = "for the generator alone: keep no pictures of training scenes (200 KB each), only their tokens"
+    told = "for the generator alone: keep no pictures of drawn training scenes (200 KB each), only their tokens"
     parser.add_argument("--tokens-only", action="store_true", help=told)
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression: names of weights that learn")
     parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glmimg.atomic_write import atomic_file
 from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.cache import EditCache, SceneCache, pictures_of
 from glmimg.corpus.edits import Edit
@@ -119,8 +120,9 @@ def encode_tokens(
         rows[start : start + 64] = torch.cat([small.flatten(1), large.flatten(1)], 1).to(torch.int16).cpu().numpy()
         if start % 6400 == 0:
             print(f"tokens {start}/{n}, {time.monotonic() - begun:.0f} s", flush=True)
-    np.save(directory / "tokens.npy", rows)
     (directory / "settings.json").write_text(json.dumps({"target": target, "preview": preview}))
+    with atomic_file(directory / "tokens.npy") as partial:  # last: whoever finds it takes the rest for granted
+        np.save(partial, rows)
 
 
 @torch.no_grad()
@@ -147,5 +149,6 @@ def encode_latents(
             print(f"latents {done}/{count}, {time.monotonic() - begun:.0f} s", flush=True)
         if minutes and time.monotonic() - begun > minutes * 60:
             break
-    np.save(directory / "latents.npy", out[:done])
+    with atomic_file(directory / "latents.npy") as partial:
+        np.save(partial, out[:done])
     return done
