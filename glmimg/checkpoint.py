@@ -78,6 +78,7 @@ class CheckpointSettings:
     temperature: float
     top_p: float
     top_k: int
+    token_guidance: float
     default_size: tuple[int, int]
     min_size: int
     max_size: int
@@ -121,6 +122,7 @@ class CheckpointSettings:
                 top_p=generation.get("top_p", 1.0),
                 # transformers' generate applies 50 where the file is silent, as the published one is
                 top_k=generation.get("top_k", 50) or 0,
+                token_guidance=generation.get("token_guidance", 1.0),
                 default_size=tuple(generation.get("default_size", (1024, 1024))),
                 min_size=generation.get("min_size", 512),
                 max_size=generation.get("max_size", 2048),

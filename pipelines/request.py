@@ -114,6 +114,7 @@ def default_config(stages: Stages) -> SamplingConfig:
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
+        token_guidance=settings.token_guidance,
     )
 
 
