@@ -242,6 +242,6 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=0, help="processes that draw (0: this one)")
     a = parser.parse_args()
     w, h = (int(v) for v in a.size.split("x"))
-    bank, size = StickerBank(a.bank), {"height": h, "width": w}
-    made = render(a.directory, bank, a.count, split=a.split, seed=a.seed, start=a.start, workers=a.workers, **size)
+    told = {"split": a.split, "seed": a.seed, "start": a.start, "workers": a.workers}
+    made = render(a.directory, StickerBank(a.bank), a.count, height=h, width=w, **told)
     print(f"{len(made)} scenes in {a.directory}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,10 @@ def encode_tokens(
     target, preview = target_grid(height, width), preview_grid(height, width, preview_side)
     n, begun = min(count or len(cache), len(cache)), time.monotonic()
     rows = np.empty((n, preview[0] * preview[1] + target[0] * target[1]), dtype=np.int16)
+    blocks: Iterator[np.ndarray]
     if isinstance(cache, FolderCache):
-        blocks = (np.stack([cache.picture(k) for k in range(s, min(s + 64, n))]) for s in range(0, n, 64))
+        kept = cache.pictures
+        blocks = (kept[s : min(s + 64, n)] for s in range(0, n, 64))
     else:
         blocks = pictures_of(cache, n, workers)
     for start, pictures in zip(range(0, n, 64), blocks, strict=True):
