@@ -3,8 +3,8 @@
 A preset is a plain dict: `vision_language_encoder`, `transformer`, `text_encoder`, `vae`, `scheduler`,
 `preprocessor` and `generation` hold what the matching file of the folder holds (see docs/checkpoint-format.md).
 `generation` carries, beside the published keys, the settings that a checkpoint of another size needs:
-`preview_side` (published rule: 16), `num_inference_steps`, `decoder_guidance_scale`, `token_guidance`,
-`default_size`, `min_size`, `max_size`.
+`preview_side` (published rule: 16), `num_inference_steps`, `decoder_guidance_scale`, `default_size`, `min_size`,
+`max_size`.
 
 No torch is imported here: command-line help and planning read presets.
 """
@@ -38,7 +38,6 @@ def _preset(
     vae_channels: tuple[int, int, int, int],
     temperature: float = 0.9,
     top_p: float = 0.75,
-    token_guidance: float = 1.0,
 ) -> Preset:
     vision_vocab = codes + 16  # the codes, image start, image end, and spare rows as in the published vocabulary
     head_dim = width // heads
@@ -143,7 +142,6 @@ def _preset(
             "preview_side": 4,
             "num_inference_steps": 20,
             "decoder_guidance_scale": 1.5,  # transformers gives the plain name a meaning of its own
-            "token_guidance": token_guidance,
             "default_size": [256, 256],
             "min_size": 64,
             "max_size": 512,
@@ -175,7 +173,6 @@ PRESETS: dict[str, Preset] = {
         # By eye: surer than at 1.0, while the published nucleus would leave out things in favour of plain background.
         temperature=0.4,
         top_p=0.95,
-        token_guidance=1.5,  # more of the prompt in the layout: docs/report-card.md
     ),
     # For tests: every part of the architecture, a second to run.
     "tiny": _preset(
