@@ -69,8 +69,10 @@ def main() -> None:
     lines = ["| | " + " | ".join(parts) + " | s a picture |", "|---|" + "---|" * (len(parts) + 1)]
     scores: list[np.ndarray] = []
     names, pictures, captions = [], [], []
+    opened = ""
     for place, setting in tried:
-        stages = Stages(Checkpoint.open(place), arguments.backend)
+        if place != opened:  # settings of one checkpoint share its weights
+            stages, opened = Stages(Checkpoint.open(place), arguments.backend), place
         model = PipelineModel(TextToImagePipeline(stages), ImageToImagePipeline(stages), config=setting)
         made = model.draw([record.prompt for record in records], [record.seed for record in records])
         right = [scorers.score(np.asarray(p), r)[RIGHT[r.part]] for r, p in zip(records, made, strict=True)]
