@@ -21,7 +21,7 @@ from glmimg.autoencoder import Autoencoder, compute_dtype
 from glmimg.backends import Backend, pick_backend
 from glmimg.checkpoint import Checkpoint
 from glmimg.decoder import Decoder
-from glmimg.errors import BackendError, BadInput, UnknownName
+from glmimg.errors import BadInput, UnknownName
 from glmimg.fused_linear import fuse_qkv
 from glmimg.generator import TokenGenerator
 from glmimg.glyph_encoder import GlyphEncoder
@@ -80,11 +80,8 @@ class Stages:
             and self.backends["generator"].eight_bit_tokens
             and self.dtypes["generator"] == torch.bfloat16
         )
-        if compile and not self.backends["decoder"].can_compile:
-            raise BackendError(
-                f"compile=True needs a compiler for {self.backends['decoder'].device}, and none was found (g++ or "
-                "clang for a processor, triton for a GPU): install it, or leave compile out"
-            )
+        if compile:
+            self.backends["decoder"].need_compiler()
         if compile and offload == "block":
             raise BadInput("compile=True and offload='block' exclude each other: streamed blocks change their weights")
         self.load_seconds = 0.0

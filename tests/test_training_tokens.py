@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
+from glmimg.backends.cpu import Cpu
 from glmimg.corpus.cache import EditCache, SceneCache, pictures_of, render, render_edits
 from glmimg.corpus.stickers import StickerBank
-from glmimg.errors import BadInput
+from glmimg.errors import BackendError, BadInput
 from glmimg.pipelines.train_mini import main as train_mini
-from glmimg.training.encoded import EncodedEdits
+from glmimg.presets import PRESETS
+from glmimg.prompt import PromptBuilder
+from glmimg.semantic_tokenizer import SemanticTokenizer
+from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_tokens
+from glmimg.training.generator_task import GeneratorTask
 from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.optimizer import on_grids
 from glmimg.weight_grid import on_grid
-from glmimg.weights_tools.init import init_checkpoint
+from glmimg.weights_tools.init import build_models, init_checkpoint, train_bpe
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -109,6 +115,32 @@ def test_generator_trains_on_tokens_alone(tmp_path: Path, bank: StickerBank) -> 
     assert (config["grid"], config["learning_rate"]) == (2, 1e-4)
     rows = [json.loads(row) for row in (work / "generator" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["held_out_edit_bits"] > 0
+
+
+def test_compiled_losses_are_the_same(tmp_path: Path, bank: StickerBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = PRESETS["tiny"]
+    monkeypatch.setattr(Cpu, "can_compile", False)
+    with pytest.raises(BackendError, match="leave compile out"):
+        train_mini(["--work", str(tmp_path), "--compile", "--device", "cpu"])
+    monkeypatch.undo()
+    if not Cpu.can_compile:
+        pytest.skip("no C++ compiler here: NOTHING was compiled")
+    models = [build_models(preset, seed=0)["vision_language_encoder"] for _ in range(2)]
+    cache = render(tmp_path / "scenes", bank, 8, seed=0, height=64, width=64)
+    encode_tokens(tmp_path / "encoded", cache, SemanticTokenizer.of(models[0]), 1)
+    data = EncodedScenes(tmp_path / "encoded", cache)
+    builder = PromptBuilder(train_bpe(["a fox"], preset), preset["vision_language_encoder"])
+    before = models[0].model.language_model.layers[0].mlp.down_proj.weight.detach().clone()
+    for model, compiled in zip(models, (False, True), strict=True):
+        task = GeneratorTask(model, builder, [data], data)
+        config = TrainConfig(learning_rate=1e-3, batch_size=4, steps=3, warmup=1, autocast=False, compile=compiled)
+        torch.compiler.reset()
+        Run(task, config, tmp_path / str(compiled)).train()
+        assert bool(counters["frames"]["ok"]) == compiled
+    plain, fused = (model.model.language_model.layers[0].mlp.down_proj.weight for model in models)
+    assert (plain - fused).norm() < 0.05 * (plain - before).norm()
+    rows = [(tmp_path / str(c) / "log.jsonl").read_text().splitlines()[-1] for c in (False, True)]
+    assert json.loads(rows[0]) | {"minutes": 0} == pytest.approx(json.loads(rows[1]) | {"minutes": 0}, rel=1e-3)
 
 
 def test_edit_pairs_of_several_folders_hold_out_some_of_each(tmp_path: Path, bank: StickerBank) -> None:

@@ -104,6 +104,14 @@ class Backend:
     def synchronize(self) -> None:
         """Waits until everything queued on the device is done."""
 
+    def need_compiler(self) -> None:
+        """Raises BackendError where torch.compile could not work."""
+        if not self.can_compile:
+            raise BackendError(
+                f"compiling needs a compiler for {self.device}, and none was found (g++ or clang for a processor, "
+                "triton for a GPU): install it, or leave compile out"
+            )
+
     def empty_cache(self) -> None:
         """Gives memory that no tensor holds back to the system."""
 

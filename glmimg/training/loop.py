@@ -37,9 +37,10 @@ class TrainConfig:
     steps: optimizer steps in all (0: bounded by `minutes` alone). minutes: wall-clock bound over all resumptions (0:
     bounded by steps alone); the decay follows whichever ends the run. decay: the last part of the run, in which the
     learning rate falls linearly to zero. ema: decay of the moving average (0: none). grid: matrices learn to be rounded
-    to so many steps in a standard deviation (`optimizer.on_grids`; 0: not). workers: processes that make batches (0: a
-    thread of this one, which is enough beside training on processors). save_minutes, sheet_minutes, evaluate_minutes:
-    how often state, sample sheet and held-out loss are written.
+    to so many steps in a standard deviation (`optimizer.on_grids`; 0: not). compile: losses go through torch.compile,
+    which takes a minute or two. workers: processes that make batches (0: a thread of this one, which is enough beside
+    training on processors). save_minutes, sheet_minutes, evaluate_minutes: how often state, sample sheet and held-out
+    loss are written.
     """
 
     learning_rate: float
@@ -54,6 +55,7 @@ class TrainConfig:
     ema: float = 0.0
     muon: bool = True
     grid: int = 0
+    compile: bool = False
     seed: int = 0
     threads: int = 0
     workers: int = 0
@@ -227,6 +229,7 @@ class Run:
         last_save = self.elapsed  # the first process' clock: all must save at the same step
         sums: dict[str, list[float | torch.Tensor]] = {}  # what each step told; not every batch tells everything
         counted = 0
+        loss_of = torch.compile(self.task.loss, dynamic=True) if c.compile else self.task.loss
         autocast = torch.autocast(c.device.split(":")[0], dtype=torch.bfloat16, enabled=c.autocast)
         mine, all_of_them = self.processes.rank * c.batch_size, self.processes.count * c.batch_size
         with _batches(self.task, c, self.position + mine, all_of_them) as batches:
@@ -236,7 +239,7 @@ class Run:
                 self.optimizers.scale_learning_rate(self.learning_rate_factor())
                 with on_grids(self.optimizers.parameters, c.grid):
                     with autocast:
-                        loss, metrics = self.task.loss(batch, self.progress(), self.generator)
+                        loss, metrics = loss_of(batch, self.progress(), self.generator)
                     loss.backward()
                 if self.processes.count > 1:
                     for p in self.optimizers.parameters:  # all must exchange the same list
