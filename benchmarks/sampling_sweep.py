@@ -3,6 +3,7 @@
     python benchmarks/sampling_sweep.py -o sweep guidance_scale=1,2,3 temperature=0.2,0.7 [--model M] [-n 200]
     python benchmarks/sampling_sweep.py -o sweep '{"guidance_scale": 4, "guidance_interval": [0.5, 1]}'
     python benchmarks/sampling_sweep.py -o sweep --other FOLDER --words --edits 98    # FOLDER against the embedded one
+    python benchmarks/sampling_sweep.py -o sweep best_of=4    # the one that it likes best itself
 
 One setting at a time is changed from the checkpoint's defaults. The prompts are made as the report card's, from seeds
 that neither the card nor training uses, so settings may be chosen by them. Judged are layout (everything at once
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from glmimg.evaluation.editing import score as edit_score
 from glmimg.evaluation.prompts import Record, make_edits, make_prompts
 from glmimg.evaluation.scoring import Scorers
 from glmimg.evaluation.text import rapidocr_reader
+from glmimg.pipelines.best_of import LikelihoodVerifier, best_of
 from glmimg.pipelines.stages import Stages
 
 SEED = 700_000  # the card's begin at 900,000
@@ -53,6 +56,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=200, help="prompts, without --words a quarter fewer (200)")
     parser.add_argument("--edits", type=int, default=0, help="edits (0)")
     parser.add_argument("--words", action="store_true", help="prompts with words too: needs 'glmimg[ocr]'")
+    parser.add_argument("--first-seed", type=int, default=SEED, help=f"of the prompts ({SEED}); for a set to confirm on")
     arguments = parser.parse_args()
     tried: list[tuple[str, dict[str, Any]]] = [(arguments.model, {})]
     tried += [(arguments.model, one) for text in arguments.settings for one in settings(text)]
@@ -61,8 +65,8 @@ def main() -> None:
         parser.error("nothing to compare: give settings or --other")
     bank, signs = StickerBank(arguments.bank), arguments.words
     scorers = Scorers(bank, Judge.load(), rapidocr_reader() if signs else None)
-    records = make_prompts(bank, arguments.n, first_seed=SEED, signs=signs)
-    edits = make_edits(bank, arguments.edits, first_seed=SEED, signs=signs) if arguments.edits else []
+    records = make_prompts(bank, arguments.n, first_seed=arguments.first_seed, signs=signs)
+    edits = make_edits(bank, arguments.edits, first_seed=arguments.first_seed, signs=signs) if arguments.edits else []
     truth = [tuple(draw(scene, bank) for scene in (r.source, r.scene) if scene) for r in edits]
     parts = [part for part in RIGHT if any(r.part == part for r in (*records, *edits))]
     shown = [k * len(records) // SHOWN for k in range(SHOWN)]
@@ -73,8 +77,9 @@ def main() -> None:
     for place, setting in tried:
         if place != opened:  # settings of one checkpoint share its weights
             stages, opened = Stages(Checkpoint.open(place), arguments.backend), place
-        model = PipelineModel(TextToImagePipeline(stages), ImageToImagePipeline(stages), config=setting)
-        made = model.draw([record.prompt for record in records], [record.seed for record in records])
+        config = {name: value for name, value in setting.items() if name != "best_of"}
+        model = PipelineModel(TextToImagePipeline(stages), ImageToImagePipeline(stages), config=config)
+        made = draw_best(model, records, int(setting.get("best_of", 1)))
         right = [scorers.score(np.asarray(p), r)[RIGHT[r.part]] for r, p in zip(records, made, strict=True)]
         sources = [Image.fromarray(before) for before, _ in truth]
         edited = model.edit([r.prompt for r in edits], sources, [r.seed for r in edits])
@@ -93,10 +98,23 @@ def main() -> None:
         sheet = contact_sheet(pictures, captions, columns=SHOWN, font_path=str(font) if font.exists() else None)
         sheet.save(arguments.output / "sheet.png")
         subsets = by_subset([*records, *edits], names, scores)
-        told = "\n".join([*lines, "", f"Prompts with seeds from {SEED}.", "", *subsets, ""])
+        told = "\n".join([*lines, "", f"Prompts with seeds from {arguments.first_seed}.", "", *subsets, ""])
         with atomic_file(arguments.output / "table.md") as temporary:
             temporary.write_text(told)
     print(told)
+
+
+def draw_best(model: PipelineModel, records: Sequence[Record], count: int) -> list[Image.Image]:
+    """Of `count` pictures of each prompt, the first with the record's seed, the best by the checkpoint's own
+    likelihood (words too: OCR is the judge here)."""
+    if count == 1:
+        return model.draw([record.prompt for record in records], [record.seed for record in records])
+    chosen, verifier = [], LikelihoodVerifier(model.stages)
+    for record in records:
+        begun = time.perf_counter()
+        chosen.append(best_of(model.pictures, record.prompt, count, verifier, seed=record.seed, **model.options))
+        model.seconds.append(time.perf_counter() - begun)
+    return [result.images[0] for result in chosen]
 
 
 def by_subset(records: Sequence[Record], names: Sequence[str], scores: Sequence[np.ndarray]) -> list[str]:

@@ -28,7 +28,7 @@ def generate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what is to be seen; '-' reads prompts from stdin")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt on each line; '-' for stdin")
     _add_options(parser)
-    parser.add_argument("--best-of", type=int, metavar="N", help="make N, keep the one whose quoted text reads best")
+    parser.add_argument("--best-of", type=int, metavar="N", help="make N, keep the one that reads or fits best")
     return _generate
 
 
@@ -96,17 +96,16 @@ def _generate(arguments: argparse.Namespace) -> int:
     from glmimg.pipelines.text_to_image import TextToImagePipeline
 
     pipeline = _opened(TextToImagePipeline, arguments, source)
-    verifier = None
     if arguments.best_of is not None:
-        from glmimg.pipelines.best_of import TextVerifier, best_of
+        from glmimg.pipelines.best_of import LikelihoodVerifier, TextVerifier, best_of, has_text
 
-        verifier = TextVerifier()
-        for prompt in prompts:
-            verifier.require(prompt)
+        reader = TextVerifier() if any(map(has_text, prompts)) else None  # refused here if it is not installed
+        own = LikelihoodVerifier(pipeline.stages)
     report = _Report(arguments, count)
     options["callback"] = report.event
-    if verifier is not None:
+    if arguments.best_of is not None:
         for prompt in prompts:
+            verifier = reader if reader is not None and has_text(prompt) else own
             report.add(best_of(pipeline, prompt, arguments.best_of, verifier, seed=seed, **options))
         return 0
     together = max(1, CHUNK // arguments.n)

@@ -1,21 +1,31 @@
 """Best of N: make several pictures, keep the one that a verifier likes best.
 
-A verifier is any callable `verifier(picture, prompt) -> float`, more is better. `TextVerifier` reads the picture.
+A verifier is any callable `verifier(picture, prompt) -> float`, more is better. `TextVerifier` reads the picture,
+`LikelihoodVerifier` asks the checkpoint's own token generator.
+
+Legend: N emitted tokens, T sequence, V codebook.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from glmimg.errors import BadInput, MissingExtra
+from glmimg.pipelines.image_to_image import ImageToImagePipeline
 from glmimg.pipelines.result import Result
+from glmimg.pipelines.stages import Stages
+from glmimg.positions import span_positions
 from glmimg.prompt import glyph_texts
+from glmimg.token_grid import TokenGrid
 
-__all__ = ["TextVerifier", "Verifier", "best_of", "normalised"]
+__all__ = ["LikelihoodVerifier", "TextVerifier", "Verifier", "best_of", "has_text", "normalised", "token_bits"]
 
 Verifier = Callable[[Image.Image, str], float]
 
@@ -24,11 +34,13 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
     """The best of `count` pictures of one prompt, as a Result of one picture whose settings carry "score" and "of".
 
     `pipeline` is a TextToImagePipeline; `options` are arguments of its call. The picture's own seed stands in its
-    settings, so that it can be made again alone. Without a verifier the prompt's quoted text is read.
+    settings, so that it can be made again alone. Without a verifier the prompt's quoted text is read, or, if it has
+    none, the checkpoint itself judges.
     """
     if not isinstance(prompt, str):
         raise BadInput("best_of takes one prompt: call it once for each")
-    verifier = verifier or TextVerifier()
+    if verifier is None:
+        verifier = TextVerifier() if has_text(prompt) else LikelihoodVerifier(pipeline.stages)
     if isinstance(verifier, TextVerifier):
         verifier.require(prompt)
     result = pipeline(prompt, num_images_per_prompt=count, **options)
@@ -36,6 +48,11 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
     best = max(range(len(scores)), key=scores.__getitem__)  # the first of equals
     settings = result.settings[best] | {"score": scores[best], "of": count}
     return Result([result.images[best]], [result.tokens[best]], result.timings, [settings])
+
+
+def has_text(prompt: str) -> bool:
+    """Whether something in the prompt is quoted, so that it can be read in a picture."""
+    return bool("".join(glyph_texts(prompt)).strip())
 
 
 def normalised(text: str) -> str:
@@ -58,7 +75,7 @@ class TextVerifier:
 
     def require(self, prompt: str) -> None:
         """BadInput if there is nothing to read."""
-        if not "".join(glyph_texts(prompt)).strip():
+        if not has_text(prompt):
             raise BadInput('the prompt has no text in quotation marks to read: a sign that says "OPEN"')
 
     def read(self, picture: Image.Image) -> str:
@@ -74,3 +91,32 @@ class TextVerifier:
         seen = normalised(self.read(picture))
         accuracy = sum(word in seen for word in words) / len(words)
         return 0.999 * accuracy + 0.001 * difflib.SequenceMatcher(None, normalised(wanted), seen).ratio()
+
+
+class LikelihoodVerifier:
+    """How much likelier the picture is with its prompt than without, as the checkpoint sees it: bits a token, without a
+    caption (times `weight`) minus with it, of the tokens that its own semantic tokenizer reads in the picture.
+
+    That judges both stages: what the generator laid out and what the decoder made of it. The full difference (weight 1)
+    likes pictures that fit nothing but the prompt, weight 0 likes plain ones.
+    """
+
+    def __init__(self, stages: Stages, weight: float = 0.75) -> None:
+        self.stages, self.weight = stages, weight
+
+    def __call__(self, picture: Image.Image, prompt: str) -> float:
+        grid = ImageToImagePipeline(self.stages).extract_tokens(picture)
+        with_N, without_N = (token_bits(self.stages, text, grid) for text in (prompt, ""))
+        return float((self.weight * without_N - with_N).mean())
+
+
+@torch.no_grad()
+def token_bits(stages: Stages, prompt: str, grid: TokenGrid) -> torch.Tensor:
+    """Bits_N that the token generator needs for each token of a grid with its preview, in the order of emission."""
+    assert grid.preview_HW is not None
+    built = stages.prompts.build(prompt, grid.grid, (grid.preview_HW.shape[0], grid.preview_HW.shape[1]))
+    emitted_N = torch.cat([grid.preview_HW.flatten(), grid.ids_HW.flatten()])
+    ids_1T = torch.cat([torch.tensor(built.ids), emitted_N])[None]
+    positions_31T = span_positions([*built.spans, *built.grids])[0][:, None]
+    logits_NV = stages.generator.forward_logits(ids_1T, positions_31T)[0, len(built.ids) - 1 : -1]
+    return F.cross_entropy(logits_NV.float().cpu(), emitted_N, reduction="none") / math.log(2)

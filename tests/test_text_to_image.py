@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from glmimg import TextToImagePipeline
+from glmimg import ImageToImagePipeline, TextToImagePipeline
 from glmimg.config import SamplingConfig
 from glmimg.errors import BackendError, BadInput, Cancelled, UnknownName
 from glmimg.image_io import read_metadata
-from glmimg.pipelines.best_of import TextVerifier, best_of, normalised
+from glmimg.pipelines.best_of import TextVerifier, best_of, normalised, token_bits
 from glmimg.pipelines.result import Event, metadata_tokens
 from glmimg.token_grid import TokenGrid
 
@@ -301,6 +302,29 @@ def test_best_of_keeps_the_verifiers_choice(pipeline: TextToImagePipeline) -> No
     assert len(result.images) == 1 and float(pixels(result.images[0]).mean()) == max(shown)
     assert result.settings[0]["score"] == max(shown) and result.settings[0]["of"] == 4
     assert result.settings[0]["config"]["seed"] == 3 + shown.index(max(shown))
+
+
+def test_likelihood_verifier_asks_the_checkpoint(pipeline: TextToImagePipeline) -> None:
+    made = pipeline("a cat", num_images_per_prompt=3, seed=3, **SMALL)
+    result = best_of(pipeline, "a cat", 3, seed=3, **SMALL)
+    stages, scores = pipeline.stages, []
+    for image in made.images:
+        grid = ImageToImagePipeline(stages).extract_tokens(image)
+        with_N, without_N = (token_bits(stages, text, grid) for text in ("a cat", ""))
+        assert grid.preview_HW is not None and len(with_N) == grid.preview_HW.numel() + grid.ids_HW.numel()
+        assert bool((with_N > 0).all()) and not torch.equal(with_N, without_N)
+        scores.append(float((0.75 * without_N - with_N).mean()))
+    assert len(set(scores)) == 3 and result.settings[0]["score"] == pytest.approx(max(scores), abs=1e-3)
+    assert result.settings[0]["config"]["seed"] == 3 + scores.index(max(scores))
+    # No other last token needs as few bits as the likeliest one, which greedy drawing emits.
+    greedy = pipeline("a cat", **SMALL | {"config": {"temperature": 0.0}}).tokens[0]
+    bits = []
+    for code in range(greedy.codebook_size):
+        ids_HW = greedy.ids_HW.clone()
+        ids_HW[-1, -1] = code
+        bits.append(float(token_bits(stages, "a cat", replace(greedy, ids_HW=ids_HW))[-1]))
+    assert bits.index(min(bits)) == int(greedy.ids_HW[-1, -1])
+    assert sum(2**-b for b in bits) == pytest.approx(1, abs=1e-3)  # all of them: probabilities
 
 
 def test_text_verifier_reads_words() -> None:

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from glmimg.diffusion import interpolate, noise_like, training_sigmas, training_timesteps, velocity_target
 from glmimg.image_io import to_tensor
-from glmimg.positions import span_positions
+from glmimg.pipelines.best_of import token_bits
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import TokenGrid, patch_ids
 
@@ -129,14 +128,8 @@ class PipelineModel:
 
     def _bits(self, text: str, grid: TokenGrid) -> tuple[float, float]:
         assert grid.preview_HW is not None
-        preview = (grid.preview_HW.shape[0], grid.preview_HW.shape[1])
-        prompt = self.stages.prompts.build(text, grid.grid, preview)
-        emitted_N = torch.cat([grid.preview_HW.flatten(), grid.ids_HW.flatten()])
-        ids_1T = torch.cat([torch.tensor(prompt.ids), emitted_N])[None]
-        positions_31T = span_positions([*prompt.spans, *prompt.grids])[0][:, None]
-        logits_NV = self.stages.generator.forward_logits(ids_1T, positions_31T)[0, len(prompt.ids) - 1 : -1]
-        bits_N = F.cross_entropy(logits_NV.float().cpu(), emitted_N, reduction="none") / 0.6931471805599453
-        split = preview[0] * preview[1]
+        bits_N = token_bits(self.stages, text, grid)
+        split = grid.preview_HW.numel()
         return float(bits_N[:split].mean()), float(bits_N[split:].mean())
 
     def _decoder_loss(self, picture: Image.Image, text: str, grid: TokenGrid, seed: int) -> float:
