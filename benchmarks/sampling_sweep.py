@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=200, help="prompts, without --words a quarter fewer (200)")
     parser.add_argument("--edits", type=int, default=0, help="edits (0)")
     parser.add_argument("--words", action="store_true", help="prompts with words too: needs 'glmimg[ocr]'")
-    parser.add_argument("--first-seed", type=int, default=SEED, help=f"of the prompts ({SEED}); for a set to confirm on")
+    parser.add_argument("--first-seed", type=int, default=SEED, help=f"of the prompts ({SEED}): 720000 to confirm")
     arguments = parser.parse_args()
     tried: list[tuple[str, dict[str, Any]]] = [(arguments.model, {})]
     tried += [(arguments.model, one) for text in arguments.settings for one in settings(text)]
