@@ -66,7 +66,7 @@ class MiniTraining:
         self.work, self.preset_name, self.preset, self.scale = work, preset, PRESETS[preset], scale
         self.minutes, self.threads, self.seed, self.start_from = minutes, threads, seed, start_from
         self.device, self.workers = device, workers
-        self.only, self.word_share, self.edit_share, self.tokens_only = "", 0.3, 0.1, False
+        self.only, self.word_share, self.edit_share, self.tokens_only, self.compile = "", 0.3, 0.1, False, False
         self.changes: dict[str, Any] = {}  # of the recipes
 
     # Data
@@ -307,6 +307,7 @@ class MiniTraining:
         builder = PromptBuilder(self.bpe(), self.preset["vision_language_encoder"])
         model = self.models["vision_language_encoder"]
         self._spell("generator", model.model.language_model.embed_tokens.weight, model.lm_head.weight)
+        config = replace(recipes.generator(self.minutes["generator"], self.threads), compile=self.compile)
         task = GeneratorTask(
             model,
             builder,
@@ -315,7 +316,7 @@ class MiniTraining:
             edits=self.edits("tokens.npy"),
             edit_share=self.edit_share,
         )
-        self._run("generator", task, recipes.generator(self.minutes["generator"], self.threads))
+        self._run("generator", task, config)
 
     def decoder(self) -> None:
         from glmimg.autoencoder import Autoencoder
@@ -395,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
     told = "matrices learn to be rounded to N steps in a standard deviation: for `rounding --steps N` afterwards"
     parser.add_argument("--grid", type=int, metavar="N", help=told)
-    parser.add_argument("--compile", action="store_true", help="compile the losses: two minutes, then faster steps")
+    parser.add_argument("--compile", action="store_true", help="the generator: minutes first, then faster steps")
     parser.add_argument("--word-share", type=float, default=0.3, help="of the decoder's batches: crops of words")
     parser.add_argument("--edit-share", type=float, default=0.1, help="of the batches of generator and decoder: edits")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
@@ -408,6 +409,8 @@ def main(argv: list[str] | None = None) -> int:
     backend = pick_backend(a.device)
     if a.compile:
         backend.need_compiler()
+        if "generator" not in wanted:
+            raise BadInput("--compile is for the stage generator, which is not among --stages")
     device = str(backend.device)
     for stage in wanted:
         if stage not in STAGES:
@@ -416,8 +419,7 @@ def main(argv: list[str] | None = None) -> int:
     if device != "cpu" and processes.count > 1:
         raise BadInput(f"--device {device} with {processes.count} processes: several share processors only")
     minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
-    scale = SMOKE if a.smoke else LARGE if a.large else Scale()
-    scale = scaled(scale, a.scale)
+    scale = scaled(SMOKE if a.smoke else LARGE if a.large else Scale(), a.scale)
     arguments = (a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from, device, a.workers)
     if a.data:
         from glmimg.pipelines.train_folder import FolderTraining
@@ -426,8 +428,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         training = MiniTraining(*arguments)
     training.only, training.word_share, training.edit_share = a.only, a.word_share, a.edit_share
-    training.tokens_only = a.tokens_only
-    changes = {"learning_rate": a.learning_rate, "grid": a.grid, "compile": a.compile or None}
+    training.tokens_only, training.compile = a.tokens_only, a.compile
+    changes = {"learning_rate": a.learning_rate, "grid": a.grid}
     training.changes = {name: value for name, value in changes.items() if value is not None}
     if processes.main:
         add_command(a.work, sys.argv[1:] if argv is None else argv)

@@ -123,6 +123,10 @@ def test_compiled_losses_are_the_same(tmp_path: Path, bank: StickerBank, monkeyp
     with pytest.raises(BackendError, match="leave compile out"):
         train_mini(["--work", str(tmp_path), "--compile", "--device", "cpu"])
     monkeypatch.undo()
+    monkeypatch.setattr(Cpu, "can_compile", True)
+    with pytest.raises(BadInput, match="--compile is for the stage generator"):
+        train_mini(["--work", str(tmp_path), "--compile", "--device", "cpu", "--stages", "decoder"])
+    monkeypatch.undo()
     if not Cpu.can_compile:
         pytest.skip("no C++ compiler here: NOTHING was compiled")
     models = [build_models(preset, seed=0)["vision_language_encoder"] for _ in range(2)]
