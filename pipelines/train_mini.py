@@ -390,8 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes and make batches")
     told = "how much of something is drawn, or kept encoded (32 KB each), as first=9000 or first_latents=9000"
     parser.add_argument("--scale", action="append", default=[], metavar="NAME=N", help=told)
-    told = "for the generator alone: keep no pictures of drawn training scenes (200 KB each), only their tokens"
-    parser.add_argument("--tokens-only", action="store_true", help=told)
+    parser.add_argument("--tokens-only", action="store_true", help="for the generator: keep tokens, no pictures drawn")
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression: names of weights that learn")
     parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
     told = "matrices learn to be rounded to N steps in a standard deviation: for `rounding --steps N` afterwards"
@@ -407,10 +406,10 @@ def main(argv: list[str] | None = None) -> int:
     if not (0 <= a.word_share <= 1 and 0 <= a.edit_share <= 1):
         raise BadInput(f"--word-share {a.word_share}, --edit-share {a.edit_share}: give shares from 0 to 1")
     backend = pick_backend(a.device)
+    if a.compile and "generator" not in wanted:
+        raise BadInput("--compile is for the stage generator, which is not among --stages")
     if a.compile:
         backend.need_compiler()
-        if "generator" not in wanted:
-            raise BadInput("--compile is for the stage generator, which is not among --stages")
     device = str(backend.device)
     for stage in wanted:
         if stage not in STAGES:
