@@ -97,15 +97,14 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     pipeline = _opened(TextToImagePipeline, arguments, source)
     if arguments.best_of is not None:
-        from glmimg.pipelines.best_of import LikelihoodVerifier, TextVerifier, best_of, has_text
+        from glmimg.pipelines.best_of import TextVerifier, best_of, has_text
 
         reader = TextVerifier() if any(map(has_text, prompts)) else None  # refused here if it is not installed
-        own = LikelihoodVerifier(pipeline.stages)
     report = _Report(arguments, count)
     options["callback"] = report.event
     if arguments.best_of is not None:
         for prompt in prompts:
-            verifier = reader if reader is not None and has_text(prompt) else own
+            verifier = reader if has_text(prompt) else None
             report.add(best_of(pipeline, prompt, arguments.best_of, verifier, seed=seed, **options))
         return 0
     together = max(1, CHUNK // arguments.n)

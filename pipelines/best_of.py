@@ -113,7 +113,8 @@ class LikelihoodVerifier:
 @torch.no_grad()
 def token_bits(stages: Stages, prompt: str, grid: TokenGrid) -> torch.Tensor:
     """Bits_N that the token generator needs for each token of a grid with its preview, in the order of emission."""
-    assert grid.preview_HW is not None
+    if grid.preview_HW is None:
+        raise BadInput("this grid has no preview, as those of edits: extract_tokens of its picture gives one")
     built = stages.prompts.build(prompt, grid.grid, (grid.preview_HW.shape[0], grid.preview_HW.shape[1]))
     emitted_N = torch.cat([grid.preview_HW.flatten(), grid.ids_HW.flatten()])
     ids_1T = torch.cat([torch.tensor(built.ids), emitted_N])[None]
