@@ -79,10 +79,11 @@ def main() -> None:
             stages, opened = Stages(Checkpoint.open(place), arguments.backend), place
         config = {name: value for name, value in setting.items() if name != "best_of"}
         model = PipelineModel(TextToImagePipeline(stages), ImageToImagePipeline(stages), config=config)
-        made = draw_best(model, records, int(setting.get("best_of", 1)))
+        count = int(setting.get("best_of", 1))
+        made = draw_best(model, records, count)
         right = [scorers.score(np.asarray(p), r)[RIGHT[r.part]] for r, p in zip(records, made, strict=True)]
         sources = [Image.fromarray(before) for before, _ in truth]
-        edited = model.edit([r.prompt for r in edits], sources, [r.seed for r in edits])
+        edited = draw_best(model, edits, count, sources)
         for r, image, (before, after) in zip(edits, edited, truth, strict=True):
             right.append(edit_score(np.asarray(image), r, before, after, scorers.judge, scorers.reader)["both"])
         scores.append(np.asarray(right, dtype=float))
@@ -104,16 +105,23 @@ def main() -> None:
     print(told)
 
 
-def draw_best(model: PipelineModel, records: Sequence[Record], count: int) -> list[Image.Image]:
-    """Of `count` pictures of each prompt, the first with the record's seed, the best by the checkpoint's own
-    likelihood (words too: OCR is the judge here)."""
+def draw_best(
+    model: PipelineModel, records: Sequence[Record], count: int, sources: Sequence[Image.Image] = ()
+) -> list[Image.Image]:
+    """Of `count` pictures of each prompt, or edits of each source, the first with the record's seed, the best by the
+    checkpoint's own likelihood (words too: OCR is the judge here)."""
     if count == 1:
-        return model.draw([record.prompt for record in records], [record.seed for record in records])
-    chosen, verifier = [], LikelihoodVerifier(model.stages)
-    for record in records:
+        prompts, seeds = [record.prompt for record in records], [record.seed for record in records]
+        return model.edit(prompts, sources, seeds) if sources else model.draw(prompts, seeds)
+    chosen = []
+    for k, record in enumerate(records):
         begun = time.perf_counter()
-        chosen.append(best_of(model.pictures, record.prompt, count, verifier, seed=record.seed, **model.options))
-        model.seconds.append(time.perf_counter() - begun)
+        pipeline, options = (model.editor, {"image": sources[k]}) if sources else (model.pictures, {})
+        verifier = LikelihoodVerifier(model.stages, references=sources[k : k + 1])
+        options |= {"seed": record.seed, **model.options}
+        chosen.append(best_of(pipeline, record.prompt, count, verifier, **options))
+        if not sources:
+            model.seconds.append(time.perf_counter() - begun)
     return [result.images[0] for result in chosen]
 
 

@@ -79,6 +79,7 @@ class CheckpointSettings:
     top_p: float
     top_k: int
     token_guidance: float
+    keep_unchanged: float
     default_size: tuple[int, int]
     min_size: int
     max_size: int
@@ -123,6 +124,7 @@ class CheckpointSettings:
                 # transformers' generate applies 50 where the file is silent, as the published one is
                 top_k=generation.get("top_k", 50) or 0,
                 token_guidance=generation.get("token_guidance", 1.0),
+                keep_unchanged=generation.get("keep_unchanged", 0.0),
                 default_size=tuple(generation.get("default_size", (1024, 1024))),
                 min_size=generation.get("min_size", 512),
                 max_size=generation.get("max_size", 2048),

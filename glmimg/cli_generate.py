@@ -21,14 +21,13 @@ __all__ = ["edit", "generate"]
 
 CHUNK = 8  # pictures of one call: their tokens are drawn together
 # On these the tokens do not depend.
-_DECODER_ONLY = {"num_inference_steps", "guidance_scale", "sampler"}
+_DECODER_ONLY = {"num_inference_steps", "guidance_scale", "sampler", "keep_unchanged"}
 
 
 def generate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what is to be seen; '-' reads prompts from stdin")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt on each line; '-' for stdin")
     _add_options(parser)
-    parser.add_argument("--best-of", type=int, metavar="N", help="make N, keep the one that reads or fits best")
     return _generate
 
 
@@ -36,6 +35,12 @@ def edit(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="the reference pictures, the one to change first")
     parser.add_argument("--prompt", help="what the picture is to become")
     _add_options(parser)
+    parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="SHARE",
+        help="keep what changes less than this share of what changes most; 0 turns it off (default: the checkpoint's)",
+    )
     return _edit
 
 
@@ -45,6 +50,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", default="picture.png", metavar="PNG", help="default: picture.png; more get -2, -3..."
     )
     out.add_argument("-n", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    out.add_argument("--best-of", type=int, metavar="N", help="make N, keep the one that reads or fits best")
     out.add_argument("--save-tokens", metavar="FILE", help="write the token grid as well")
     out.add_argument("--preview", metavar="PNG", help="write a small first look as soon as there is one")
     out.add_argument("--json", action="store_true", help="print an object for each picture instead of its path")
@@ -96,17 +102,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     from glmimg.pipelines.text_to_image import TextToImagePipeline
 
     pipeline = _opened(TextToImagePipeline, arguments, source)
-    if arguments.best_of is not None:
-        from glmimg.pipelines.best_of import TextVerifier, best_of, has_text
-
-        reader = TextVerifier() if any(map(has_text, prompts)) else None  # refused here if it is not installed
     report = _Report(arguments, count)
     options["callback"] = report.event
     if arguments.best_of is not None:
-        for prompt in prompts:
-            verifier = reader if has_text(prompt) else None
-            report.add(best_of(pipeline, prompt, arguments.best_of, verifier, seed=seed, **options))
-        return 0
+        return _add_best(report, pipeline, prompts, seed=seed, **options)
     together = max(1, CHUNK // arguments.n)
     for start in range(0, len(prompts), together):
         for numbers in _runs(arguments.n):
@@ -136,9 +135,21 @@ def _edit(arguments: argparse.Namespace) -> int:
         pipeline.require_references(images, source.get("references", []))
     report = _Report(arguments, count)
     options["callback"] = report.event
+    if arguments.best_of is not None:
+        return _add_best(report, pipeline, [prompt], image=images, seed=seed, **options)
     for numbers in _runs(arguments.n):
         seeds = [seed + k for k in numbers]
         report.add(pipeline(prompt, images, seed=seeds, num_images_per_prompt=len(numbers), **options))
+    return 0
+
+
+def _add_best(report: _Report, pipeline: Any, prompts: list[str], **options: Any) -> int:
+    from glmimg.pipelines.best_of import TextVerifier, best_of, has_text
+
+    reader = TextVerifier() if any(map(has_text, prompts)) else None  # refused here if it is not installed
+    for prompt in prompts:
+        verifier = reader if has_text(prompt) else None
+        report.add(best_of(pipeline, prompt, report.arguments.best_of, verifier, **options))
     return 0
 
 
@@ -182,7 +193,7 @@ def _source(arguments: argparse.Namespace, task: str) -> dict[str, Any] | None:
 def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments of a pipeline's call."""
     given = {
-        field: getattr(arguments, flag) for flag, field in SHORT_NAMES.items() if getattr(arguments, flag) is not None
+        field: value for flag, field in SHORT_NAMES.items() if (value := getattr(arguments, flag, None)) is not None
     }
     if arguments.size is not None:
         given["width"], given["height"] = parse_size(arguments.size)
@@ -191,7 +202,8 @@ def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> di
         changed = set(given) - _DECODER_ONLY or arguments.seed is not None or arguments.negative
         if changed and arguments.region is None:
             source["tokens"] = None  # other tokens are wanted
-        options["config"] = source["config"] | given
+        # Pictures made before there was such a setting kept nothing.
+        options["config"] = {"keep_unchanged": 0.0} | source["config"] | given
         # The same numbers would draw the region's tokens as they were.
         options["seed"] = options["config"].pop("seed", 0) + (arguments.region is not None)
         options["negative_prompt"] = arguments.negative or source.get("negative_prompt", "")
@@ -280,7 +292,9 @@ def _lines(path: str) -> list[str]:
 def _count(arguments: argparse.Namespace, prompts: int) -> int:
     if arguments.n < 1:
         raise BadInput(f"-n {arguments.n}: make at least 1 picture")
-    if getattr(arguments, "best_of", None) is not None:
+    if arguments.best_of is not None:
+        if arguments.best_of < 1:
+            raise BadInput(f"--best-of {arguments.best_of}: make at least 1 picture")
         if arguments.n != 1:
             raise BadInput("--best-of keeps one picture of each prompt: leave -n out")
         return prompts

@@ -24,6 +24,7 @@ SHORT_NAMES = {
     "top_k": "top_k",
     "min_p": "min_p",
     "token_guidance": "token_guidance",
+    "keep": "keep_unchanged",
 }
 
 SIDE = 32  # pixels of a semantic token: sides are multiples of it
@@ -86,6 +87,8 @@ class SamplingConfig(Config):
     top_k: int = 50  # 0: all
     min_p: float = 0.0
     token_guidance: float = 1.0  # 1: off
+    # Of edits: what changes less than this share of what changes most stays as in the first reference; 0: off.
+    keep_unchanged: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,6 +101,7 @@ class SamplingConfig(Config):
         require(self.top_k >= 0, f"top-k {self.top_k}: use 0 (all) or more")
         require(0.0 <= self.min_p < 1.0, f"min-p {self.min_p}: use 0 (off) to less than 1")
         require(0.0 <= self.token_guidance <= 100.0, f"token guidance {self.token_guidance}: use 0 to 100 (1 is off)")
+        require(0.0 <= self.keep_unchanged <= 1.0, f"keep {self.keep_unchanged}: use 0 (off) to 1, a share")
         require(0 <= self.seed < 2**63, f"seed {self.seed}: use 0 to 2^63 - 1")
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "Schedule",
     "Velocity",
     "guided",
+    "held",
     "interpolate",
     "noise_generator",
     "noise_like",
@@ -124,6 +125,17 @@ def guided(
         return with_prompt if without is None else torch.lerp(without, with_prompt, scale)
 
     return velocity
+
+
+def held(velocity: Velocity, source_BCHW: Tensor, keep_B1HW: Tensor) -> Velocity:
+    """`velocity` turned towards given latents: where `keep` is 1 every sampler ends at `source`, on the straight way
+    from its noise."""
+
+    def towards(latents_BCHW: Tensor, timestep: float, sigma: float) -> Tensor:
+        free_BCHW = velocity(latents_BCHW, timestep, sigma).float()
+        return torch.lerp(free_BCHW, (latents_BCHW - source_BCHW) / sigma, keep_B1HW)
+
+    return towards
 
 
 def sample(

@@ -3,14 +3,14 @@
 A verifier is any callable `verifier(picture, prompt) -> float`, more is better. `TextVerifier` reads the picture,
 `LikelihoodVerifier` asks the checkpoint's own token generator.
 
-Legend: N emitted tokens, T sequence, V codebook.
+Legend: H x W tokens of a grid, N emitted tokens, T sequence, V codebook.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from glmimg.errors import BadInput, MissingExtra
-from glmimg.pipelines.image_to_image import ImageToImagePipeline
-from glmimg.pipelines.result import Result
+from glmimg.pipelines.image_to_image import ImageToImagePipeline, Picture
+from glmimg.pipelines.result import Reporter, Result
 from glmimg.pipelines.stages import Stages
 from glmimg.positions import span_positions
 from glmimg.prompt import glyph_texts
@@ -33,18 +33,24 @@ Verifier = Callable[[Image.Image, str], float]
 def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = None, **options: Any) -> Result:
     """The best of `count` pictures of one prompt, as a Result of one picture whose settings carry "score" and "of".
 
-    `pipeline` is a TextToImagePipeline; `options` are arguments of its call. The picture's own seed stands in its
+    `pipeline` is a TextToImagePipeline, or an ImageToImagePipeline with `image` among the `options`, the arguments of
+    its call; the callback of these is sent events of the stage "judge" too. The picture's own seed stands in its
     settings, so that it can be made again alone. Without a verifier the prompt's quoted text is read, or, if it has
     none, the checkpoint itself judges.
     """
     if not isinstance(prompt, str):
         raise BadInput("best_of takes one prompt: call it once for each")
     if verifier is None:
-        verifier = TextVerifier() if has_text(prompt) else LikelihoodVerifier(pipeline.stages)
+        references = options.get("image", ())
+        references = references if isinstance(references, (list, tuple)) else [references]
+        verifier = TextVerifier() if has_text(prompt) else LikelihoodVerifier(pipeline.stages, references=references)
     if isinstance(verifier, TextVerifier):
         verifier.require(prompt)
     result = pipeline(prompt, num_images_per_prompt=count, **options)
-    scores = [float(verifier(image, prompt)) for image in result.images]
+    reporter, scores = Reporter(options.get("callback"), "judge", count), []
+    for k, image in enumerate(result.images):
+        scores.append(float(verifier(image, prompt)))
+        reporter.step((k,), lambda: None)
     best = max(range(len(scores)), key=scores.__getitem__)  # the first of equals
     settings = result.settings[best] | {"score": scores[best], "of": count}
     return Result([result.images[best]], [result.tokens[best]], result.timings, [settings])
@@ -98,25 +104,32 @@ class LikelihoodVerifier:
     caption (times `weight`) minus with it, of the tokens that its own semantic tokenizer reads in the picture.
 
     That judges both stages: what the generator laid out and what the decoder made of it. The full difference (weight 1)
-    likes pictures that fit nothing but the prompt, weight 0 likes plain ones.
+    likes pictures that fit nothing but the prompt, weight 0 likes plain ones. `references` are those of an edit.
     """
 
-    def __init__(self, stages: Stages, weight: float = 0.75) -> None:
-        self.stages, self.weight = stages, weight
+    def __init__(self, stages: Stages, weight: float = 0.75, references: Sequence[Picture] = ()) -> None:
+        self.stages, self.weight, self.references = stages, weight, references
+        self._ids: list[torch.Tensor] | None = None  # of the references
 
     def __call__(self, picture: Image.Image, prompt: str) -> float:
-        grid = ImageToImagePipeline(self.stages).extract_tokens(picture)
-        with_N, without_N = (token_bits(self.stages, text, grid) for text in (prompt, ""))
+        read = ImageToImagePipeline(self.stages).extract_tokens
+        if self._ids is None:
+            self._ids = [read(reference).ids_HW for reference in self.references]
+        grid, ids = read(picture), self._ids
+        with_N, without_N = (token_bits(self.stages, text, grid, ids) for text in (prompt, ""))
         return float((self.weight * without_N - with_N).mean())
 
 
 @torch.no_grad()
-def token_bits(stages: Stages, prompt: str, grid: TokenGrid) -> torch.Tensor:
-    """Bits_N that the token generator needs for each token of a grid with its preview, in the order of emission."""
-    if grid.preview_HW is None:
+def token_bits(stages: Stages, prompt: str, grid: TokenGrid, references: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """Bits_N that the token generator needs for each token of a grid, in the order of emission: with its preview, or
+    without one after the tokens of references (ids_HW each)."""
+    preview_HW = None if references else grid.preview_HW
+    if preview_HW is None and not references:
         raise BadInput("this grid has no preview, as those of edits: extract_tokens of its picture gives one")
-    built = stages.prompts.build(prompt, grid.grid, (grid.preview_HW.shape[0], grid.preview_HW.shape[1]))
-    emitted_N = torch.cat([grid.preview_HW.flatten(), grid.ids_HW.flatten()])
+    preview = None if preview_HW is None else (int(preview_HW.shape[0]), int(preview_HW.shape[1]))
+    built = stages.prompts.build(prompt, grid.grid, preview, references)
+    emitted_N = torch.cat([ids_HW.flatten() for ids_HW in (preview_HW, grid.ids_HW) if ids_HW is not None])
     ids_1T = torch.cat([torch.tensor(built.ids), emitted_N])[None]
     positions_31T = span_positions([*built.spans, *built.grids])[0][:, None]
     logits_NV = stages.generator.forward_logits(ids_1T, positions_31T)[0, len(built.ids) - 1 : -1]

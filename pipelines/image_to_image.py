@@ -28,11 +28,12 @@ from glmimg.pipelines.steps import (
     draw_tokens,
     encode_glyphs,
     encode_references,
+    hold_unchanged,
 )
 from glmimg.semantic_tokenizer import fit_reference
 from glmimg.token_grid import TokenGrid, preview_grid
 
-__all__ = ["ImageToImagePipeline"]
+__all__ = ["ImageToImagePipeline", "Picture"]
 
 Picture = Image.Image | str | Path
 # One picture for a prompt, several, or none at all: that prompt is text-to-image.
@@ -64,7 +65,8 @@ class ImageToImagePipeline(PicturePipeline):
 
         `image`: with one prompt a picture or a list of them; with a list of prompts a list with one entry for each, a
         picture, a list of pictures, or None for a prompt without references. References of any size are fitted to
-        multiples of 32 pixels. Without a size the result has that of the first reference. Everything else is as in
+        multiples of 32 pixels. Without a size the result has that of the first reference; in that size what the prompt
+        leaves unchanged can be kept from it (`keep_unchanged` of `config`). Everything else is as in
         `TextToImagePipeline`.
         """
         stages, clock = self.stages, Clock(self.stages)
@@ -105,16 +107,17 @@ class ImageToImagePipeline(PicturePipeline):
         with clock.stage("decoder"):
             stages.enter("decoder")
             glyphs = encode_glyphs(stages, request)
-            # 3. The references as keys and values that the decoder attends to.
+            # 3. The references as keys and values that the decoder attends to, and the first as latents to keep.
             paired = [list(zip(row, ids, strict=True)) for row, ids in zip(pixels, references, strict=True)]
-            caches = encode_references(stages, paired)
+            written = encode_references(stages, paired)
             on_step, autoencoder = decoder_events(stages, request, callback), stages.autoencoder()
             for numbers in batches(stages, request):
-                cache = caches[numbers[0] // request.copies]
+                shown = written[numbers[0] // request.copies]
                 # 4. What the decoder is told of the picture, and from noise to latents.
                 ids_BHW = torch.stack([grids[k].ids_HW for k in numbers])
-                conditioning = condition(stages, request, numbers, ids_BHW, glyphs, cache)
-                latents_BChw = denoise(stages, request, numbers, conditioning, on_step(numbers))
+                conditioning = condition(stages, request, numbers, ids_BHW, glyphs, shown)
+                hold = hold_unchanged(stages, request, numbers, conditioning[0], glyphs, shown)
+                latents_BChw = denoise(stages, request, numbers, conditioning, on_step(numbers), hold=hold)
                 # 5. From latents to pixels.
                 images += to_pil(autoencoder.decode(latents_BChw))
         settings = request.settings(stages, "image-to-image")

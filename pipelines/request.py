@@ -115,6 +115,7 @@ def default_config(stages: Stages) -> SamplingConfig:
         top_p=settings.top_p,
         top_k=settings.top_k,
         token_guidance=settings.token_guidance,
+        keep_unchanged=settings.keep_unchanged,
     )
 
 

@@ -41,7 +41,8 @@ FORMAT = "glmimg.picture/1"
 
 @dataclass(frozen=True)
 class Event:
-    """One step of a stage ("tokens" or "decoder"). A callback that raises, `Cancelled` by custom, ends the call.
+    """One step of a stage: "tokens", "decoder", or, of `best_of`, "judge", which has neither grids nor previews. A
+    callback that raises, `Cancelled` by custom, ends the call.
 
     `pictures` are the numbers of those in work. `grids()` gives, in the token stage, each one's (preview_HW or None,
     target_HW) with -1 where nothing is drawn yet. `preview()` makes small pictures, at a cost only when called: in the

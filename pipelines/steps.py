@@ -14,7 +14,15 @@ import torch
 from PIL import Image
 
 from glmimg.decoder import Conditioning, Reference, ReferenceCache
-from glmimg.diffusion import Schedule, guided, noise_like, sample
+from glmimg.diffusion import (
+    Schedule,
+    guided,
+    held,
+    interpolate,
+    noise_like,
+    sample,
+    training_sigmas,
+)
 from glmimg.image_io import to_pil
 from glmimg.pipelines.request import Request
 from glmimg.pipelines.result import Callback, Reporter
@@ -25,6 +33,8 @@ from glmimg.token_sampling import generate_tokens
 
 __all__ = [
     "Glyphs",
+    "Held",
+    "References",
     "batches",
     "condition",
     "decoder_events",
@@ -32,9 +42,13 @@ __all__ = [
     "draw_tokens",
     "encode_glyphs",
     "encode_references",
+    "hold_unchanged",
 ]
 
 PREVIEW_STEPS = 8
+# Where an edit changes nothing is found at this timestep, high enough for the tokens to decide, with so many noises.
+_COMPARED_AT, _COMPARISONS = 800.0, 2
+_NO_CHANGE = 0.05  # in deviations of the latents: what two layouts of the same differ by
 BATCH_PATCHES = 1024  # decoder patches that an accelerator takes at a time; more pictures at once gain nothing
 
 
@@ -44,6 +58,23 @@ class Glyphs:
 
     prompts: list[torch.Tensor]
     negative: torch.Tensor
+
+
+@dataclass(frozen=True)
+class References:
+    """A prompt's reference pictures as the decoder attends to them, and the first one, which an edit changes."""
+
+    cache: ReferenceCache
+    first: Reference
+    first_ids_HW: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """Latents_1Chw to end at where keep_B1hw is 1."""
+
+    latents_1Chw: torch.Tensor
+    keep_B1hw: torch.Tensor
 
 
 def draw_tokens(
@@ -108,7 +139,7 @@ def condition(
     pictures: Sequence[int],
     ids_BHW: torch.Tensor,
     glyphs: Glyphs,
-    references: ReferenceCache | None = None,
+    references: References | None = None,
 ) -> tuple[Conditioning, Conditioning | None]:
     """What the decoder is told of these pictures besides noise and time, and the same without the prompt."""
     decoder, device = stages.decoder, stages.backends["decoder"].device
@@ -118,7 +149,8 @@ def condition(
     states_BTG = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths_B = torch.tensor([len(row) for row in rows], device=device)
     mask_BT = torch.arange(states_BTG.shape[1], device=device) < lengths_B[:, None]
-    with_prompt = decoder.condition(prior_ids_BP, states_BTG, mask_BT, size=size, references=references)
+    cache = None if references is None else references.cache
+    with_prompt = decoder.condition(prior_ids_BP, states_BTG, mask_BT, size=size, references=cache)
     if request.config.guidance_scale == 1.0:
         return with_prompt, None
     negative_BTG = glyphs.negative[None].expand(len(rows), -1, -1)
@@ -132,6 +164,7 @@ def denoise(
     conditioning: tuple[Conditioning, Conditioning | None],
     on_step: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None,
     steps: int | None = None,
+    hold: Held | None = None,
 ) -> torch.Tensor:
     """Latents_BChw from each picture's own noise."""
     config, settings = request.config, stages.checkpoint.settings
@@ -140,13 +173,50 @@ def denoise(
     predict = stages.decoder.predictor(
         *conditioning, batched=stages.guidance_batched and conditioning[0].references is None
     )
+    velocity = guided(predict, config.guidance_scale, config.guidance_interval)
+    if hold is not None:
+        velocity = held(velocity, hold.latents_1Chw, hold.keep_B1hw)
     return sample(
-        guided(predict, config.guidance_scale, config.guidance_interval),
+        velocity,
         noise_BChw.to(stages.backends["decoder"].device),
         Schedule.published(steps or config.num_inference_steps, rows * columns, settings.scheduler),
         config.sampler,
         on_step,
     )
+
+
+def hold_unchanged(
+    stages: Stages,
+    request: Request,
+    pictures: tuple[int, ...],
+    conditioning: Conditioning,
+    glyphs: Glyphs,
+    references: References | None,
+) -> Held | None:
+    """What of the first reference stays: the latents at which the decoder says much the same told the edit's layout
+    and told the reference's own, seeing the noised reference (the mask of DiffEdit, arXiv 2210.11427, between layouts
+    instead of captions). The edit's quoted text counts as changed. None where nothing is to be kept, or the result has
+    another size.
+    """
+    share = request.config.keep_unchanged
+    if share == 0.0 or references is None or references.first.size != (request.config.height, request.config.width):
+        return None
+    decoder, device = stages.decoder, stages.backends["decoder"].device
+    source_1Chw = references.first.latents_CHW[None].float()
+    ids_BHW = references.first_ids_HW.expand(len(pictures), -1, -1)
+    unquoted = Glyphs([glyphs.negative] * len(glyphs.prompts), glyphs.negative)
+    before = condition(stages, request, pictures, ids_BHW, unquoted, references)[0]
+    sigma_1 = training_sigmas(torch.tensor([_COMPARED_AT]), request.patches, stages.checkpoint.settings.scheduler)
+    generators, change_B1hw = request.noise_generators(pictures), torch.zeros(1, device=device)
+    for _ in range(_COMPARISONS):
+        noise_BChw = noise_like(source_1Chw.shape[1:], generators).to(device)
+        noised_BChw = interpolate(source_1Chw, noise_BChw, sigma_1)
+        after_BChw, before_BChw = (decoder.velocity(noised_BChw, _COMPARED_AT, c) for c in (conditioning, before))
+        apart_BChw = float(sigma_1) * (after_BChw.float() - before_BChw.float())
+        change_B1hw = change_B1hw + apart_BChw.pow(2).mean(1, keepdim=True).sqrt() / _COMPARISONS
+    most_B = change_B1hw.flatten(1).quantile(0.98, dim=1)
+    keep_B1hw = change_B1hw <= (share * most_B).clamp(min=_NO_CHANGE)[:, None, None, None]
+    return Held(source_1Chw, keep_B1hw.float())
 
 
 def decoder_events(
@@ -197,12 +267,12 @@ def _token_preview(
 
 def encode_references(
     stages: Stages, references: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
-) -> list[ReferenceCache | None]:
-    """For each prompt's references, (pixels_3HW, ids_HW) each, the keys and values that the decoder attends to."""
+) -> list[References | None]:
+    """Each prompt's references, (pixels_3HW, ids_HW) each, as the decoder is given them."""
     if not any(references):
         return [None for _ in references]
     device, autoencoder = stages.backends["decoder"].device, stages.autoencoder(encoder=True)
-    caches: list[ReferenceCache | None] = []
+    written: list[References | None] = []
     for pictures in references:
         encoded = [
             Reference(
@@ -212,5 +282,6 @@ def encode_references(
             )
             for pixels_3HW, ids_HW in pictures
         ]
-        caches.append(stages.decoder.write_references([encoded]) if encoded else None)
-    return caches
+        cache = stages.decoder.write_references([encoded]) if encoded else None
+        written.append(None if cache is None else References(cache, encoded[0], pictures[0][1]))
+    return written

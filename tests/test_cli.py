@@ -85,6 +85,7 @@ def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "a cat", "--sampler", "eular"], "did you mean 'euler'"),
         (["generate", "a cat", "--steps", "0"], "0 steps"),
         (["generate", "a cat", "--best-of", "2", "-n", "3"], "leave -n out"),
+        (["generate", "a cat", "--best-of", "0"], "--best-of 0: make at least 1"),
         (["edit", "photo.png"], "no prompt"),
         (["edit", "none.png", "--prompt", "x"], "no such file"),
         (["weights", "init", "new", "--preset", "tini"], "did you mean 'tiny'"),
@@ -265,6 +266,13 @@ def test_best_of_from_the_command_line(small: list[str], capsys: pytest.CaptureF
     assert main(["generate", "a cat", *small, "--best-of", "2", "--json", "-q"]) == 0
     line = json.loads(capsys.readouterr().out)
     assert line["of"] == 2 and line["score"] < 0  # bits that the caption saves, less a quarter of all
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    edit = ["edit", "red.png", "--prompt", "make it blue", *small, "--best-of", "2", "--json", "--keep", "0.5"]
+    assert main(edit) == 0
+    told = capsys.readouterr()
+    line = json.loads(told.out)
+    assert line["of"] == 2 and line["score"] < 0 and line["config"]["keep_unchanged"] == 0.5
+    assert "judge   [########################] 2/2" in told.err
     pytest.importorskip("rapidocr")
     assert main(["generate", 'a sign "HI"', *small, "--best-of", "2", "--json", "-q"]) == 0
     line = json.loads(capsys.readouterr().out)

@@ -10,6 +10,7 @@ from glmimg.diffusion import (
     SAMPLERS,
     Schedule,
     guided,
+    held,
     interpolate,
     noise_like,
     sample,
@@ -46,6 +47,17 @@ def error(sampler: str, steps: int) -> float:
 def test_every_sampler_reaches_the_exact_answer(sampler: str) -> None:
     assert error(sampler, 200) < 0.02
     assert error(sampler, 200) < error(sampler, 20)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 20])
+def test_held_latents_end_at_their_source(sampler: str, steps: int) -> None:
+    source, keep = torch.full((1, 4, 6, 6), 3.0), torch.zeros(2, 1, 6, 6)
+    keep[0, :, :3] = 1
+    schedule = Schedule.published(steps, 256, CONFIG)
+    free, result = (sample(v, noise(), schedule, sampler) for v in (gaussian, held(gaussian, source, keep)))
+    assert (result[0, :, :3] - 3).abs().max() < 1e-3
+    assert torch.equal(result[0, :, 3:], free[0, :, 3:]) and torch.equal(result[1], free[1])
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "euler"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from PIL import Image
 
 from glmimg import ImageToImagePipeline
 from glmimg.errors import BadInput
+from glmimg.image_io import to_pil, to_tensor
 from glmimg.pipelines.result import Event
+from glmimg.token_grid import TokenGrid
 
 FEW: dict[str, Any] = {"num_inference_steps": 2}
 
@@ -108,6 +111,36 @@ def test_extracted_tokens_are_the_semantic_tokenizers(pipeline: ImageToImagePipe
     with torch.no_grad():
         assert torch.equal(grid.ids_HW, pipeline.stages.tokenizer.tokenize(tensor)[0])
     assert pipeline("like it", picture, tokens=grid, **FEW).tokens == [grid]
+
+
+def test_what_an_edit_leaves_unchanged_is_kept(pipeline: ImageToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glmimg.pipelines.steps._NO_CHANGE", 0.0)  # random weights hardly hear glyphs
+    reference = noise(96, 64)
+    own = pipeline.extract_tokens(reference)
+    autoencoder = pipeline.stages.autoencoder(encoder=True)
+    with torch.no_grad():
+        (known,) = to_pil(autoencoder.decode(autoencoder.encode(to_tensor([reference]))))
+
+    def away(grid: TokenGrid, keep: float, prompt: str = "x", **options: Any) -> np.ndarray:
+        made = pipeline(prompt, reference, tokens=grid, config={"keep_unchanged": keep}, **FEW, **options)
+        assert made.settings[0]["config"]["keep_unchanged"] == keep
+        return np.abs(pixels(made.images[0]) - pixels(known)).max(-1)
+
+    assert away(own, 0.25).max() <= 1, "its own layout: the picture itself, through the VAE"
+    assert away(own, 0.0).max() > 20, "off: painted anew"
+    assert away(own, 0.25, 'x "A"').max() > 20, "quoted text is something new"
+    other = replace(own, ids_HW=(own.ids_HW + 7) % own.codebook_size)
+    shares = [(away(other, keep) <= 20).mean() for keep in (0.0, 0.9, 1.0)]
+    assert shares[0] < shares[1] < shares[2], "the larger the share, the more is kept"
+
+
+def test_nothing_is_kept_in_another_size(pipeline: ImageToImagePipeline) -> None:
+    options: dict[str, Any] = {"height": 64, "width": 64, "config": {"temperature": 0.0}, **FEW}
+    one, other = (
+        pipeline("x", noise(96, 64), **options | {"config": {"temperature": 0.0, "keep_unchanged": keep}})
+        for keep in (0.0, 1.0)
+    )
+    assert one.tokens == other.tokens and (pixels(one.images[0]) == pixels(other.images[0])).all()
 
 
 @pytest.mark.parametrize(

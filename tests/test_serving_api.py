@@ -207,6 +207,8 @@ def test_a_layout_of_an_edited_picture_is_kept(http: httpx.Client) -> None:
     again, other = edit(tokens=first["tokens"]), edit(tokens=first["tokens"], seed=4)
     assert np.array_equal(pixels(picture(again["b64_json"])), pixels(picture(first["b64_json"])))
     assert other["tokens"] == first["tokens"] and other["b64_json"] != first["b64_json"]
+    kept = edit(tokens=first["tokens"], keep=1)  # all of it but what changes most stays the photo's
+    assert np.abs(pixels(picture(kept["b64_json"])) - pixels(picture(first["b64_json"]))).max() > 0
     part = edit(tokens=first["tokens"], region=[32, 0, 64, 32], temperature=5, top_p=1)
     from glmimg.token_grid import TokenGrid
 

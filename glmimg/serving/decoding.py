@@ -13,7 +13,14 @@ from PIL import Image
 from glmimg.errors import Cancelled
 from glmimg.image_io import to_pil
 from glmimg.pipelines.stages import Stages
-from glmimg.pipelines.steps import PREVIEW_STEPS, condition, denoise, encode_glyphs, encode_references
+from glmimg.pipelines.steps import (
+    PREVIEW_STEPS,
+    condition,
+    denoise,
+    encode_glyphs,
+    encode_references,
+    hold_unchanged,
+)
 from glmimg.serving.work import Work
 
 __all__ = ["decode", "first_look"]
@@ -41,14 +48,15 @@ def _run(
     request = work.request
     if work.glyphs is None:
         work.glyphs = encode_glyphs(stages, request)
-    if work.references and work.reference_cache is None:
-        (work.reference_cache,) = encode_references(stages, [list(zip(work.pixels, work.references, strict=True))])
-    conditioning = condition(stages, request, pictures, ids_BHW, work.glyphs, work.reference_cache)
+    if work.references and work.shown is None:
+        (work.shown,) = encode_references(stages, [list(zip(work.pixels, work.references, strict=True))])
+    conditioning = condition(stages, request, pictures, ids_BHW, work.glyphs, work.shown)
+    hold = hold_unchanged(stages, request, pictures, conditioning[0], work.glyphs, work.shown)
 
     def on_step(done: int, total: int, latents_BChw: torch.Tensor, x0_BChw: torch.Tensor) -> None:
         if work.over:
             raise Cancelled("nobody waits for the picture any more")
         told(done, total, lambda: to_pil(stages.autoencoder().preview(x0_BChw)))
 
-    latents_BChw = denoise(stages, request, pictures, conditioning, on_step, steps)
+    latents_BChw = denoise(stages, request, pictures, conditioning, on_step, steps, hold)
     return to_pil(stages.autoencoder().decode(latents_BChw))

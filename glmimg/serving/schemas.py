@@ -116,6 +116,9 @@ Region = Annotated[list[int], Field(min_length=4, max_length=4, description="lef
 
 class EditRequest(ImageRequest):
     input_fidelity: Literal["high", "low"] | None = Field(None, description="References are always followed closely.")
+    keep: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="What changes less than this share of what changes most stays as it is; 0 keeps nothing."
+    )
     tokens: TokenGridField | None = Field(None, description="A layout to be kept, as for decode; JSON text.")
     region: Region | None = Field(None, description="What of it is drawn anew, as for regions; JSON text.")
 

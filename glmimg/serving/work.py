@@ -17,11 +17,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from glmimg.config import require
-from glmimg.decoder import ReferenceCache
 from glmimg.image_io import METADATA_KEY, open_picture, to_tensor
 from glmimg.pipelines.request import Request, build_prompts, check_request
 from glmimg.pipelines.stages import Stages
-from glmimg.pipelines.steps import Glyphs, batches
+from glmimg.pipelines.steps import Glyphs, References, batches
 from glmimg.prompt import Prompt
 from glmimg.semantic_tokenizer import fit_reference
 from glmimg.serving.jobs import Job
@@ -47,7 +46,7 @@ class Work:
     grids: dict[int, TokenGrid] = field(default_factory=dict)
     references: list[torch.Tensor] = field(default_factory=list)
     glyphs: Glyphs | None = None
-    reference_cache: ReferenceCache | None = None
+    shown: References | None = None
     seconds: float = 0.0  # of the machine
     drawn: int = 0  # tokens
     steps: int = 0  # of the decoder
