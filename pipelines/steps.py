@@ -207,16 +207,16 @@ def hold_unchanged(
     unquoted = Glyphs([glyphs.negative] * len(glyphs.prompts), glyphs.negative)
     before = condition(stages, request, pictures, ids_BHW, unquoted, references)[0]
     sigma_1 = training_sigmas(torch.tensor([_COMPARED_AT]), request.patches, stages.checkpoint.settings.scheduler)
-    generators, change_B1hw = request.noise_generators(pictures), torch.zeros(1, device=device)
+    generators, change_B1hw = request.noise_generators(pictures), torch.zeros(1)
     for _ in range(_COMPARISONS):
         noise_BChw = noise_like(source_1Chw.shape[1:], generators).to(device)
         noised_BChw = interpolate(source_1Chw, noise_BChw, sigma_1)
         after_BChw, before_BChw = (decoder.velocity(noised_BChw, _COMPARED_AT, c) for c in (conditioning, before))
         apart_BChw = float(sigma_1) * (after_BChw.float() - before_BChw.float())
-        change_B1hw = change_B1hw + apart_BChw.pow(2).mean(1, keepdim=True).sqrt() / _COMPARISONS
+        change_B1hw = change_B1hw + apart_BChw.pow(2).mean(1, keepdim=True).sqrt().cpu() / _COMPARISONS
     most_B = change_B1hw.flatten(1).quantile(0.98, dim=1)
     keep_B1hw = change_B1hw <= (share * most_B).clamp(min=_NO_CHANGE)[:, None, None, None]
-    return Held(source_1Chw, keep_B1hw.float())
+    return Held(source_1Chw, keep_B1hw.float().to(device))
 
 
 def decoder_events(

@@ -59,12 +59,13 @@ def text_to_image(path: Path) -> None:
 
 
 def editing(path: Path) -> None:
-    """References into both stages, beside a prompt without."""
-    rows = [[reference(), reference().rotate(90, expand=True)], None]
-    expected = ImageToImagePipeline.from_pretrained(path, "cpu", "fp32")(PROMPTS, rows, seed=5, **SIZE)
+    """References into both stages, beside a prompt without; part of the first is kept."""
+    rows = [[reference().crop((0, 0, SIZE["width"], SIZE["height"])), reference().rotate(90, expand=True)], None]
+    options = SIZE | {"seed": 5, "config": {"keep_unchanged": 0.8}}
+    expected = ImageToImagePipeline.from_pretrained(path, "cpu", "fp32")(PROMPTS, rows, **options)
     for offload in ("none", "stage", "block"):
         pipeline = ImageToImagePipeline.from_pretrained(path, "npu", "fp32", offload)
-        same(pipeline(PROMPTS, rows, seed=5, **SIZE), expected)
+        same(pipeline(PROMPTS, rows, **options), expected)
     assert pipeline.extract_tokens(reference()).grid == (2, 3)
 
 
