@@ -311,7 +311,7 @@ def test_a_stage_is_held_to_what_it_was(
         parts = pipeline.parts(stage)
         batch = parts.learner.batch(prior, [0, 1, 2, 3], None)
         with torch.no_grad():
-            assert float(parts.learner.keep(batch, 0)) == 0
+            assert float(parts.learner.keep(batch, 0)) < 1e-12  # a layer that adds nothing may round otherwise
         out = tmp_path / f"weight {held}"
         pipeline(data, out)
         learnt = Adapter.open(out / stage).layers
