@@ -121,8 +121,8 @@ def test_what_an_edit_leaves_unchanged_is_kept(pipeline: ImageToImagePipeline, m
     with torch.no_grad():
         (known,) = to_pil(autoencoder.decode(autoencoder.encode(to_tensor([reference]))))
 
-    def away(grid: TokenGrid, keep: float, prompt: str = "x", **options: Any) -> np.ndarray:
-        made = pipeline(prompt, reference, tokens=grid, config={"keep_unchanged": keep}, **FEW, **options)
+    def away(grid: TokenGrid, keep: float, prompt: str = "x") -> np.ndarray:
+        made = pipeline(prompt, reference, tokens=grid, config={"keep_unchanged": keep}, **FEW)
         assert made.settings[0]["config"]["keep_unchanged"] == keep
         return np.abs(pixels(made.images[0]) - pixels(known)).max(-1)
 
@@ -135,11 +135,8 @@ def test_what_an_edit_leaves_unchanged_is_kept(pipeline: ImageToImagePipeline, m
 
 
 def test_nothing_is_kept_in_another_size(pipeline: ImageToImagePipeline) -> None:
-    options: dict[str, Any] = {"height": 64, "width": 64, "config": {"temperature": 0.0}, **FEW}
-    one, other = (
-        pipeline("x", noise(96, 64), **options | {"config": {"temperature": 0.0, "keep_unchanged": keep}})
-        for keep in (0.0, 1.0)
-    )
+    size = {"height": 64, "width": 64, **FEW}
+    one, other = (pipeline("x", noise(96, 64), config={"keep_unchanged": keep}, **size) for keep in (0.0, 1.0))
     assert one.tokens == other.tokens and (pixels(one.images[0]) == pixels(other.images[0])).all()
 
 
