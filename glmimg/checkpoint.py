@@ -79,6 +79,7 @@ class CheckpointSettings:
     top_p: float
     top_k: int
     token_guidance: float
+    token_candidates: int
     keep_unchanged: float
     default_size: tuple[int, int]
     min_size: int
@@ -124,6 +125,7 @@ class CheckpointSettings:
                 # transformers' generate applies 50 where the file is silent, as the published one is
                 top_k=generation.get("top_k", 50) or 0,
                 token_guidance=generation.get("token_guidance", 1.0),
+                token_candidates=generation.get("token_candidates", 1),
                 keep_unchanged=generation.get("keep_unchanged", 0.0),
                 default_size=tuple(generation.get("default_size", (1024, 1024))),
                 min_size=generation.get("min_size", 512),

@@ -62,7 +62,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--guidance", type=float, help="of the decoder; 1 turns it off")
     how.add_argument("--seed", default=None, help="a number, or 'random' (default: 0)")
     how.add_argument("--sampler", help="euler, heun, unipc or dpm++")
-    how.add_argument("--negative", default="", metavar="PROMPT", help="what to lead away from; needs --token-guidance")
+    how.add_argument("--negative", default="", metavar="PROMPT", help="needs --token-guidance or --token-candidates")
 
     tokens = parser.add_argument_group("the layout")
     tokens.add_argument("--temperature", type=float, help="0 takes the likeliest tokens")
@@ -70,6 +70,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     tokens.add_argument("--top-k", type=int, help="0 for all")
     tokens.add_argument("--min-p", type=float)
     tokens.add_argument("--token-guidance", type=float, help="1 turns it off")
+    tokens.add_argument("--token-candidates", type=int, metavar="N", help="draw N layouts, decode the best")
     tokens.add_argument("--tokens", metavar="FILE", help="decode this token grid, or that of a PNG made here")
     tokens.add_argument("--region", metavar="L,T,R,B", help="draw these pixels of the given tokens anew")
     tokens.add_argument("--from", dest="source", metavar="PNG", help="repeat that picture; other flags change it")
@@ -202,8 +203,8 @@ def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> di
         changed = set(given) - _DECODER_ONLY or arguments.seed is not None or arguments.negative
         if changed and arguments.region is None:
             source["tokens"] = None  # other tokens are wanted
-        # Pictures made before there was such a setting kept nothing.
-        options["config"] = {"keep_unchanged": 0.0} | source["config"] | given
+        # Pictures made before there were such settings kept nothing and had one layout.
+        options["config"] = {"keep_unchanged": 0.0, "token_candidates": 1} | source["config"] | given
         # The same numbers would draw the region's tokens as they were.
         options["seed"] = options["config"].pop("seed", 0) + (arguments.region is not None)
         options["negative_prompt"] = arguments.negative or source.get("negative_prompt", "")

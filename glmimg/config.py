@@ -24,6 +24,7 @@ SHORT_NAMES = {
     "top_k": "top_k",
     "min_p": "min_p",
     "token_guidance": "token_guidance",
+    "token_candidates": "token_candidates",
     "keep": "keep_unchanged",
 }
 
@@ -87,6 +88,7 @@ class SamplingConfig(Config):
     top_k: int = 50  # 0: all
     min_p: float = 0.0
     token_guidance: float = 1.0  # 1: off
+    token_candidates: int = 1  # layouts drawn for each picture, of which the one that fits its prompt best is decoded
     # Of edits: what changes less than this share of what changes most stays as in the first reference; 0: off.
     keep_unchanged: float = 0.0
     seed: int = 0
@@ -101,6 +103,7 @@ class SamplingConfig(Config):
         require(self.top_k >= 0, f"top-k {self.top_k}: use 0 (all) or more")
         require(0.0 <= self.min_p < 1.0, f"min-p {self.min_p}: use 0 (off) to less than 1")
         require(0.0 <= self.token_guidance <= 100.0, f"token guidance {self.token_guidance}: use 0 to 100 (1 is off)")
+        require(1 <= self.token_candidates <= 64, f"{self.token_candidates} token candidates: use 1 (off) to 64")
         require(0.0 <= self.keep_unchanged <= 1.0, f"keep {self.keep_unchanged}: use 0 (off) to 1, a share")
         require(0 <= self.seed < 2**63, f"seed {self.seed}: use 0 to 2^63 - 1")
 

@@ -38,6 +38,7 @@ def _preset(
     vae_channels: tuple[int, int, int, int],
     temperature: float = 0.9,
     top_p: float = 0.75,
+    token_candidates: int = 1,
     keep_unchanged: float = 0.0,
 ) -> Preset:
     vision_vocab = codes + 16  # the codes, image start, image end, and spare rows as in the published vocabulary
@@ -142,6 +143,7 @@ def _preset(
             "pad_token_id": vision_vocab + 1,
             "preview_side": 4,
             "num_inference_steps": 20,
+            "token_candidates": token_candidates,
             "keep_unchanged": keep_unchanged,
             "decoder_guidance_scale": 1.5,  # transformers gives the plain name a meaning of its own
             "default_size": [256, 256],

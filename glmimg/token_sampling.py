@@ -10,14 +10,16 @@ on a border. Grids are always complete, and the head offers nothing but the code
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from glmimg.errors import BadInput
-from glmimg.positions import batch_positions, decode_positions
+from glmimg.positions import batch_positions, decode_positions, span_positions
 from glmimg.prompt import Prompt, pad_prompts
 from glmimg.token_grid import TokenGrid, scale_mask
 
@@ -33,6 +35,7 @@ __all__ = [
     "probabilities",
     "sample",
     "to_grid",
+    "token_bits",
 ]
 
 OnStep = Callable[[int, int, torch.Tensor], None]
@@ -162,6 +165,8 @@ class TokenModel(Protocol):
 
     def step(self, state: Any, ids_B: torch.Tensor) -> torch.Tensor: ...
 
+    def forward_logits(self, ids_BT: torch.Tensor, positions_3BT: torch.Tensor) -> torch.Tensor: ...
+
 
 def generate_tokens(
     model: TokenModel,
@@ -252,3 +257,15 @@ def to_grid(ids_N: torch.Tensor, prompt: Prompt, codebook_size: int, checkpoint:
         grids.append(ids_N[start : start + h * w].view(h, w))
         start += h * w
     return TokenGrid(grids[-1], codebook_size, grids[0] if len(grids) > 1 else None, checkpoint)
+
+
+def token_bits(model: TokenModel, prompt: Prompt, grid: TokenGrid) -> torch.Tensor:
+    """Bits_N that the model needs, told this prompt, for each token of a grid, in the order of emission."""
+    if prompt.preview is not None and grid.preview_HW is None:
+        raise BadInput("this grid has no preview, as those of edits: extract_tokens of its picture gives one")
+    grids = [grid.ids_HW] if prompt.preview is None or grid.preview_HW is None else [grid.preview_HW, grid.ids_HW]
+    emitted_N = torch.cat([ids_HW.flatten() for ids_HW in grids])
+    ids_1T = torch.cat([torch.tensor(prompt.ids), emitted_N])[None]
+    positions_31T = span_positions([*prompt.spans, *prompt.grids])[0][:, None]
+    logits_NV = model.forward_logits(ids_1T, positions_31T)[0, len(prompt.ids) - 1 : -1]
+    return F.cross_entropy(logits_NV.float().cpu(), emitted_N, reduction="none") / math.log(2)

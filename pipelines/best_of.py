@@ -9,21 +9,19 @@ Legend: H x W tokens of a grid, N emitted tokens, T sequence, V codebook.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from glmimg.errors import BadInput, MissingExtra
 from glmimg.pipelines.image_to_image import ImageToImagePipeline, Picture
 from glmimg.pipelines.result import Reporter, Result
 from glmimg.pipelines.stages import Stages
-from glmimg.positions import span_positions
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import TokenGrid
+from glmimg.token_sampling import token_bits as bits_of
 
 __all__ = ["LikelihoodVerifier", "TextVerifier", "Verifier", "best_of", "has_text", "normalised", "token_bits"]
 
@@ -124,13 +122,8 @@ class LikelihoodVerifier:
 def token_bits(stages: Stages, prompt: str, grid: TokenGrid, references: Sequence[torch.Tensor] = ()) -> torch.Tensor:
     """Bits_N that the token generator needs for each token of a grid, in the order of emission: with its preview, or
     without one after the tokens of references (ids_HW each)."""
-    preview_HW = None if references else grid.preview_HW
-    if preview_HW is None and not references:
+    preview_HW = grid.preview_HW
+    preview = None if references or preview_HW is None else (int(preview_HW.shape[0]), int(preview_HW.shape[1]))
+    if preview is None and not references:
         raise BadInput("this grid has no preview, as those of edits: extract_tokens of its picture gives one")
-    preview = None if preview_HW is None else (int(preview_HW.shape[0]), int(preview_HW.shape[1]))
-    built = stages.prompts.build(prompt, grid.grid, preview, references)
-    emitted_N = torch.cat([ids_HW.flatten() for ids_HW in (preview_HW, grid.ids_HW) if ids_HW is not None])
-    ids_1T = torch.cat([torch.tensor(built.ids), emitted_N])[None]
-    positions_31T = span_positions([*built.spans, *built.grids])[0][:, None]
-    logits_NV = stages.generator.forward_logits(ids_1T, positions_31T)[0, len(built.ids) - 1 : -1]
-    return F.cross_entropy(logits_NV.float().cpu(), emitted_N, reduction="none") / math.log(2)
+    return bits_of(stages.generator, stages.prompts.build(prompt, grid.grid, preview, references), grid)

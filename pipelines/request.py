@@ -24,6 +24,7 @@ __all__ = ["Request", "build_prompts", "check_prompts", "check_request", "defaul
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 MAX_PICTURES = 4096  # of one call
+_CANDIDATE = 0x5851F42D4C957F2D  # between the seeds of a picture's layouts: far from the next pictures'
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,32 @@ class Request:
         config = self.config
         return TokenSampling(config.temperature, config.top_k, config.top_p, config.min_p, config.token_guidance)
 
+    @property
+    def candidates(self) -> int:
+        """Layouts that are drawn for each picture: one where others would be the same."""
+        return self.config.token_candidates if self.samples_tokens and self.config.temperature > 0 else 1
+
     def prompt_of(self, picture: int) -> str:
         return self.prompts[picture // self.copies]
 
     def token_generators(self) -> list[torch.Generator]:
-        """One for each picture's layout."""
-        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        """One for each layout, `candidates` of each picture in a row; the first is the picture's own seed's."""
+        return [
+            torch.Generator().manual_seed((seed + k * _CANDIDATE) % 2**63)
+            for seed in self.seeds
+            for k in range(self.candidates)
+        ]
 
     def noise_generators(self, pictures: Sequence[int]) -> list[torch.Generator]:
         """One for each picture's noise."""
         return [noise_generator(self.seeds[k]) for k in pictures]
 
     def forced(self) -> list[Forced] | None:
-        """What the token stage must keep: everything outside the region."""
+        """What the token stage must keep of each layout: everything outside the region."""
         if self.tokens is None or self.region is None:
             return None
         keep_HW = ~region_mask(self.grid, self.region)
-        return [Forced(grid, keep_HW) for grid in self.tokens]
+        return [Forced(grid, keep_HW) for grid in self.tokens for _ in range(self.candidates)]
 
     def settings(self, stages: Stages, task: str) -> list[dict[str, Any]]:
         """For each picture, what would make it again; json-able."""
@@ -115,6 +125,7 @@ def default_config(stages: Stages) -> SamplingConfig:
         top_p=settings.top_p,
         top_k=settings.top_k,
         token_guidance=settings.token_guidance,
+        token_candidates=settings.token_candidates,
         keep_unchanged=settings.keep_unchanged,
     )
 
@@ -181,10 +192,13 @@ def check_request(
     Schedule.published(resolved.num_inference_steps, 256, settings.scheduler)
     if not isinstance(negative_prompt, str):
         raise BadInput(f"negative_prompt is a {type(negative_prompt).__name__}; give one string for all pictures")
-    if negative_prompt and resolved.token_guidance == 1.0 and not glyph_texts(negative_prompt):
+    layouts = count * resolved.token_candidates
+    require(layouts <= MAX_PICTURES, f"{layouts} layouts in one call: at most {MAX_PICTURES}; make several calls")
+    steered = resolved.token_guidance != 1.0 or resolved.token_candidates > 1
+    if negative_prompt and not steered and not glyph_texts(negative_prompt):
         raise BadInput(
-            "negative_prompt changes nothing here: it acts through token guidance (set token_guidance above 1) and "
-            "through text in quotation marks"
+            "negative_prompt changes nothing here: it acts through token guidance (set token_guidance above 1), "
+            "through the choice between layouts (token_candidates above 1) and through text in quotation marks"
         )
     seeds = _seeds(resolved.seed if seed is None else seed, count)
     for grid in grids or ():

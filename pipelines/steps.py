@@ -29,13 +29,14 @@ from glmimg.pipelines.result import Callback, Reporter
 from glmimg.pipelines.stages import Stages
 from glmimg.prompt import Prompt, glyph_texts
 from glmimg.token_grid import TOKEN_SIDE, TokenGrid, patch_ids
-from glmimg.token_sampling import generate_tokens
+from glmimg.token_sampling import generate_tokens, token_bits
 
 __all__ = [
     "Glyphs",
     "Held",
     "References",
     "batches",
+    "choose_layout",
     "condition",
     "decoder_events",
     "denoise",
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 PREVIEW_STEPS = 8
+_AGAINST = 1.0  # weight of the likelihood without the prompt: 0 likes plain layouts
 # Where an edit changes nothing is found at this timestep, high enough for the tokens to decide, with so many noises.
 _COMPARED_AT, _COMPARISONS = 800.0, 2
 _NO_CHANGE = 0.05  # in deviations of the latents: what two layouts of the same differ by
@@ -81,20 +83,20 @@ def draw_tokens(
     stages: Stages,
     request: Request,
     prompts: Sequence[Prompt],
-    unconditional: Sequence[Prompt] | None,
+    unconditional: Sequence[Prompt],
     callback: Callback | None = None,
 ) -> list[TokenGrid]:
-    """A token grid for each picture, all in one batch; given ones are handed back."""
+    """A token grid for each picture, all in one batch; given ones are handed back. Events tell of first candidates."""
     if request.tokens is not None and request.region is None:
         return list(request.tokens)
     rows = [prompt for prompt in prompts for _ in range(request.copies)]
-    model = stages.generator
+    model, count = stages.generator, request.candidates
     reporter = Reporter(callback, "tokens", max(sum(h * w for h, w in row.grids) for row in rows))
 
     def on_step(done: int, total: int, ids_BN: torch.Tensor) -> None:
         if callback is None:
             return
-        drawn_BN = ids_BN.clone()  # the loop goes on writing into its own
+        drawn_BN = ids_BN[::count].clone()  # the loop goes on writing into its own
         reporter.step(
             tuple(range(len(rows))),
             lambda: _token_preview(stages, request, rows, drawn_BN),
@@ -102,7 +104,7 @@ def draw_tokens(
             done=done,
         )
 
-    return generate_tokens(
+    grids = generate_tokens(
         model,
         prompts,
         request.token_generators(),
@@ -112,6 +114,24 @@ def draw_tokens(
         on_step=on_step,
         checkpoint=stages.codebook,
     )
+    if count == 1:
+        return grids
+    sides = list(zip(prompts, unconditional, strict=True))
+    return [
+        choose_layout(stages, *sides[k // request.copies], grids[k * count : (k + 1) * count])
+        for k in range(request.pictures)
+    ]
+
+
+def choose_layout(stages: Stages, prompt: Prompt, unconditional: Prompt, grids: Sequence[TokenGrid]) -> TokenGrid:
+    """The first of those grids that the prompt makes likeliest, as the token generator sees it: with the prompt against
+    without."""
+    model = stages.generator
+    gains = [
+        float((_AGAINST * token_bits(model, unconditional, grid) - token_bits(model, prompt, grid)).sum())
+        for grid in grids
+    ]
+    return grids[max(range(len(grids)), key=gains.__getitem__)]
 
 
 def encode_glyphs(stages: Stages, request: Request) -> Glyphs:
@@ -250,7 +270,10 @@ def _partial(prompt: Prompt, ids_N: torch.Tensor) -> tuple[torch.Tensor | None, 
 def _token_preview(
     stages: Stages, request: Request, rows: Sequence[Prompt], drawn_BN: torch.Tensor
 ) -> list[Image.Image] | None:
-    """Small pictures from the preview grids, once these are complete, in few steps."""
+    """Small pictures from the preview grids, once these are complete, in few steps; none of a layout that may not be
+    chosen."""
+    if request.candidates > 1:
+        return None
     previews = [_partial(row, ids_N)[0] for row, ids_N in zip(rows, drawn_BN.cpu(), strict=True)]
     if any(preview_HW is None or int(preview_HW.min()) < 0 for preview_HW in previews):
         return None

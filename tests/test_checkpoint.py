@@ -124,13 +124,14 @@ def test_settings(tiny_checkpoint: Path, tiny_copy: Path) -> None:
     assert (settings.token_side, settings.vae_scale, settings.patch_size) == (32, 8, 2)
     assert settings.scheduler["base_shift"] == 0.25
     path = tiny_copy / GENERATOR / "generation_config.json"
-    path.write_text('{"token_guidance": 1.5, "keep_unchanged": 0.5}')
+    path.write_text('{"token_guidance": 1.5, "token_candidates": 3, "keep_unchanged": 0.5}')
     changed = Checkpoint.open(tiny_copy).settings
     assert (settings.token_guidance, changed.token_guidance) == (1.0, 1.5)
+    assert (settings.token_candidates, changed.token_candidates) == (1, 3)
     assert (settings.keep_unchanged, changed.keep_unchanged) == (0.0, 0.5)
     path.write_text("{}")
     published = Checkpoint.open(tiny_copy).settings
-    assert published.token_guidance == 1.0 and published.keep_unchanged == 0.0
+    assert published.token_guidance == 1.0 and published.keep_unchanged == 0.0 and published.token_candidates == 1
     assert (published.preview_side, published.num_inference_steps, published.guidance_scale) == (16, 50, 1.5)
     assert (published.default_size, published.min_size, published.max_size) == ((1024, 1024), 512, 2048)
 

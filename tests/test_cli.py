@@ -268,10 +268,11 @@ def test_best_of_from_the_command_line(small: list[str], capsys: pytest.CaptureF
     assert line["of"] == 2 and line["score"] < 0  # bits that the caption saves, less a quarter of all
     Image.new("RGB", (64, 64), "red").save("red.png")
     edit = ["edit", "red.png", "--prompt", "make it blue", *small, "--best-of", "2", "--json", "--keep", "0.5"]
-    assert main(edit) == 0
+    assert main([*edit, "--token-candidates", "3"]) == 0
     told = capsys.readouterr()
     line = json.loads(told.out)
     assert line["of"] == 2 and line["score"] < 0 and line["config"]["keep_unchanged"] == 0.5
+    assert line["config"]["token_candidates"] == 3
     assert "judge   [########################] 2/2" in told.err
     pytest.importorskip("rapidocr")
     assert main(["generate", 'a sign "HI"', *small, "--best-of", "2", "--json", "-q"]) == 0

@@ -88,6 +88,8 @@ def test_settings_cannot_be_changed() -> None:
         ("top_k", -1),
         ("min_p", 1.0),
         ("token_guidance", -2.0),
+        ("token_candidates", 0),
+        ("token_candidates", 65),
         ("keep_unchanged", 1.5),
         ("seed", -1),
         ("seed", 2**63),

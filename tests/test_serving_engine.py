@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from glmimg.checkpoint import Checkpoint
+from glmimg.pipelines import TextToImagePipeline
 from glmimg.pipelines import stages as all_stages
 from glmimg.pipelines.stages import Stages
 from glmimg.serving import engine as engines
 from glmimg.serving.engine import Engine
 from glmimg.serving.jobs import Job
 from glmimg.serving.token_batch import TokenBatch
+from glmimg.token_grid import TokenGrid
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2}
 
@@ -202,3 +204,19 @@ def test_only_tokens_that_are_drawn_count(started: Any) -> None:
     for some, most in ((part, whole.new_tokens - 1), (kept, 0)):
         assert engine.check(some).new_tokens <= most
         assert run(some)[some.id][-1]["drawn"] == engine.check(some).new_tokens
+
+
+def test_candidates_are_chosen_from_as_in_the_library(started: Any) -> None:
+    engine, run = started()
+    job = Job("a cat", n=2, seed=5, options=SMALL | {"token_candidates": 3}, progress=True, partial_images=1)
+    checked, told = engine.check(job), run(job)[job.id]
+    expected = TextToImagePipeline(engine.stages)("a cat", num_images_per_prompt=2, seed=5, config=job.options)
+    plain = TextToImagePipeline(engine.stages)("a cat", num_images_per_prompt=2, seed=5, config=SMALL)
+    assert expected.tokens != plain.tokens
+    assert [TokenGrid.from_dict(tokens) for _, _, tokens in sorted(pictures(told))] == expected.tokens
+    assert told[-1]["drawn"] == 2 * checked.new_tokens == 6 * 20
+    progress = [(m["picture"], m["step"]) for m in told if m.get("stage") == "tokens"]
+    assert progress and {picture for picture, _ in progress} <= {0, 1}
+    little, alone = started(offload="stage")
+    little.measured(10**12, 16)  # no memory at all: one layout at a time
+    assert pictures(alone(job)[job.id]) == pictures(told)

@@ -18,6 +18,7 @@ from glmimg import ImageToImagePipeline, TextToImagePipeline
 from glmimg.config import SamplingConfig
 from glmimg.errors import BackendError, BadInput, Cancelled, UnknownName
 from glmimg.image_io import read_metadata
+from glmimg.pipelines import steps
 from glmimg.pipelines.best_of import TextVerifier, best_of, normalised, token_bits
 from glmimg.pipelines.result import Event, metadata_tokens
 from glmimg.token_grid import TokenGrid
@@ -104,6 +105,7 @@ def test_region_is_drawn_anew_and_the_rest_kept(pipeline: TextToImagePipeline) -
         ({"num_inference_steps": 0}, "0 steps"),
         ({"guidance_scale": float("nan")}, "guidance"),
         ({"negative_prompt": "blurry"}, "token_guidance"),
+        ({"num_images_per_prompt": 100, "config": {"token_candidates": 50}}, "5000 layouts in one call"),
         ({"config": {"temprature": 1.0}}, "did you mean 'temperature'"),
         ({"config": {"sampler": "eular"}}, "did you mean 'euler'"),
         ({"config": 7}, "SamplingConfig"),
@@ -251,6 +253,51 @@ def test_negative_prompt_and_token_guidance(pipeline: TextToImagePipeline) -> No
     avoided = pipeline("a cat", negative_prompt='"SALE"', **SMALL)
     assert spelt.tokens == avoided.tokens
     assert (pixels(spelt.images[0]) != pixels(avoided.images[0])).any()
+
+
+def test_of_several_layouts_the_likeliest_is_decoded(
+    pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose, drawn, events = steps.choose_layout, [], []
+
+    def watched(*given: Any) -> TokenGrid:
+        drawn.append(given[-1])
+        return choose(*given)
+
+    def callback(event: Event) -> None:
+        if event.stage == "tokens":
+            events.append((event.pictures, len(event.grids()), event.preview()))
+
+    monkeypatch.setattr(steps, "choose_layout", watched)
+    options = SMALL | {"config": {"token_candidates": 3}}
+    prompts, seeds = ["a cat", "a dog on a hill"], [5, 6, 7, 8]
+    result = pipeline(prompts, num_images_per_prompt=2, seed=seeds, callback=callback, **options)
+    assert events == [((0, 1, 2, 3), 4, None)] * 18, "no look at what may not be chosen"
+    first = pipeline(prompts, num_images_per_prompt=2, seed=seeds, **SMALL).tokens
+    assert [grids[0] for grids in drawn] == first and all(len(set(map(repr, grids))) == 3 for grids in drawn)
+    places = []
+    for k, grids in enumerate(drawn):
+        gains = [
+            float((token_bits(pipeline.stages, "", grid) - token_bits(pipeline.stages, prompts[k // 2], grid)).sum())
+            for grid in grids
+        ]
+        places.append(gains.index(max(gains)))
+        assert result.tokens[k] == grids[places[-1]]
+    assert len(set(places)) > 1, places
+    again = pipeline(prompts[1], config=result.settings[3]["config"])
+    assert again.tokens[0] == result.tokens[3] and (pixels(again.images[0]) == pixels(result.images[3])).all()
+    drawn.clear()
+    part = pipeline(prompts[0], seed=50, tokens=first[0], region=(0, 0, 32, 64), **options).tokens[0]
+    assert len(drawn[0]) == 3 and not any(first[0].diff(grid)[:, 1:].any() for grid in drawn[0]) and part in drawn[0]
+    pipeline(prompts[0], **SMALL | {"config": {"token_candidates": 3, "temperature": 0.0}})
+    assert len(drawn) == 1, "one is drawn where all would be the same"
+
+
+def test_a_negative_prompt_chooses_between_layouts(pipeline: TextToImagePipeline) -> None:
+    options = SMALL | {"seed": 7, "config": {"token_candidates": 8}}
+    plain = pipeline("a red cat", **options)
+    led = [pipeline("a red cat", negative_prompt=words, **options) for words in ("a dog", "snow at night", "blue sea")]
+    assert any(plain.tokens != other.tokens for other in led)
 
 
 def test_config_is_taken_whole_or_in_part(pipeline: TextToImagePipeline) -> None:

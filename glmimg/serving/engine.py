@@ -22,6 +22,7 @@ from PIL import Image
 
 from glmimg.errors import BadInput, Cancelled
 from glmimg.pipelines.stages import Stages
+from glmimg.pipelines.steps import choose_layout
 from glmimg.serving import messages
 from glmimg.serving.decoding import decode, first_look
 from glmimg.serving.jobs import Job
@@ -151,7 +152,7 @@ class Engine:
                 self._changed.notify_all()
 
     def _next(self) -> tuple[Work, int] | None:
-        """The work at the head and how many of its pictures may join now; held, because it is called with the lock."""
+        """The work at the head and how many of its layouts may join now; held, because it is called with the lock."""
         if not self.waiting or (self.turns and not self._drawing and (self.ready or self._decoding)):
             return None
         work = self.waiting[0]
@@ -166,7 +167,7 @@ class Engine:
         return (work, count) if count > 0 else None
 
     def _fitting(self, work: Work, drawings: list[Drawing]) -> int:
-        """How many of its pictures the memory takes beside what is there."""
+        """How many of its layouts the memory takes beside what is there."""
         patches = max(other.request.patches for other in self.active.values())
         places = sum((len(d.prompt.ids) + d.length) * (1 + (d.sampling.guidance != 1)) for d in drawings)
         one = (work.prompt_tokens + sum(h * w for h, w in work.request_grids)) * (1 + work.guided)
@@ -210,7 +211,7 @@ class Engine:
             self._drawn(work, number, grid)
 
     def _prepared(self, work: Work, numbers: list[int]) -> list[tuple[int, TokenGrid]]:
-        """Brings pictures into the batch; gives those that are drawn already."""
+        """Brings layouts into the batch; gives those that are drawn already."""
         stages, request = self.stages, work.request
         if work.pixels and not work.references:
             work.references = [stages.tokenizer.tokenize(pixels[None])[0].cpu() for pixels in work.pixels]
@@ -280,7 +281,8 @@ class Engine:
                 self.waiting.insert(0, work)
 
     def _tell_tokens(self, batch: TokenBatch, work: Work) -> None:
-        mine = [drawing for drawing in batch.drawings if drawing.owner is work]
+        first = work.request.candidates  # of several layouts of a picture the first is told of
+        mine = [drawing for drawing in batch.drawings if drawing.owner is work and drawing.number % first == 0]
         for drawing in mine if work.look else ():
             preview = drawing.prompt.preview
             if preview and drawing.at == preview[0] * preview[1]:
@@ -296,7 +298,21 @@ class Engine:
                 self.send(messages.token_progress(work, drawing, batch.partial(drawing)))
 
     def _drawn(self, work: Work, number: int, grid: TokenGrid) -> None:
-        """A picture has its tokens."""
+        """A layout has its tokens; so has its picture, once all of its layouts are there."""
+        number, candidate = divmod(number, work.request.candidates)
+        if work.request.candidates > 1 and not work.over:
+            mine = range(number * work.request.candidates, (number + 1) * work.request.candidates)
+            work.layouts[mine[candidate]] = grid
+            if not work.layouts.keys() >= set(mine):
+                return
+            assert work.prompts is not None
+            try:
+                with self._clock.charge([work]):
+                    grid = choose_layout(self.stages, *work.prompts, [work.layouts.pop(k) for k in mine])
+            except Exception as error:
+                self._free()
+                self._refuse(work, error)
+                return
         with self._changed:
             if work.over:
                 return

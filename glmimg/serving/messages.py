@@ -28,7 +28,7 @@ def token_progress(work: Work, drawing: Drawing, grids: tuple[torch.Tensor | Non
         "stage": "tokens",
         "step": drawing.at,
         "total": drawing.length,
-        "picture": drawing.number,
+        "picture": drawing.number // work.request.candidates,
         **_times(time.monotonic() - drawing.began, drawing.at - drawing.lead, drawing.length - drawing.at),
         "preview": None if preview_HW is None else preview_HW.tolist(),
         "target": target_HW.tolist(),

@@ -82,6 +82,9 @@ class TokenFields(Strict):
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     token_guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+    token_candidates: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="Layouts drawn for each picture, of which the one that fits the prompt best is decoded."
+    )
     adapters: Annotated[list[AdapterUse], Field(max_length=8)] | None = None
     stream: bool | None = False
     progress: bool | None = Field(False, description="With stream: events for queue position, tokens and steps too.")

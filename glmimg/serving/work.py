@@ -32,7 +32,8 @@ __all__ = ["Work", "both_prompts", "check", "picture_file"]
 
 @dataclass(eq=False)
 class Work:
-    """`prompts` are None until the references have become tokens; `pending` pictures have no tokens yet."""
+    """`prompts` are None until the references have become tokens; `pending` layouts have no tokens yet: of picture k
+    those from k * request.candidates on."""
 
     job: Job
     request: Request
@@ -43,6 +44,7 @@ class Work:
     prompt_tokens: int
     new_tokens: int  # to be drawn for each picture
     adapters: tuple[tuple[str, float, int], ...] = ()  # folder, strength, state of the folder: two that differ are two
+    layouts: dict[int, TokenGrid] = field(default_factory=dict)  # of pictures of which not all candidates are drawn
     grids: dict[int, TokenGrid] = field(default_factory=dict)
     references: list[torch.Tensor] = field(default_factory=list)
     glyphs: Glyphs | None = None
@@ -116,11 +118,17 @@ def check(stages: Stages, job: Job) -> Work:
         None if pictures else prompts,
         [to_tensor([picture])[0] for picture in pictures],
         list(batches(stages, request)),
-        list(range(request.pictures)),
+        list(range(request.pictures * request.candidates)),
         len(prompts[0].ids),
         _to_draw(request, prompts[0], limits.codebook_size),
         tuple((folder, strength, _state(folder)) for _, folder, strength in job.adapters),
-        look=bool(job.partial_images and stages.offload == "none" and prompts[0].preview and request.tokens is None),
+        look=bool(
+            job.partial_images
+            and stages.offload == "none"
+            and prompts[0].preview
+            and request.tokens is None
+            and request.candidates == 1  # of a layout that may not be chosen nobody needs a look
+        ),
     )
 
 
@@ -154,7 +162,7 @@ def _to_draw(request: Request, prompt: Prompt, codebook_size: int) -> int:
         return 0
     forced = request.forced()
     _, keep_BN = kept_tokens([prompt], forced and forced[:1], codebook_size)
-    return int((~keep_BN).sum())
+    return int((~keep_BN).sum()) * request.candidates
 
 
 def _state(folder: str) -> int:

@@ -61,7 +61,7 @@ def text_to_image(path: Path) -> None:
 def editing(path: Path) -> None:
     """References into both stages, beside a prompt without; part of the first is kept."""
     rows = [[reference().crop((0, 0, SIZE["width"], SIZE["height"])), reference().rotate(90, expand=True)], None]
-    options = SIZE | {"seed": 5, "config": {"keep_unchanged": 0.8}}
+    options = SIZE | {"seed": 5, "config": {"keep_unchanged": 0.8, "token_candidates": 2}}
     expected = ImageToImagePipeline.from_pretrained(path, "cpu", "fp32")(PROMPTS, rows, **options)
     for offload in ("none", "stage", "block"):
         pipeline = ImageToImagePipeline.from_pretrained(path, "npu", "fp32", offload)
