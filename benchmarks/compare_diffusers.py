@@ -20,6 +20,8 @@ import time
 from typing import Any
 
 STAGES = ("tokens", "decoder", "picture")
+# Which guides no tokens and draws one layout of a picture.
+AS_THE_PEER = {"token_guidance": 1.0, "token_candidates": 1}
 
 
 def main() -> None:
@@ -136,7 +138,7 @@ def serve(arguments: argparse.Namespace) -> None:
 def ours(pipeline: Any, prompt: str, height: int, width: int, steps: int, batch: int) -> Any:
     def run() -> dict[str, float]:
         options = {"height": height, "width": width, "num_inference_steps": steps, "num_images_per_prompt": batch}
-        result = pipeline(prompt, **options, config={"token_guidance": 1.0})  # the peer guides no tokens
+        result = pipeline(prompt, **options, config=AS_THE_PEER)
         grid = result.tokens[0]
         run.emitted = grid.ids_HW.numel() + grid.preview_HW.numel()  # type: ignore[attr-defined]
         timings = result.timings

@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 PREVIEW_STEPS = 8
-_AGAINST = 1.0  # weight of the likelihood without the prompt: 0 likes plain layouts
 # Where an edit changes nothing is found at this timestep, high enough for the tokens to decide, with so many noises.
 _COMPARED_AT, _COMPARISONS = 800.0, 2
 _NO_CHANGE = 0.05  # in deviations of the latents: what two layouts of the same differ by
@@ -124,14 +123,11 @@ def draw_tokens(
 
 
 def choose_layout(stages: Stages, prompt: Prompt, unconditional: Prompt, grids: Sequence[TokenGrid]) -> TokenGrid:
-    """The first of those grids that the prompt makes likeliest, as the token generator sees it: with the prompt against
-    without."""
+    """That of those grids of which the prompt saves the token generator the most bits. Likelihood with the prompt alone
+    would choose plain layouts."""
     model = stages.generator
-    gains = [
-        float((_AGAINST * token_bits(model, unconditional, grid) - token_bits(model, prompt, grid)).sum())
-        for grid in grids
-    ]
-    return grids[max(range(len(grids)), key=gains.__getitem__)]
+    saved = [float((token_bits(model, unconditional, one) - token_bits(model, prompt, one)).sum()) for one in grids]
+    return grids[saved.index(max(saved))]
 
 
 def encode_glyphs(stages: Stages, request: Request) -> Glyphs:

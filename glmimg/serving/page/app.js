@@ -11,7 +11,7 @@ const EXAMPLES = [
   "a red circle above a blue square",
   'a sign that says "HELLO"',
 ];
-const NUMBERS = ["steps", "guidance", "temperature", "top_p", "token_guidance"];
+const NUMBERS = ["steps", "guidance", "temperature", "top_p", "token_guidance", "token_candidates"];
 const SIDES = ["left", "top", "right", "bottom"];
 
 let references = []; // files
