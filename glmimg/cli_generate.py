@@ -333,7 +333,7 @@ class _Report:
     def event(self, event: Event) -> None:
         if self.bars is not None:
             self.bars(event)
-        if self.arguments.preview and not self.previewed and event.stage == "tokens":
+        if self.arguments.preview and not self.previewed and event.stage in ("tokens", "drafts"):
             pictures = event.preview()
             if pictures:
                 from glmimg.image_io import save_png

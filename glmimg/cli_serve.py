@@ -30,7 +30,7 @@ def serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int
     run.add_argument("--adapters", metavar="FOLDER", help="its folders are the adapters that requests may name")
 
     work = parser.add_argument_group("the work")
-    work.add_argument("--max-batch", type=int, default=8, help="pictures whose tokens are drawn together (default: 8)")
+    work.add_argument("--max-batch", type=int, default=8, help="layouts that are drawn together (default: 8)")
     work.add_argument("--max-queue", type=int, default=64, help="pictures that may wait (default: 64)")
     work.add_argument("--timeout", type=float, default=600.0, help="seconds for a request, waiting included")
     work.add_argument("--drain", type=float, default=60.0, help="seconds for what is running when the server stops")

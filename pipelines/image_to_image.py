@@ -29,9 +29,10 @@ from glmimg.pipelines.steps import (
     encode_glyphs,
     encode_references,
     hold_unchanged,
+    read_tokens,
 )
 from glmimg.semantic_tokenizer import fit_reference
-from glmimg.token_grid import TokenGrid, preview_grid
+from glmimg.token_grid import TokenGrid
 
 __all__ = ["ImageToImagePipeline", "Picture"]
 
@@ -128,13 +129,9 @@ class ImageToImagePipeline(PicturePipeline):
     @torch.no_grad()
     def extract_tokens(self, image: Picture) -> TokenGrid:
         """The token grid of any picture, fitted to multiples of 32 pixels, with its preview grid."""
-        stages = self.stages
         picture = self._fit(image)
-        pixels_1CHW = to_tensor([picture])
-        stages.enter("generator")
-        preview = preview_grid(picture.height, picture.width, stages.checkpoint.settings.preview_side)
-        target_1HW, preview_1HW = (stages.tokenizer.tokenize(pixels_1CHW, grid=grid).cpu() for grid in (None, preview))
-        return TokenGrid(target_1HW[0], stages.tokenizer.codebook_size, preview_1HW[0], stages.codebook)
+        self.stages.enter("generator")
+        return read_tokens(self.stages, picture)
 
     def require_references(self, images: Sequence[Picture], digests: Sequence[str]) -> None:
         """BadInput unless these are the references of which a picture's settings hold the digests."""

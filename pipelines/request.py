@@ -64,8 +64,9 @@ class Request:
 
     @property
     def candidates(self) -> int:
-        """Layouts that are drawn for each picture: one where others would be the same."""
-        return self.config.token_candidates if self.samples_tokens and self.config.temperature > 0 else 1
+        """Layouts that are drawn for each picture: one for edits, and where others would be the same."""
+        several = self.samples_tokens and self.config.temperature > 0 and not self.references
+        return self.config.token_candidates if several else 1
 
     def prompt_of(self, picture: int) -> str:
         return self.prompts[picture // self.copies]

@@ -123,7 +123,7 @@ class Clock:
 
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
-        self.timings = {"load": 0.0, "tokens": 0.0, "decoder": 0.0, "total": 0.0}
+        self.timings = {"load": 0.0, "tokens": 0.0, "drafts": 0.0, "decoder": 0.0, "total": 0.0}
         self._began = time.perf_counter()
         self._loaded = stages.load_seconds
 

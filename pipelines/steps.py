@@ -23,20 +23,19 @@ from glmimg.diffusion import (
     sample,
     training_sigmas,
 )
-from glmimg.image_io import to_pil
+from glmimg.image_io import to_pil, to_tensor
 from glmimg.pipelines.request import Request
 from glmimg.pipelines.result import Callback, Reporter
 from glmimg.pipelines.stages import Stages
 from glmimg.prompt import Prompt, glyph_texts
-from glmimg.token_grid import TOKEN_SIDE, TokenGrid, patch_ids
-from glmimg.token_sampling import generate_tokens, token_bits
+from glmimg.token_grid import TOKEN_SIDE, TokenGrid, patch_ids, preview_grid
+from glmimg.token_sampling import generate_tokens
 
 __all__ = [
     "Glyphs",
     "Held",
     "References",
     "batches",
-    "choose_layout",
     "condition",
     "decoder_events",
     "denoise",
@@ -44,6 +43,8 @@ __all__ = [
     "encode_glyphs",
     "encode_references",
     "hold_unchanged",
+    "read_tokens",
+    "together",
 ]
 
 PREVIEW_STEPS = 8
@@ -85,7 +86,7 @@ def draw_tokens(
     unconditional: Sequence[Prompt],
     callback: Callback | None = None,
 ) -> list[TokenGrid]:
-    """A token grid for each picture, all in one batch; given ones are handed back. Events tell of first candidates."""
+    """A token grid for each candidate, all in one batch; given ones are handed back. Events tell of the first ones."""
     if request.tokens is not None and request.region is None:
         return list(request.tokens)
     rows = [prompt for prompt in prompts for _ in range(request.copies)]
@@ -103,7 +104,7 @@ def draw_tokens(
             done=done,
         )
 
-    grids = generate_tokens(
+    return generate_tokens(
         model,
         prompts,
         request.token_generators(),
@@ -113,21 +114,6 @@ def draw_tokens(
         on_step=on_step,
         checkpoint=stages.codebook,
     )
-    if count == 1:
-        return grids
-    sides = list(zip(prompts, unconditional, strict=True))
-    return [
-        choose_layout(stages, *sides[k // request.copies], grids[k * count : (k + 1) * count])
-        for k in range(request.pictures)
-    ]
-
-
-def choose_layout(stages: Stages, prompt: Prompt, unconditional: Prompt, grids: Sequence[TokenGrid]) -> TokenGrid:
-    """That of those grids of which the prompt saves the token generator the most bits. Likelihood with the prompt alone
-    would choose plain layouts."""
-    model = stages.generator
-    saved = [float((token_bits(model, unconditional, one) - token_bits(model, prompt, one)).sum()) for one in grids]
-    return grids[saved.index(max(saved))]
 
 
 def encode_glyphs(stages: Stages, request: Request) -> Glyphs:
@@ -140,13 +126,18 @@ def encode_glyphs(stages: Stages, request: Request) -> Glyphs:
 
 
 def batches(stages: Stages, request: Request) -> Iterator[tuple[int, ...]]:
-    """Which pictures the decoder makes together: on processors one after the other, so that each is what it is alone
-    whatever the others' words pad; on accelerators as many as fill the device."""
-    size = 1
-    if stages.backends["decoder"].has_pinned_memory and stages.guidance_batched and not request.references:
-        size = max(1, BATCH_PATCHES // request.patches)
+    """Which pictures the decoder makes together."""
+    size = together(stages, request)
     for start in range(0, request.pictures, size):
         yield tuple(range(start, min(start + size, request.pictures)))
+
+
+def together(stages: Stages, request: Request) -> int:
+    """How many pictures the decoder makes at once: on processors one after the other, so that each is what it is alone
+    whatever the others' words pad; on accelerators as many as fill the device."""
+    if stages.backends["decoder"].has_pinned_memory and stages.guidance_batched and not request.references:
+        return max(1, BATCH_PATCHES // request.patches)
+    return 1
 
 
 def condition(
@@ -304,3 +295,11 @@ def encode_references(
         cache = stages.decoder.write_references([encoded]) if encoded else None
         written.append(None if cache is None else References(cache, encoded[0], pictures[0][1]))
     return written
+
+
+def read_tokens(stages: Stages, picture: Image.Image) -> TokenGrid:
+    """The token grid of a picture whose sides are multiples of 32 pixels, with its preview grid."""
+    pixels_1CHW = to_tensor([picture])
+    preview = preview_grid(picture.height, picture.width, stages.checkpoint.settings.preview_side)
+    target_1HW, preview_1HW = (stages.tokenizer.tokenize(pixels_1CHW, grid=grid).cpu() for grid in (None, preview))
+    return TokenGrid(target_1HW[0], stages.tokenizer.codebook_size, preview_1HW[0], stages.codebook)

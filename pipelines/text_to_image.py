@@ -12,6 +12,7 @@ import torch
 
 from glmimg.config import SamplingConfig
 from glmimg.image_io import to_pil
+from glmimg.pipelines.candidates import choose_layouts
 from glmimg.pipelines.opening import PicturePipeline
 from glmimg.pipelines.request import Region, build_prompts, check_request
 from glmimg.pipelines.result import Callback, Clock, Event, Result
@@ -71,11 +72,16 @@ class TextToImagePipeline(PicturePipeline):
         # 1. The prompts as the token generator reads them: the caption, then the sizes of both grids.
         prompts = build_prompts(stages, request, request.prompts)
         unconditional = build_prompts(stages, request, [negative_prompt] * len(prompts))
-        # 2. The layouts: one grid of semantic tokens for each picture.
+        # 2. The layouts: one grid of semantic tokens for each picture, or the best of several.
         with clock.stage("tokens"):
             if request.samples_tokens:
                 stages.enter("generator")
             grids = draw_tokens(stages, request, prompts, unconditional, callback)
+        if (count := request.candidates) > 1:
+            with clock.stage("drafts"):
+                layouts = [grids[start : start + count] for start in range(0, len(grids), count)]
+                sides = list(zip(prompts, unconditional, strict=True))
+                grids = choose_layouts(stages, request, range(request.pictures), sides, layouts, callback)
         images: list[Image.Image] = []
         with clock.stage("decoder"):
             stages.enter("decoder")

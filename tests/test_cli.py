@@ -237,9 +237,16 @@ def test_a_repetition_has_the_dtypes_of_the_first(small: list[str]) -> None:
     assert (pixels("again.png") == pixels("first.png")).all()
 
 
-def test_a_first_look(small: list[str]) -> None:
+def test_a_first_look(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a cat", *small, "--preview", "look.png", "-q"]) == 0
     assert Image.open("look.png").size == (128, 96)
+    capsys.readouterr()
+    several = ["--token-candidates", "2", "--preview", "chosen.png", "--json"]
+    assert main(["generate", "a cat", *small, *several]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["config"]["token_candidates"] == 2
+    assert "drafts  [########################] 4/4" in told.err
+    assert Image.open("chosen.png").size == tuple(side // 2 for side in Image.open("picture.png").size)
 
 
 def test_tokens_show_and_extract(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,11 +275,10 @@ def test_best_of_from_the_command_line(small: list[str], capsys: pytest.CaptureF
     assert line["of"] == 2 and line["score"] < 0  # bits that the caption saves, less a quarter of all
     Image.new("RGB", (64, 64), "red").save("red.png")
     edit = ["edit", "red.png", "--prompt", "make it blue", *small, "--best-of", "2", "--json", "--keep", "0.5"]
-    assert main([*edit, "--token-candidates", "3"]) == 0
+    assert main(edit) == 0
     told = capsys.readouterr()
     line = json.loads(told.out)
     assert line["of"] == 2 and line["score"] < 0 and line["config"]["keep_unchanged"] == 0.5
-    assert line["config"]["token_candidates"] == 3
     assert "judge   [########################] 2/2" in told.err
     pytest.importorskip("rapidocr")
     assert main(["generate", 'a sign "HI"', *small, "--best-of", "2", "--json", "-q"]) == 0

@@ -18,7 +18,7 @@ from glmimg import ImageToImagePipeline, TextToImagePipeline
 from glmimg.config import SamplingConfig
 from glmimg.errors import BackendError, BadInput, Cancelled, UnknownName
 from glmimg.image_io import read_metadata
-from glmimg.pipelines import steps
+from glmimg.pipelines import candidates, text_to_image
 from glmimg.pipelines.best_of import TextVerifier, best_of, normalised, token_bits
 from glmimg.pipelines.result import Event, metadata_tokens
 from glmimg.token_grid import TokenGrid
@@ -255,32 +255,46 @@ def test_negative_prompt_and_token_guidance(pipeline: TextToImagePipeline) -> No
     assert (pixels(spelt.images[0]) != pixels(avoided.images[0])).any()
 
 
-def test_of_several_layouts_the_likeliest_is_decoded(
+def test_of_several_layouts_the_best_draft_is_painted(
     pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose, drawn, events = steps.choose_layout, [], []
+    drawn: list[list[TokenGrid]] = []
 
-    def watched(*given: Any) -> TokenGrid:
-        drawn.append(given[-1])
-        return choose(*given)
+    def watched(*given: Any) -> list[TokenGrid]:
+        drawn.extend(given[4])
+        return candidates.choose_layouts(*given)
+
+    events: list[Event] = []
+    looks: list[Any] = []
 
     def callback(event: Event) -> None:
-        if event.stage == "tokens":
-            events.append((event.pictures, len(event.grids()), event.preview()))
+        events.append(event)
+        if event.stage != "decoder":
+            looks.append(event.preview())
 
-    monkeypatch.setattr(steps, "choose_layout", watched)
+    monkeypatch.setattr(text_to_image, "choose_layouts", watched)
     options = SMALL | {"config": {"token_candidates": 3}}
     prompts, seeds = ["a cat", "a dog on a hill"], [5, 6, 7, 8]
     result = pipeline(prompts, num_images_per_prompt=2, seed=seeds, callback=callback, **options)
-    assert events == [((0, 1, 2, 3), 4, None)] * 18, "no look at what may not be chosen"
+    told = [event for event in events if event.stage == "tokens"]
+    assert [len(event.grids()) for event in told] == [4] * 18, "of each picture its first layout"
+    drafts = [event for event in events if event.stage == "drafts"]
+    assert [event.step for event in drafts] == list(range(1, 25)) and {event.total for event in drafts} == {24}
+    assert looks[:-1] == [None] * 41 and [look.size for look in looks[-1]] == [(48, 32)] * 4, (
+        "no look before the choice"
+    )
+    assert result.timings["drafts"] > 0
     first = pipeline(prompts, num_images_per_prompt=2, seed=seeds, **SMALL).tokens
     assert [grids[0] for grids in drawn] == first and all(len(set(map(repr, grids))) == 3 for grids in drawn)
     places = []
     for k, grids in enumerate(drawn):
-        gains = [
-            float((token_bits(pipeline.stages, "", grid) - token_bits(pipeline.stages, prompts[k // 2], grid)).sum())
-            for grid in grids
-        ]
+        gains = []
+        for grid in grids:
+            quick = {"num_inference_steps": candidates.DRAFT_STEPS, "guidance_scale": 1.0, "seed": seeds[k]}
+            (draft,) = pipeline(prompts[k // 2], tokens=grid, **quick).images
+            read = ImageToImagePipeline(pipeline.stages).extract_tokens(draft)
+            bits = [float(token_bits(pipeline.stages, text, read).sum()) for text in ("", prompts[k // 2])]
+            gains.append(bits[0] - bits[1])
         places.append(gains.index(max(gains)))
         assert result.tokens[k] == grids[places[-1]]
     assert len(set(places)) > 1, places
@@ -298,6 +312,20 @@ def test_a_negative_prompt_chooses_between_layouts(pipeline: TextToImagePipeline
     plain = pipeline("a red cat", **options)
     led = [pipeline("a red cat", negative_prompt=words, **options) for words in ("a dog", "snow at night", "blue sea")]
     assert any(plain.tokens != other.tokens for other in led)
+
+
+@pytest.mark.parametrize("offload", ["stage", "block"])
+def test_drafts_where_one_stage_fits(pipeline: TextToImagePipeline, tiny_checkpoint: Path, offload: str) -> None:
+    options = SMALL | {"config": {"token_candidates": 3}}
+    expected = pipeline('a "cat"', **options)
+    saving = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32", offload=offload)
+    loaded: list[tuple[str, set[str]]] = []
+    result = saving(
+        'a "cat"', callback=lambda event: loaded.append((event.stage, set(saving.stages._loaded))), **options
+    )
+    assert result.tokens == expected.tokens
+    assert np.abs(pixels(result.images[0]) - pixels(expected.images[0])).max() <= 1
+    assert all({"generator", "decoder"} - names for _, names in loaded), "never both"
 
 
 def test_config_is_taken_whole_or_in_part(pipeline: TextToImagePipeline) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 
 from glmimg.errors import Cancelled
 from glmimg.image_io import to_pil
+from glmimg.pipelines.candidates import choose_layouts
+from glmimg.pipelines.result import Event
 from glmimg.pipelines.stages import Stages
 from glmimg.pipelines.steps import (
     PREVIEW_STEPS,
@@ -23,7 +25,7 @@ from glmimg.pipelines.steps import (
 )
 from glmimg.serving.work import Work
 
-__all__ = ["decode", "first_look"]
+__all__ = ["choose", "decode", "first_look"]
 
 # (steps done, of, makes small pictures of what the latents are heading for)
 Told = Callable[[int, int, Callable[[], list[Image.Image]]], None]
@@ -33,6 +35,20 @@ def decode(stages: Stages, work: Work, pictures: tuple[int, ...], told: Told) ->
     """The pictures of complete grids; Cancelled at the first step after the work is over."""
     ids_BHW = torch.stack([work.grids[k].ids_HW for k in pictures])
     return _run(stages, work, pictures, ids_BHW, told, None)
+
+
+def choose(stages: Stages, work: Work, pictures: tuple[int, ...]) -> None:
+    """Decides which of their layouts become the pictures' grids; Cancelled as `decode`."""
+
+    def on_event(event: Event) -> None:
+        if work.over:
+            raise Cancelled("nobody waits for the picture any more")
+
+    assert work.prompts is not None
+    count = work.request.candidates
+    layouts = [[work.layouts[k * count + number] for number in range(count)] for k in pictures]
+    chosen = choose_layouts(stages, work.request, pictures, [work.prompts], layouts, on_event)
+    work.grids.update(zip(pictures, chosen, strict=True))
 
 
 def first_look(stages: Stages, work: Work, pictures: tuple[int, ...]) -> list[Image.Image]:

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,9 +22,8 @@ from PIL import Image
 
 from glmimg.errors import BadInput, Cancelled
 from glmimg.pipelines.stages import Stages
-from glmimg.pipelines.steps import choose_layout
 from glmimg.serving import messages
-from glmimg.serving.decoding import decode, first_look
+from glmimg.serving.decoding import choose, decode, first_look
 from glmimg.serving.jobs import Job
 from glmimg.serving.machine_time import MachineTime
 from glmimg.serving.token_batch import Drawing, TokenBatch, place_bytes
@@ -281,8 +280,8 @@ class Engine:
                 self.waiting.insert(0, work)
 
     def _tell_tokens(self, batch: TokenBatch, work: Work) -> None:
-        first = work.request.candidates  # of several layouts of a picture the first is told of
-        mine = [drawing for drawing in batch.drawings if drawing.owner is work and drawing.number % first == 0]
+        count = work.request.candidates  # of a picture's layouts the first is told of
+        mine = [drawing for drawing in batch.drawings if drawing.owner is work and drawing.number % count == 0]
         for drawing in mine if work.look else ():
             preview = drawing.prompt.preview
             if preview and drawing.at == preview[0] * preview[1]:
@@ -298,29 +297,16 @@ class Engine:
                 self.send(messages.token_progress(work, drawing, batch.partial(drawing)))
 
     def _drawn(self, work: Work, number: int, grid: TokenGrid) -> None:
-        """A layout has its tokens; so has its picture, once all of its layouts are there."""
-        number, candidate = divmod(number, work.request.candidates)
-        if work.request.candidates > 1 and not work.over:
-            mine = range(number * work.request.candidates, (number + 1) * work.request.candidates)
-            work.layouts[mine[candidate]] = grid
-            if not work.layouts.keys() >= set(mine):
-                return
-            assert work.prompts is not None
-            try:
-                with self._clock.charge([work]):
-                    grid = choose_layout(self.stages, *work.prompts, [work.layouts.pop(k) for k in mine])
-            except Exception as error:
-                self._free()
-                self._refuse(work, error)
-                return
+        """A layout has its tokens."""
         with self._changed:
             if work.over:
                 return
-            work.grids[number] = grid
-            if work.job.layout_only:
+            count = work.request.candidates
+            (work.grids if count == 1 else work.layouts)[number] = grid
+            if work.job.layout_only and count == 1:
                 self._files.submit(self._hand_over, work, number, None)
             for chunk in work.chunks:
-                if number in chunk and work.grids.keys() >= set(chunk) and not work.job.layout_only:
+                if number // count in chunk and work.drawn_all(chunk) and (count > 1 or not work.job.layout_only):
                     self.ready.append((work, chunk, False))
             self._changed.notify_all()
 
@@ -342,11 +328,12 @@ class Engine:
             if self.turns:
                 self.stages.enter("decoder")
             with self._clock.charge([work]):
+                images: Sequence[Image.Image | None]
                 images = first_look(self.stages, work, pictures) if look else self._decode(work, pictures)
             if not look:
                 work.decoded += len(pictures)
             for number, image in zip(pictures, images, strict=True):
-                if look:
+                if look and image is not None:
                     self._files.submit(self._tell_partial, work, number, 0, image)
                 else:
                     self._files.submit(self._hand_over, work, number, image)
@@ -362,7 +349,12 @@ class Engine:
                     self._leave(work)
                 self._changed.notify_all()
 
-    def _decode(self, work: Work, pictures: tuple[int, ...]) -> list[Image.Image]:
+    def _decode(self, work: Work, pictures: tuple[int, ...]) -> Sequence[Image.Image | None]:
+        if work.request.candidates > 1:
+            choose(self.stages, work, pictures)
+            self.stages.enter("decoder")
+        if work.job.layout_only:
+            return [None for _ in pictures]
         due, began = work.partial_steps(), time.monotonic()
 
         def told(done: int, total: int, preview: Callable[[], list[Image.Image]]) -> None:

@@ -44,7 +44,7 @@ class Work:
     prompt_tokens: int
     new_tokens: int  # to be drawn for each picture
     adapters: tuple[tuple[str, float, int], ...] = ()  # folder, strength, state of the folder: two that differ are two
-    layouts: dict[int, TokenGrid] = field(default_factory=dict)  # of pictures of which not all candidates are drawn
+    layouts: dict[int, TokenGrid] = field(default_factory=dict)  # of several candidates, before one is chosen
     grids: dict[int, TokenGrid] = field(default_factory=dict)
     references: list[torch.Tensor] = field(default_factory=list)
     glyphs: Glyphs | None = None
@@ -72,6 +72,13 @@ class Work:
         if not self.request.samples_tokens:
             return []
         return list(self.prompts[0].grids) if self.prompts else [self.request.grid]
+
+    def drawn_all(self, pictures: tuple[int, ...]) -> bool:
+        """Whether those have all of their layouts."""
+        count = self.request.candidates
+        if count == 1:
+            return self.grids.keys() >= set(pictures)
+        return self.layouts.keys() >= {k * count + number for k in pictures for number in range(count)}
 
     def partial_steps(self) -> list[int]:
         """Decoder steps after which a partial picture is due, evenly spread; the preview grid gives the first one."""

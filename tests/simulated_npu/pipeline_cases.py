@@ -50,6 +50,9 @@ def text_to_image(path: Path) -> None:
         assert len(looks) == 2 and all(preview for _, preview in looks)
         pipeline.stages.release()
     assert used() == (0, 0), f"freed parts still hold memory: {used()}"
+    several = SIZE | {"config": {"token_candidates": 2}, "seed": 4}
+    expected = TextToImagePipeline.from_pretrained(path, "cpu", "fp32")(PROMPTS, **several)
+    same(TextToImagePipeline.from_pretrained(path, "npu", "fp32", "stage")(PROMPTS, **several), expected)
     chosen = TextToImagePipeline.from_pretrained(path)
     result = chosen(PROMPTS[0], **SIZE)
     assert result.settings[0]["backend"] == {"generator": "npu:0", "decoder": "npu:0"}
@@ -61,7 +64,7 @@ def text_to_image(path: Path) -> None:
 def editing(path: Path) -> None:
     """References into both stages, beside a prompt without; part of the first is kept."""
     rows = [[reference().crop((0, 0, SIZE["width"], SIZE["height"])), reference().rotate(90, expand=True)], None]
-    options = SIZE | {"seed": 5, "config": {"keep_unchanged": 0.8, "token_candidates": 2}}
+    options = SIZE | {"seed": 5, "config": {"keep_unchanged": 0.8}}
     expected = ImageToImagePipeline.from_pretrained(path, "cpu", "fp32")(PROMPTS, rows, **options)
     for offload in ("none", "stage", "block"):
         pipeline = ImageToImagePipeline.from_pretrained(path, "npu", "fp32", offload)
