@@ -214,6 +214,8 @@ def test_candidates_are_chosen_from_as_in_the_library(started: Any) -> None:
     plain = TextToImagePipeline(engine.stages)("a cat", num_images_per_prompt=2, seed=5, config=SMALL)
     assert expected.tokens != plain.tokens
     assert [TokenGrid.from_dict(tokens) for _, _, tokens in sorted(pictures(told))] == expected.tokens
+    looks = [(m["picture"], m["number"], m["width"]) for m in told if m["type"] == "partial"]
+    assert looks == [(0, 0, 32), (1, 0, 32)], "the chosen drafts"
     assert told[-1]["drawn"] == 2 * checked.new_tokens == 6 * 20
     progress = [(m["picture"], m["step"]) for m in told if m.get("stage") == "tokens"]
     assert progress and {picture for picture, _ in progress} <= {0, 1}

@@ -37,18 +37,21 @@ def decode(stages: Stages, work: Work, pictures: tuple[int, ...], told: Told) ->
     return _run(stages, work, pictures, ids_BHW, told, None)
 
 
-def choose(stages: Stages, work: Work, pictures: tuple[int, ...]) -> None:
-    """Decides which of their layouts become the pictures' grids; Cancelled as `decode`."""
+def choose(stages: Stages, work: Work, pictures: tuple[int, ...]) -> list[Image.Image]:
+    """Decides which layouts become the pictures' grids, and gives small drafts of these; Cancelled as `decode`."""
+    looks: list[Image.Image] = []
 
     def on_event(event: Event) -> None:
         if work.over:
             raise Cancelled("nobody waits for the picture any more")
+        looks.extend(event.preview() or ())
 
     assert work.prompts is not None
     count = work.request.candidates
     layouts = [[work.layouts[k * count + number] for number in range(count)] for k in pictures]
     chosen = choose_layouts(stages, work.request, pictures, [work.prompts], layouts, on_event)
     work.grids.update(zip(pictures, chosen, strict=True))
+    return looks
 
 
 def first_look(stages: Stages, work: Work, pictures: tuple[int, ...]) -> list[Image.Image]:

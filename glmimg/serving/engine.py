@@ -282,7 +282,7 @@ class Engine:
     def _tell_tokens(self, batch: TokenBatch, work: Work) -> None:
         count = work.request.candidates  # of a picture's layouts the first is told of
         mine = [drawing for drawing in batch.drawings if drawing.owner is work and drawing.number % count == 0]
-        for drawing in mine if work.look else ():
+        for drawing in mine if work.look and count == 1 else ():
             preview = drawing.prompt.preview
             if preview and drawing.at == preview[0] * preview[1]:
                 preview_HW, _ = batch.partial(drawing)
@@ -351,7 +351,9 @@ class Engine:
 
     def _decode(self, work: Work, pictures: tuple[int, ...]) -> Sequence[Image.Image | None]:
         if work.request.candidates > 1:
-            choose(self.stages, work, pictures)
+            for number, draft in zip(pictures, choose(self.stages, work, pictures), strict=True):
+                if work.look and not work.job.layout_only:
+                    self._files.submit(self._tell_partial, work, number, 0, draft)
             self.stages.enter("decoder")
         if work.job.layout_only:
             return [None for _ in pictures]

@@ -55,7 +55,7 @@ class Work:
     decoded: int = 0
     sent: int = 0
     looks: dict[int, torch.Tensor] = field(default_factory=dict)  # preview grids of which a picture is wanted
-    look: bool = False  # whether the first partial picture is made from the preview grid
+    look: bool = False  # whether the first partial picture is made from the preview grid, or is the chosen draft
     begun: bool = False
     told: float = 0.0  # when progress was last sent
     again: bool = False  # the batch that it was in broke down once
@@ -131,10 +131,7 @@ def check(stages: Stages, job: Job) -> Work:
         tuple((folder, strength, _state(folder)) for _, folder, strength in job.adapters),
         look=bool(
             job.partial_images
-            and stages.offload == "none"
-            and prompts[0].preview
-            and request.tokens is None
-            and request.candidates == 1  # of a layout that may not be chosen nobody needs a look
+            and (request.candidates > 1 or (stages.offload == "none" and prompts[0].preview and request.tokens is None))
         ),
     )
 
