@@ -74,7 +74,8 @@ class Samples:
                 prompt,
                 seed=self.config.sample_seed,
                 num_inference_steps=self.config.sample_steps,
-                config={"height": self.side, "width": self.side},
+                # One layout: what is compared from row to row is training, not the choice between layouts.
+                config={"height": self.side, "width": self.side, "token_candidates": 1},
             )
             path = self._path(stage, step, number)
             save_png(result.images[0], path, picture_metadata(result.settings[0], result.tokens[0]))

@@ -166,7 +166,8 @@ def check_request(
 ) -> Request:
     """The valid Request of a pipeline's call, or BadInput. What is None comes from `config`, else the checkpoint.
 
-    `default_size` (height, width) stands in where nothing else, tokens included, gives a size.
+    `default_size` (height, width), that of an edit's first reference, stands in where nothing else, tokens included,
+    gives a size.
     """
     prompts = check_prompts(prompt)
     _require_count("num_images_per_prompt", num_images_per_prompt)
@@ -193,9 +194,10 @@ def check_request(
     Schedule.published(resolved.num_inference_steps, 256, settings.scheduler)
     if not isinstance(negative_prompt, str):
         raise BadInput(f"negative_prompt is a {type(negative_prompt).__name__}; give one string for all pictures")
-    layouts = count * resolved.token_candidates
+    candidates = resolved.token_candidates if default_size is None and resolved.temperature > 0 else 1  # edits: one
+    layouts = count * candidates
     require(layouts <= MAX_PICTURES, f"{layouts} layouts in one call: at most {MAX_PICTURES}; make several calls")
-    steered = resolved.token_guidance != 1.0 or resolved.token_candidates > 1
+    steered = resolved.token_guidance != 1.0 or candidates > 1
     if negative_prompt and not steered and not glyph_texts(negative_prompt):
         raise BadInput(
             "negative_prompt changes nothing here: it acts through token guidance (set token_guidance above 1), "

@@ -41,13 +41,14 @@ FORMAT = "glmimg.picture/1"
 
 @dataclass(frozen=True)
 class Event:
-    """One step of a stage: "tokens", "decoder", or, of `best_of`, "judge", which has neither grids nor previews. A
-    callback that raises, `Cancelled` by custom, ends the call.
+    """One step of a stage: "tokens", "drafts" where one of several layouts is chosen, "decoder", or, of `best_of`,
+    "judge", which has neither grids nor previews. A callback that raises, `Cancelled` by custom, ends the call.
 
-    `pictures` are the numbers of those in work. `grids()` gives, in the token stage, each one's (preview_HW or None,
-    target_HW) with -1 where nothing is drawn yet. `preview()` makes small pictures, at a cost only when called: in the
-    token stage from the preview grid once that is complete (None before; both stages are then in memory, whatever
-    `offload` says), in the decoder stage from what the latents are heading for.
+    `pictures` are the numbers of those in work. `grids()` gives, in the token stage, (preview_HW or None, target_HW) of
+    each one's first layout, with -1 where nothing is drawn yet. `preview()` makes small pictures, at a cost only when
+    called: in the token stage from the preview grid once that is complete (None before, and of several layouts; both
+    stages are then in memory, whatever `offload` says), at the last of the drafts' steps those of the chosen layouts,
+    in the decoder stage from what the latents are heading for.
     """
 
     stage: str

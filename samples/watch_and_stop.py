@@ -1,4 +1,4 @@
-"""Follows a picture while it is made: a first look from the preview grid, progress, and a way out.
+"""Follows a picture while it is made: a first look, progress, and a way out.
 
 python watch_and_stop.py [MODEL]
 """
@@ -16,7 +16,8 @@ looked = False
 
 def watch(event: Event) -> None:
     global looked
-    if event.stage == "tokens" and not looked and (look := event.preview()):
+    # Of the draft of the layout that was chosen; with a single layout of its preview grid.
+    if event.stage in ("tokens", "drafts") and not looked and (look := event.preview()):
         look[0].save("first-look.png")
         looked = True
     if event.step == event.total:

@@ -137,6 +137,8 @@ def test_what_an_edit_leaves_unchanged_is_kept(pipeline: ImageToImagePipeline, m
 def test_edits_draw_one_layout(pipeline: ImageToImagePipeline) -> None:
     one, other = (pipeline("x", noise(96, 64), config={"token_candidates": count}, **FEW) for count in (1, 4))
     assert one.tokens == other.tokens and other.timings["drafts"] == 0
+    with pytest.raises(BadInput, match="changes nothing here"):
+        pipeline("x", noise(96, 64), negative_prompt="a dog", config={"token_candidates": 4}, **FEW)
 
 
 def test_nothing_is_kept_in_another_size(pipeline: ImageToImagePipeline) -> None:
