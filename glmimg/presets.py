@@ -38,7 +38,6 @@ def _preset(
     vae_channels: tuple[int, int, int, int],
     temperature: float = 0.9,
     top_p: float = 0.75,
-    token_candidates: int = 1,
     keep_unchanged: float = 0.0,
 ) -> Preset:
     vision_vocab = codes + 16  # the codes, image start, image end, and spare rows as in the published vocabulary
@@ -143,7 +142,6 @@ def _preset(
             "pad_token_id": vision_vocab + 1,
             "preview_side": 4,
             "num_inference_steps": 20,
-            "token_candidates": token_candidates,
             "keep_unchanged": keep_unchanged,
             "decoder_guidance_scale": 1.5,  # transformers gives the plain name a meaning of its own
             "default_size": [256, 256],
@@ -177,7 +175,6 @@ PRESETS: dict[str, Preset] = {
         # By eye: surer than at 1.0, while the published nucleus would leave out things in favour of plain background.
         temperature=0.4,
         top_p=0.95,
-        token_candidates=4,  # nearly free of charge: a batch of layouts waits for the same weights
         keep_unchanged=0.25,  # a small decoder repaints worse than it was
     ),
     # For tests: every part of the architecture, a second to run.
