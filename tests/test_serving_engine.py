@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,18 @@ def test_candidates_are_chosen_from_as_in_the_library(started: Any) -> None:
     little, alone = started(offload="stage")
     little.measured(10**12, 16)  # no memory at all: one layout at a time
     assert pictures(alone(job)[job.id]) == pictures(told)
+
+
+def test_taking_turns_frees_the_generator(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run = started(offload="stage")
+    decode, advance, held = engines.decode, TokenBatch.advance, []
+    models: list[weakref.ref[Any]] = []
+
+    def watched(*rest: Any) -> Any:
+        held.append([model() is not None for model in models])
+        return decode(*rest)
+
+    monkeypatch.setattr(TokenBatch, "advance", lambda batch: models.append(weakref.ref(batch.model)) or advance(batch))
+    monkeypatch.setattr(engines, "decode", watched)
+    run(*jobs(1))
+    assert models and held and not any(map(any, held))

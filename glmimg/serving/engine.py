@@ -145,6 +145,8 @@ class Engine:
                 self._advance(self.batch)
                 if not self.turns:
                     self._admit()
+            if self.turns:
+                self.batch = None  # it holds the generator, whose memory the decoder needs now
         finally:
             with self._changed:
                 self._drawing = False
