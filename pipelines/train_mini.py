@@ -4,8 +4,8 @@
 
     torchrun --nproc-per-node 2 -m glmimg.pipelines.train_mini --threads 1 ...   # a process for each core or device
 
-Every stage resumes where it stopped; `--stages` runs some of them, `--minutes` replaces a stage's share of the budget
-so that chunks of a longer training can be run one by one. See docs/training.md for what each stage reached.
+Every stage resumes where it stopped; `--stages` runs some of them, `--minutes` replaces a stage's share of the budget:
+a longer training goes by chunks. See docs/training.md for what each stage reached.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ from glmimg.training.record import add_command, checkpoint_record, chunks_record
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
-# What ends up in the checkpoint.
-KEPT = ("autoencoder", "tokenizer", "generator", "decoder")
+KEPT = ("autoencoder", "tokenizer", "generator", "decoder")  # what ends up in the checkpoint
 
 
 class MiniTraining:
@@ -351,7 +350,8 @@ class MiniTraining:
                 torch.nn.Module.to(module, "cpu", torch.bfloat16)
                 save_component(folder, name, module)
             self.write_attribution(folder)
-            rows = {stage: chunks_record(self.work / stage, self.start_from, watts) for stage in (*KEPT, "teacher")}
+            places = [self.work / stage for stage in (*KEPT, "teacher", "reinforcement")]
+            rows = {place.name: chunks_record(place, self.start_from, watts) for place in places}
             kept = {stage: row for stage, row in rows.items() if stage in KEPT or row["steps"]}
             (folder / "training.json").write_text(json.dumps(kept, indent=1))
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     from glmimg.corpus.stickers import StickerBank
+    from glmimg.evaluation.concepts import Judge
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches anything
 
@@ -124,6 +125,55 @@ def serve() -> Any:
 
 
 CODES = ["1f98a", "1f431", "1f34e", "1f680", "26bd", "1f600", "1f4a1", "1f697", "1f436", "1f347", "1f355", "2708"]
+
+
+WIDE_STYLES = ("flat", "cartoon", "silhouette")
+
+
+@pytest.fixture(scope="session")
+def wide_bank(tmp_path_factory: pytest.TempPathFactory) -> StickerBank:
+    """Sixty concepts in three styles: polygons of different corners and colours; PIL's own font for all scripts."""
+    from glmimg.corpus.stickers import LANGUAGES, SIDE, StickerBank
+
+    folder = tmp_path_factory.mktemp("bank")
+    rng = np.random.default_rng(0)
+    groups = ("animals", "food", "objects", "travel", "activities", "faces")
+    rows, stickers, concepts = [], [], {}
+    for k in range(60):
+        corners = rng.uniform(8, SIDE - 8, size=(3 + k % 5, 2))
+        words = ["".join(rng.choice(list("abcdeglmnorst"), size=4)) for _ in range(8)]
+        zh = ["".join(chr(0x4E00 + int(c)) for c in rng.integers(0, 900, size=2)) for _ in range(8)]
+        tags = {lang: zh if lang == "zh" else words for lang in LANGUAGES}
+        labels = {lang: tags[lang][0] for lang in LANGUAGES}
+        concepts[f"c{k}"] = {"group": groups[k % 6], "labels": labels, "tags": tags}
+        for s, style in enumerate(WIDE_STYLES):
+            image = Image.new("RGBA", (SIDE, SIDE))
+            colour = tuple(int(c) for c in rng.integers(30, 220, size=3)) if s < 2 else (0, 0, 0)
+            ImageDraw.Draw(image).polygon([tuple(c) for c in corners], fill=(*colour, 255))
+            ImageDraw.Draw(image).ellipse((60, 60, 130, 130), fill=(*colour[::-1], 255))
+            rows.append(np.asarray(image))
+            stickers.append({"concept": f"c{k}", "style": style, "tone": 0})
+    np.save(folder / "bank.npy", np.stack(rows))
+    (folder / "index.json").write_text(json.dumps({"side": SIDE, "stickers": stickers, "concepts": concepts}))
+    (folder / "fonts").mkdir()
+    font: Any = ImageFont.load_default(20)
+    for name in ("inter.latin.woff2", "cjk.ttc"):
+        (folder / "fonts" / name).write_bytes(font.font_bytes)
+    return StickerBank(folder)
+
+
+@pytest.fixture(scope="session")
+def wide_judge(wide_bank: StickerBank) -> Judge:
+    """Random weights: right by chance, but complete."""
+    import torch
+
+    from glmimg.evaluation.concepts import ConceptNet, Judge
+
+    torch.manual_seed(0)
+    groups = sorted({c.group for c in wide_bank.concepts.values()} | {"people"})
+    names: dict[str, Any] = {"concepts": list(wide_bank.concepts), "groups": groups, "styles": list(WIDE_STYLES)}
+    names["group_of"] = [groups.index(c.group) for c in wide_bank.concepts.values()]
+    return Judge(ConceptNet(60, len(groups), 3), names, {})
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from glmimg.corpus.edits import EDIT_WEIGHTS, EditSampler, instruction
 from glmimg.corpus.scenes import SceneSampler, draw
@@ -21,11 +21,11 @@ from glmimg.corpus.splits import (
     is_held_out_shape,
     is_held_out_word,
 )
-from glmimg.corpus.stickers import LANGUAGES, SIDE, StickerBank
+from glmimg.corpus.stickers import LANGUAGES, StickerBank
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.evaluation import editing
 from glmimg.evaluation.command import evaluate
-from glmimg.evaluation.concepts import CROP, THINGS, ConceptNet, Judge, crop, default_folder, nearest_style, thing_boxes
+from glmimg.evaluation.concepts import CROP, THINGS, Judge, crop, default_folder, nearest_style, thing_boxes
 from glmimg.evaluation.drawers import Model
 from glmimg.evaluation.model_card import model_card, weaknesses, write_sheets
 from glmimg.evaluation.prompts import SHARES, Record, make_edits, make_prompts
@@ -34,47 +34,16 @@ from glmimg.evaluation.scoring import Scorers
 from glmimg.evaluation.train_classifier import save, train
 
 SIZE = (64, 64)
-STYLES = ("flat", "cartoon", "silhouette")
 
 
 @pytest.fixture(scope="module")
-def bank(tmp_path_factory: pytest.TempPathFactory) -> StickerBank:
-    """Sixty concepts in three styles: polygons of different corners and colours; PIL's own font for all scripts."""
-    folder = tmp_path_factory.mktemp("bank")
-    rng = np.random.default_rng(0)
-    groups = ("animals", "food", "objects", "travel", "activities", "faces")
-    rows, stickers, concepts = [], [], {}
-    for k in range(60):
-        corners = rng.uniform(8, SIDE - 8, size=(3 + k % 5, 2))
-        words = ["".join(rng.choice(list("abcdeglmnorst"), size=4)) for _ in range(8)]
-        zh = ["".join(chr(0x4E00 + int(c)) for c in rng.integers(0, 900, size=2)) for _ in range(8)]
-        tags = {lang: zh if lang == "zh" else words for lang in LANGUAGES}
-        labels = {lang: tags[lang][0] for lang in LANGUAGES}
-        concepts[f"c{k}"] = {"group": groups[k % 6], "labels": labels, "tags": tags}
-        for s, style in enumerate(STYLES):
-            image = Image.new("RGBA", (SIDE, SIDE))
-            colour = tuple(int(c) for c in rng.integers(30, 220, size=3)) if s < 2 else (0, 0, 0)
-            ImageDraw.Draw(image).polygon([tuple(c) for c in corners], fill=(*colour, 255))
-            ImageDraw.Draw(image).ellipse((60, 60, 130, 130), fill=(*colour[::-1], 255))
-            rows.append(np.asarray(image))
-            stickers.append({"concept": f"c{k}", "style": style, "tone": 0})
-    np.save(folder / "bank.npy", np.stack(rows))
-    (folder / "index.json").write_text(json.dumps({"side": SIDE, "stickers": stickers, "concepts": concepts}))
-    (folder / "fonts").mkdir()
-    font: Any = ImageFont.load_default(20)
-    for name in ("inter.latin.woff2", "cjk.ttc"):
-        (folder / "fonts" / name).write_bytes(font.font_bytes)
-    return StickerBank(folder)
+def bank(wide_bank: StickerBank) -> StickerBank:
+    return wide_bank
 
 
 @pytest.fixture(scope="module")
-def judge(bank: StickerBank) -> Judge:
-    """Random weights: right by chance, but complete."""
-    torch.manual_seed(0)
-    groups = sorted({c.group for c in bank.concepts.values()} | {"people"})
-    names: dict[str, Any] = {"concepts": list(bank.concepts), "groups": groups, "styles": list(STYLES)}
-    names["group_of"] = [groups.index(c.group) for c in bank.concepts.values()]
-    return Judge(ConceptNet(60, len(groups), 3), names, {})
+def judge(wide_judge: Judge) -> Judge:
+    return wide_judge
 
 
 @pytest.fixture(scope="module")

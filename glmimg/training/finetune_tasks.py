@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 from glmimg.decoder import Decoder, ReferenceCache
 from glmimg.diffusion import interpolate, noise_like, training_sigmas, training_timesteps, velocity_target
-from glmimg.positions import span_positions
-from glmimg.prompt import PromptBuilder
+from glmimg.prompt import Prompt, PromptBuilder
 from glmimg.token_grid import patch_ids
+from glmimg.training.encoded import moved
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import Pictures
-from glmimg.training.generator_task import GeneratorBatch, forward_states
+from glmimg.training.generator_task import GeneratorBatch, forward_states, teacher_forced
 from glmimg.training.lora_layers import unchanged
 
 __all__ = ["DecoderLearner", "GeneratorLearner", "Learner"]
@@ -50,7 +50,7 @@ class GeneratorLearner:
         self.codes, self.end = int(model.config.vq_config.num_embeddings), int(model.config.image_end_token_id)
 
     def batch(self, pictures: Pictures, rows: list[int], rng: np.random.Generator | None) -> GeneratorBatch:
-        ids, positions, first, labels, previews = [], [], [], [], 0
+        prompts, shown, labels, previews = list[Prompt](), [], [], 0
         for row in rows:
             found, captions = pictures.tensors(row), pictures.examples[row].example.captions
             rules = pictures.config.captions  # the model's own pictures have none of the user's
@@ -62,18 +62,14 @@ class GeneratorLearner:
             else:
                 prompt = self.builder.build(text, _grid(target), _grid(preview))
                 emitted, previews = torch.cat([preview.flatten(), target.flatten()]), preview.numel()
-            shown = emitted
+            prompts.append(prompt)
+            labels.append(emitted)
             if rng is not None and self.config.token_noise:
                 wrong = torch.from_numpy(rng.random(len(emitted)) < self.config.token_noise)
-                shown = torch.where(wrong, torch.from_numpy(rng.integers(self.codes, size=len(emitted))), emitted)
-            ids.append(torch.cat([torch.tensor(prompt.ids), shown]))
-            positions.append(span_positions([*prompt.spans, *prompt.grids])[0])
-            first.append(len(prompt.ids) - 1)
-            labels.append(F.pad(emitted, (0, 1), value=self.end))
-        length = max(map(len, ids))
-        ids_BT = torch.stack([F.pad(row_T, (0, length - len(row_T)), value=self.builder.pad_id) for row_T in ids])
-        positions_3BT = torch.stack([F.pad(p_3T, (0, length - p_3T.shape[1])) for p_3T in positions], 1)
-        return GeneratorBatch(ids_BT, positions_3BT, torch.tensor(first), torch.stack(labels), previews)
+                emitted = torch.where(wrong, torch.from_numpy(rng.integers(self.codes, size=len(emitted))), emitted)
+            shown.append(emitted)
+        labels_BN = F.pad(torch.stack(labels), (0, 1), value=self.end)
+        return teacher_forced(prompts, torch.stack(shown), labels_BN, previews, self.builder.pad_id)
 
     def loss(self, batch: GeneratorBatch, seed: int | None) -> torch.Tensor:
         """Mean over the tokens, preview tokens weighted."""
@@ -94,13 +90,10 @@ class GeneratorLearner:
 
     def _logits(self, batch: GeneratorBatch) -> torch.Tensor:
         """Logits_BNV of all that is emitted."""
-        device, (B, N) = self.device, batch.labels_BN.shape
-        language_model = self.model.model.language_model
-        ids_BT, positions_3BT = batch.ids_BT.to(device), batch.positions_3BT.to(device)
-        states_BTD = forward_states(language_model, ids_BT, positions_3BT, self.config.checkpointing)
-        where_BN = (batch.first_B[:, None] + torch.arange(N)).to(device)
-        emitted_BND = states_BTD[torch.arange(B, device=device)[:, None], where_BN]
-        norm = self.model.model.language_model.norm  # the head's own weight may be packed
+        language_model, batch = self.model.model.language_model, moved(batch, self.device)
+        states_BTD = forward_states(language_model, batch.ids_BT, batch.positions_3BT, self.config.checkpointing)
+        emitted_BND = batch.emitted(states_BTD)
+        norm = language_model.norm  # the head's own weight may be packed
         logits: torch.Tensor = self.model.lm_head(emitted_BND.to(norm.weight.dtype)).float()
         return logits
 

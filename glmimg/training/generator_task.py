@@ -37,6 +37,12 @@ class GeneratorBatch:
     labels_BN: torch.Tensor
     previews: int
 
+    def emitted(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        """Of a sequence's values those_BNC at which the emitted tokens are predicted."""
+        B, N = self.labels_BN.shape
+        where_BN = self.first_B[:, None] + torch.arange(N, device=x_BTC.device)
+        return x_BTC[torch.arange(B, device=x_BTC.device)[:, None], where_BN]
+
 
 def forward_states(
     language_model: Any, ids_BT: torch.Tensor, positions_3BT: torch.Tensor, checkpointing: bool = False
@@ -89,6 +95,28 @@ def start_from_scratch(model: Any) -> None:
         for layer in language_model.layers:
             layer.post_self_attn_layernorm.weight.fill_(0.3)
             layer.post_mlp_layernorm.weight.fill_(0.3)
+
+
+def teacher_forced(
+    prompts: Sequence[Prompt], shown_BN: torch.Tensor, labels_BN: torch.Tensor, previews: int, pad_id: int
+) -> GeneratorBatch:
+    """Each prompt with the tokens that the model is shown behind it, padded, and what it should say."""
+    ids = [torch.cat([torch.tensor(prompt.ids), shown_N]) for prompt, shown_N in zip(prompts, shown_BN, strict=True)]
+    positions = [span_positions([*prompt.spans, *prompt.grids])[0] for prompt in prompts]
+    length = max(len(row) for row in ids)
+    return GeneratorBatch(
+        torch.stack([F.pad(row, (0, length - len(row)), value=pad_id) for row in ids]),
+        torch.stack([F.pad(p, (0, length - p.shape[1])) for p in positions], 1),
+        torch.tensor([len(prompt.ids) - 1 for prompt in prompts]),
+        labels_BN,
+        previews,
+    )
+
+
+def emitted_logits(model: Any, batch: GeneratorBatch) -> torch.Tensor:
+    """Logits_BNV of every emitted token; the batch lies on the model's device."""
+    states_BTD = forward_states(model.model.language_model, batch.ids_BT, batch.positions_3BT)
+    return model.lm_head(batch.emitted(states_BTD))
 
 
 class GeneratorTask:
@@ -162,29 +190,19 @@ class GeneratorTask:
     def _assemble(
         self, prompts: list[Prompt], tokens_BN: torch.Tensor, rng: np.random.Generator, noise: float, previews: int
     ) -> GeneratorBatch:
-        ids, positions, first = [], [], []
-        for prompt, shown in zip(prompts, tokens_BN, strict=True):
-            if noise:
-                wrong = torch.from_numpy(rng.random(len(shown)) < noise)
-                shown = torch.where(wrong, torch.from_numpy(rng.integers(self.codes, size=len(shown))), shown)
-            ids.append(torch.cat([torch.tensor(prompt.ids), shown]))
-            positions.append(span_positions([*prompt.spans, *prompt.grids])[0])
-            first.append(len(prompt.ids) - 1)
-        length = max(len(row) for row in ids)
-        ids_BT = torch.stack([F.pad(row, (0, length - len(row)), value=self.builder.pad_id) for row in ids])
-        positions_3BT = torch.stack([F.pad(p, (0, length - p.shape[1])) for p in positions], 1)
+        shown_BN = tokens_BN.clone()
+        for shown_N in shown_BN if noise else ():
+            wrong = torch.from_numpy(rng.random(len(shown_N)) < noise)
+            shown_N[:] = torch.where(wrong, torch.from_numpy(rng.integers(self.codes, size=len(shown_N))), shown_N)
         labels_BN = F.pad(tokens_BN, (0, 1), value=self.end)
-        return GeneratorBatch(ids_BT, positions_3BT, torch.tensor(first), labels_BN, previews)
+        return teacher_forced(prompts, shown_BN, labels_BN, previews, self.builder.pad_id)
 
     def _losses(self, batch: GeneratorBatch) -> torch.Tensor:
         """Cross-entropy (B, N) in nats of every emitted token and the end."""
         batch = moved(batch, self.device)
-        states_BTD = forward_states(self.model.model.language_model, batch.ids_BT, batch.positions_3BT)
-        B, N = batch.labels_BN.shape
-        where = batch.first_B[:, None] + torch.arange(N, device=self.device)
-        emitted_BND = states_BTD[torch.arange(B, device=self.device)[:, None], where]
-        logits = self.model.lm_head(emitted_BND).float()
-        return F.cross_entropy(logits.flatten(0, 1), batch.labels_BN.flatten(), reduction="none").view(B, N)
+        logits_BNV = emitted_logits(self.model, batch).float()
+        losses = F.cross_entropy(logits_BNV.flatten(0, 1), batch.labels_BN.flatten(), reduction="none")
+        return losses.view(batch.labels_BN.shape)
 
     def loss(
         self, batch: GeneratorBatch, progress: float, generator: torch.Generator

@@ -10,8 +10,12 @@ import torch
 import torch_npu  # noqa: F401 - registers the device
 
 from glmimg.autoencoder import Autoencoder
+from glmimg.checkpoint import Checkpoint
 from glmimg.corpus.cache import render, render_edits
 from glmimg.corpus.stickers import StickerBank
+from glmimg.evaluation.prompts import make_edits
+from glmimg.evaluation.reward_task import RewardTask
+from glmimg.pipelines.stages import Stages
 from glmimg.pipelines.starting import on_device
 from glmimg.presets import PRESETS
 from glmimg.prompt import PromptBuilder
@@ -24,7 +28,7 @@ from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import TeacherTask
 from glmimg.training.tokenizer_task import Names, TokenizerTask
-from glmimg.weights_tools.init import build_models, train_bpe
+from glmimg.weights_tools.init import build_models, init_checkpoint, train_bpe
 
 TINY = PRESETS["tiny"]
 
@@ -103,6 +107,27 @@ def losses(device: str, work: Path, scenes, pairs) -> dict[str, list[float]]:  #
             assert moved.resume() and moved.step == 3
             loss = task.loss(task.batch(99, 4), 0.0, torch.Generator().manual_seed(9))[0]
             assert torch.isfinite(loss) and loss.device.type == device
+    opened = Checkpoint.open(init_checkpoint(work / f"checkpoint-{device}", "tiny"))
+    asked = make_edits(scenes.bank, 14, size=(128, 128), signs=False)
+    rewarded = RewardTask(
+        opened.generator(device, torch.float32, vision=True),
+        Stages(opened, device),
+        scenes.bank,
+        lambda picture, record: float(picture[..., 0].mean()),
+        [replace(record, source=None) for record in asked],
+        asked,
+        samples=4,
+        steps=1,
+        held_out=asked[:2],
+    )
+    out["reinforcement"] = [rewarded.evaluate()["edit_reward"]]
+    for rewarded.edit_share in (0.0, 1.0):
+        config = TrainConfig(1e-3, 8, steps=1, warmup=1, autocast=False, muon=False, device=device)
+        Run(rewarded, config, work / f"rewarded-{device}-{rewarded.edit_share}").train()
+        batch = rewarded.batch(0, 8)
+        loss, told = rewarded.loss(batch, 0.0, torch.Generator())
+        assert loss.device.type == device
+        out["reinforcement"] += [*map(float, batch.told.values()), float(told["entropy"])]
     out["latents"] = [*map(float, (v for row in measure_latents(fresh["vae"], scenes, 16) for v in row))]
     return out
 

@@ -1,0 +1,171 @@
+"""Reinforce a checkpoint's token generator by what the report card measures; see `glmimg.evaluation.reward_task`.
+
+    python -m glmimg.evaluation.reinforce OUT --bank runs/corpus --minutes 60 [--model PATH] [--work runs/reinforce]
+    torchrun --nproc-per-node 2 -m glmimg.evaluation.reinforce ... --threads 1    # a process for each core
+
+The prompts are made as the card's, from seeds and subsets that neither the card nor the settings' benchmarks use, and
+without what training holds out. The judge of the concepts should be another than the card's: train one with another
+seed (`glmimg.evaluation.train_classifier --seed`) and give it as --judge. OUT becomes a checkpoint folder; a run that
+was stopped goes on from --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from glmimg.atomic_write import atomic_folder
+from glmimg.backends import pick_backend
+from glmimg.checkpoint import Checkpoint, save_component
+from glmimg.corpus.stickers import StickerBank
+from glmimg.errors import BadInput, UnknownName
+from glmimg.evaluation.concepts import Judge
+from glmimg.evaluation.prompts import SHARES as CARD_SHARES
+from glmimg.evaluation.prompts import Record, make_edits, make_prompts
+from glmimg.evaluation.reward_task import RewardTask, card_reward
+from glmimg.evaluation.scoring import Scorers
+from glmimg.evaluation.text import rapidocr_reader
+from glmimg.pipelines.stages import Stages
+from glmimg.training.loop import Run, TrainConfig
+from glmimg.training.optimizer import train_only
+from glmimg.training.record import add_command, checkpoint_record, chunks_record
+
+STAGE = "reinforcement"  # in a checkpoint's training.json
+FIRST_SEED, HELD_OUT_SEED = 500_000, 550_000  # benchmarks: 700,000 and 720,000; the card: 900,000
+# How often each of the card's subsets is asked for: those that hold nothing which training never shows.
+SHARES = {
+    ("layout", "seen"): 3,
+    ("layout", "position"): 1,
+    ("text", "trained words"): 3,
+    ("concepts", "seen"): 2,
+    ("concepts", "pairs"): 1,
+    ("concepts", "common"): 2,
+    ("concepts", "first"): 2,
+}
+
+PARTS = tuple(dict.fromkeys(part for part, _ in SHARES))
+
+
+def prompts(bank: StickerBank, count: int, first_seed: int, parts: Collection[str] = PARTS) -> list[Record]:
+    """About `count` records of those parts by SHARES, mixed."""
+    shares = {subset: share for subset, share in SHARES.items() if subset[0] in parts}
+    wanted = {subset: max(1, count * share // sum(shares.values())) for subset, share in shares.items()}
+    enough = max(-(-n // CARD_SHARES[subset]) for subset, n in wanted.items())
+    chosen = []
+    for record in make_prompts(bank, int(enough), first_seed=first_seed):
+        if wanted.get((record.part, record.subset), 0):
+            wanted[record.part, record.subset] -= 1
+            chosen.append(record)
+    return _mixed(chosen)
+
+
+def _mixed(records: list[Record]) -> list[Record]:
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
+    return [records[k] for k in order]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m glmimg.evaluation.reinforce", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="checkpoint folder to write (must not exist)")
+    parser.add_argument("--model", default="embedded", help="checkpoint to start from")
+    parser.add_argument("--bank", type=Path, default=Path("runs/corpus"), help="the corpus' sticker bank")
+    parser.add_argument("--judge", type=Path, help="folder of the concept judge (the card's own)")
+    parser.add_argument("--work", type=Path, default=Path("runs/reinforce"), help="folder for the training state")
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps, instead of minutes alone")
+    parser.add_argument("--only", default="norm|bias", metavar="PATTERN", help="names of the weights that learn")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures a step and process")
+    parser.add_argument("--samples", type=int, default=8, help="pictures of each prompt")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--distance", type=float, default=0.02, help="weight of staying near the old generator")
+    parser.add_argument("--decoder-steps", type=int, default=5)
+    parser.add_argument("--edit-share", type=float, default=0.25, help="of the batches")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of the prompts, comma-separated")
+    parser.add_argument("--held-out", type=int, default=60, help="prompts, and half as many edits, to watch")
+    parser.add_argument("--device", default="cpu", help="where everything runs: cpu, cuda, cuda:1, npu ...")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args(argv)
+    if a.out.exists():
+        raise BadInput(f"{a.out} exists: give a folder that does not")
+    parts = [part for part in a.parts.split(",") if part]
+    for part in parts:
+        if part not in PARTS:
+            raise UnknownName.of("part", part, PARTS)
+    if not parts:
+        raise BadInput(f"--parts is empty: name some of {', '.join(PARTS)}")
+    backend = pick_backend(a.device)
+    config = TrainConfig(
+        learning_rate=a.learning_rate,
+        batch_size=a.batch_size,
+        minutes=a.minutes,
+        steps=a.steps,
+        warmup=10,
+        weight_decay=0.0,
+        ema=0.9,
+        muon=False,
+        seed=a.seed,
+        threads=a.threads,
+        device=str(backend.device),
+        evaluate_minutes=20.0,
+        sheet_minutes=20.0,
+    )
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    checkpoint, bank = Checkpoint.open(a.model), StickerBank(a.bank)
+    scorers = Scorers(bank, Judge.load(a.judge), rapidocr_reader())
+    model = checkpoint.generator(backend.device, torch.float32, vision=True)
+    watched = prompts(bank, a.held_out, HELD_OUT_SEED, parts) + make_edits(
+        bank, a.held_out // 2, first_seed=HELD_OUT_SEED
+    )
+    task = RewardTask(
+        model,
+        Stages(checkpoint, backend),
+        bank,
+        card_reward(scorers),
+        prompts(bank, 4_000, FIRST_SEED, parts),
+        _mixed(make_edits(bank, 1_400, first_seed=FIRST_SEED)),
+        samples=a.samples,
+        temperature=a.temperature,
+        steps=a.decoder_steps,
+        distance=a.distance,
+        edit_share=a.edit_share,
+        held_out=watched,
+        seed=a.seed,
+    )
+    train_only(task.modules, a.only)
+    run = Run(task, config, a.work)
+    if run.processes.main:
+        add_command(a.work, sys.argv[1:] if argv is None else argv)
+    if run.resume():
+        print(f"resumed at step {run.step}", file=sys.stderr)
+    else:  # with prompts that the checkpoint was not reinforced by before
+        base = checkpoint_record(checkpoint.root, STAGE)
+        run.position = base["position"]
+        if run.processes.main:
+            (a.work / "started_from.json").write_text(json.dumps(base))
+    if run.progress() < 1:
+        run.train()
+    if run.processes.main:
+        with run.averaged(), atomic_folder(a.out) as folder:
+            shutil.copytree(checkpoint.root, folder, dirs_exist_ok=True)
+            shutil.rmtree(folder / "vision_language_encoder")
+            save_component(folder, "vision_language_encoder", model.to(torch.bfloat16), base=checkpoint)
+            file = folder / "training.json"
+            told = json.loads(file.read_text()) if file.exists() else {}
+            file.write_text(json.dumps(told | {STAGE: chunks_record(a.work, None)}, indent=1))
+        print(a.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
