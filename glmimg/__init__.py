@@ -6,6 +6,7 @@ Names are looked up when first used, so that `import glmimg` stays cheap: it imp
 from __future__ import annotations
 
 from importlib import import_module
+from os.path import dirname, isdir, join
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ _EXPORTS = {
 }
 
 __version__ = "0.1.0"
+
+# In the source tree `pipelines` and `weights_tools` lie beside this folder, and Python started there finds it first.
+_home = dirname(__file__)
+if not isdir(join(_home, "pipelines")) and isdir(join(dirname(_home), "pipelines")):
+    __path__.append(dirname(_home))
 
 __all__ = [
     "EMBEDDED",

@@ -159,3 +159,10 @@ def test_files_stay_short() -> None:
     for top in ("glmimg", *MOVED.values(), "tests", "benchmarks", "samples"):
         for file in sorted((ROOT / top).rglob("*.py")):
             assert len(file.read_text().splitlines()) < 450, file
+
+
+def test_python_started_in_the_source_tree_finds_everything() -> None:
+    """There `glmimg` is the folder, whatever is installed: -S leaves out site-packages, editable installs too."""
+    found = "import glmimg.pipelines, glmimg.weights_tools; print(glmimg.pipelines.__file__)"
+    run = subprocess.run([sys.executable, "-S", "-c", found], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and Path(run.stdout.strip()).parent == ROOT / "pipelines", run.stderr
