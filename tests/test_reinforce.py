@@ -159,6 +159,8 @@ def test_the_command_writes_a_checkpoint(
         main([str(tmp_path / "out"), *call])
     with pytest.raises(BadInput, match="2 or more"):
         main([str(tmp_path / "other"), *call, "--samples", "1"])
+    with pytest.raises(BadInput, match="more than 0"):
+        main([str(tmp_path / "other"), *call, "--temperature", "0"])
     with pytest.raises(UnknownName, match="concepts, layout, text"):
         main([str(tmp_path / "other"), *call, "--parts", "colour"])
     # On from there: the record adds up.

@@ -101,6 +101,8 @@ class RewardTask:
     ) -> None:
         if samples < 2:
             raise BadInput(f"samples {samples}: give 2 or more, each is measured by the others of its prompt")
+        if temperature <= 0:
+            raise BadInput(f"temperature {temperature}: give more than 0, or all layouts of a prompt are the same")
         self.model, self.stages, self.bank, self.reward = model, stages, bank, reward
         self.records, self.edits, self.edit_share = records, edits, edit_share if edits else 0.0
         self.samples, self.distance, self.preview_weight = samples, distance, preview_weight
