@@ -209,7 +209,10 @@ class RewardTask:
         return {f"{part}_reward": float(np.mean(some)) for part, some in of.items()}
 
     def sheet(self) -> Image.Image | None:
-        return contact_sheet(*self._sheet, columns=12) if self._sheet and self._sheet[0] else None
+        if not self._sheet or not self._sheet[0]:
+            return None
+        font = self.bank.directory / "fonts" / "cjk.ttc"  # not in a bank of pictures alone
+        return contact_sheet(*self._sheet, columns=12, font_path=str(font) if font.exists() else None)
 
 
 def _parts(records: Sequence[Record]) -> list[str]:
