@@ -85,12 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--batch-size", type=int, default=64, help="pictures a step and process")
     parser.add_argument("--samples", type=int, default=8, help="pictures of each prompt")
-    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--temperature", type=float, default=0.6, help="of the draw (0.6)")
     parser.add_argument("--distance", type=float, default=0.02, help="weight of staying near the old generator")
-    parser.add_argument("--decoder-steps", type=int, default=5)
-    parser.add_argument("--edit-share", type=float, default=0.25, help="of the batches")
+    parser.add_argument("--decoder-steps", type=int, default=5, help="of each picture, without guidance (5)")
+    parser.add_argument("--edit-share", type=float, default=0.25, help="of the batches (0.25); 0: no edits")
     parser.add_argument("--parts", default=",".join(PARTS), help="of the prompts, comma-separated")
-    parser.add_argument("--held-out", type=int, default=60, help="prompts, and half as many edits, to watch")
+    parser.add_argument("--held-out", type=int, default=60, help="prompts to watch, and half as many edits (60)")
     parser.add_argument("--device", default="cpu", help="where everything runs: cpu, cuda, cuda:1, npu ...")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
@@ -124,16 +124,17 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint, bank = Checkpoint.open(a.model), StickerBank(a.bank)
     scorers = Scorers(bank, Judge.load(a.judge), rapidocr_reader())
     model = checkpoint.generator(backend.device, torch.float32, vision=True)
-    watched = prompts(bank, a.held_out, HELD_OUT_SEED, parts) + make_edits(
-        bank, a.held_out // 2, first_seed=HELD_OUT_SEED
-    )
+    edits, watched = list[Record](), prompts(bank, a.held_out, HELD_OUT_SEED, parts)
+    if a.edit_share:
+        edits = _mixed(make_edits(bank, 1_400, first_seed=FIRST_SEED))
+        watched += make_edits(bank, a.held_out // 2, first_seed=HELD_OUT_SEED)
     task = RewardTask(
         model,
         Stages(checkpoint, backend),
         bank,
         card_reward(scorers),
         prompts(bank, 4_000, FIRST_SEED, parts),
-        _mixed(make_edits(bank, 1_400, first_seed=FIRST_SEED)),
+        edits,
         samples=a.samples,
         temperature=a.temperature,
         steps=a.decoder_steps,
