@@ -179,12 +179,9 @@ class RewardTask:
         temperature = self.sampling.temperature
         logs_BNV = (emitted_logits(self.model, drawn)[..., : self.codes].float() / temperature).log_softmax(-1)
         before_BNV = (before_BNV / temperature).log_softmax(-1)
-        weights_N = torch.ones(logs_BNV.shape[1], device=self.device)
-        weights_N[: drawn.previews] = self.preview_weight
-        weights_N /= weights_N.sum()
         chosen_BN = logs_BNV.gather(-1, drawn.labels_BN[..., None])[..., 0]
-        gain = (batch.advantage_B.to(self.device) * (chosen_BN @ weights_N)).mean()
-        moved_by = ((logs_BNV.exp() * (logs_BNV - before_BNV)).sum(-1) @ weights_N).mean()
+        gain = drawn.mean(batch.advantage_B.to(self.device)[:, None] * chosen_BN, self.preview_weight)
+        moved_by = drawn.mean((logs_BNV.exp() * (logs_BNV - before_BNV)).sum(-1), self.preview_weight)
         entropy = -(logs_BNV.exp() * logs_BNV).sum(-1).mean()
         told: dict[str, float | torch.Tensor] = {"moved": moved_by.detach(), "entropy": entropy.detach()}
         return self.distance * moved_by - gain, batch.told | told

@@ -99,9 +99,7 @@ class GeneratorLearner:
 
     def _mean(self, losses_BN: torch.Tensor, batch: GeneratorBatch) -> torch.Tensor:
         """Over the tokens, preview tokens weighted."""
-        weights_N = torch.ones(losses_BN.shape[1], device=losses_BN.device)
-        weights_N[: batch.previews] = self.config.preview_weight
-        return (losses_BN * weights_N).sum() / (weights_N.sum() * len(losses_BN))
+        return batch.mean(losses_BN, self.config.preview_weight)
 
 
 @dataclass

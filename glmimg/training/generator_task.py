@@ -43,6 +43,12 @@ class GeneratorBatch:
         where_BN = self.first_B[:, None] + torch.arange(N, device=x_BTC.device)
         return x_BTC[torch.arange(B, device=x_BTC.device)[:, None], where_BN]
 
+    def mean(self, values_BN: torch.Tensor, preview_weight: float) -> torch.Tensor:
+        """Over all tokens, a preview token counting `preview_weight` times."""
+        weights_N = torch.ones(values_BN.shape[1], device=values_BN.device)
+        weights_N[: self.previews] = preview_weight
+        return (values_BN * weights_N).sum() / (weights_N.sum() * len(values_BN))
+
 
 def forward_states(
     language_model: Any, ids_BT: torch.Tensor, positions_3BT: torch.Tensor, checkpointing: bool = False
@@ -209,9 +215,7 @@ class GeneratorTask:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses_BN = self._losses(batch)
         p = batch.previews
-        weights_N = torch.ones(losses_BN.shape[1], device=self.device)
-        weights_N[:p] = self.preview_weight
-        loss = (losses_BN * weights_N).sum() / (weights_N.sum() * len(losses_BN))
+        loss = batch.mean(losses_BN, self.preview_weight)
         means = losses_BN.detach().mean(0)
         target = means[p:-1].mean()
         return loss, {"preview": means[:p].mean(), "target": target} if p else {"edit": target}
