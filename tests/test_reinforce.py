@@ -17,10 +17,12 @@ from glmimg.corpus.scenes import draw
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput, UnknownName
 from glmimg.evaluation.concepts import Judge
+from glmimg.evaluation.linear_pixels import LinearStages
 from glmimg.evaluation.prompts import Record, make_edits, make_prompts
 from glmimg.evaluation.reinforce import SHARES, main, prompts
 from glmimg.evaluation.reward_task import RewardTask, card_reward
 from glmimg.evaluation.scoring import Scorers
+from glmimg.image_io import to_tensor
 from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.token_sampling import TokenSampling, generate_tokens
@@ -101,6 +103,40 @@ def test_a_batch_tells_the_better_layouts_of_each_prompt(tiny_checkpoint: Path, 
     assert edits.drawn.previews == 0 and edits.drawn.labels_BN.shape == (4, 4)
 
 
+def test_prompts_that_are_undecided_come_again(tiny_checkpoint: Path, bank: StickerBank) -> None:
+    scored: list[Record] = []
+
+    def reward(picture: np.ndarray, record: Record) -> float:
+        scored.append(record)
+        return float(len(scored)) if record is task.records[1] else 0.0
+
+    task = _task(tiny_checkpoint, bank, reward, samples=2, edit_share=0.0)
+    told = [task.batch(position, 6).told for position in (0, 6, 12)]
+    drawn = [[task.records.index(record) for record in scored[first : first + 6 : 2]] for first in (0, 6, 12)]
+    assert drawn == [[0, 1, 2], [3, 4, 1], [6, 7, 1]]
+    assert [t["alike"] for t in told] == pytest.approx([2 / 3] * 3)
+    assert told[0]["layout_reward"] > 0 == told[1]["layout_reward"]  # of those in turn
+
+
+def test_linear_pixels_are_near_the_decoders(bank: StickerBank) -> None:
+    checkpoint = Checkpoint.open("embedded")
+    scenes = [Image.fromarray(draw(r.scene, bank)) for r in make_prompts(bank, 120) if r.part == "layout"]
+    stages = LinearStages(checkpoint, "cpu", lambda: scenes[4:])
+    autoencoder = stages.autoencoder()
+    assert autoencoder is stages.autoencoder(encoder=True)
+    pixels = to_tensor(scenes[:4])
+    with torch.no_grad():
+        latents = autoencoder.encode(pixels)
+        whole = Stages(checkpoint, "cpu").autoencoder().decode(latents)
+    assert float((autoencoder.decode(latents) - whole).square().mean()) < 0.01 * float(pixels.var())
+    # In a pipeline: the same layout, nearly the same picture.
+    options: dict[str, Any] = {"num_inference_steps": 2, "seed": 1}
+    quick = TextToImagePipeline(stages)("a red square", **options)
+    picture = TextToImagePipeline(Stages(checkpoint, "cpu"))("a red square", tokens=quick.tokens, **options).images[0]
+    away = np.abs(np.asarray(picture, float) - np.asarray(quick.images[0], float)).mean()
+    assert away < 10 < np.asarray(picture, float).std()
+
+
 def test_what_is_rewarded_becomes_more(tiny_checkpoint: Path, bank: StickerBank, tmp_path: Path) -> None:
     task = _task(tiny_checkpoint, bank, lambda picture, record: float(picture[..., 0].mean()), samples=16, edit_share=0)
     task.records, task.held_out = task.records[:2], task.records[:1] + task.edits[:1]
@@ -149,7 +185,8 @@ def test_the_command_writes_a_checkpoint(
     assert main([str(tmp_path / "out"), *call]) == 0
     old, new = (Checkpoint.open(f).weights["vision_language_encoder"] for f in (tiny_checkpoint, tmp_path / "out"))
     one, other = (f.load(f.infos, device="cpu", dtype=torch.float32) for f in (old, new))
-    changed = {name for name in one if not torch.equal(one[name].bfloat16().float(), other[name])}
+    assert {name: info.dtype for name, info in old.infos.items()} == {n: i.dtype for n, i in new.infos.items()}
+    changed = {name for name in one if not torch.equal(one[name], other[name])}
     assert changed and all("norm" in name or "bias" in name for name in changed)
     rows = [json.loads(row) for row in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 2 and "held_out_layout_reward" in rows[-1]
@@ -163,6 +200,8 @@ def test_the_command_writes_a_checkpoint(
         main([str(tmp_path / "other"), *call, "--temperature", "0"])
     with pytest.raises(UnknownName, match="concepts, layout, text"):
         main([str(tmp_path / "other"), *call, "--parts", "colour"])
+    with pytest.raises(BadInput, match="give that --model to go on"):
+        main([str(tmp_path / "other"), "--model", str(tmp_path / "out"), *call[2:]])
     # On from there: the record adds up.
     call[1], call[5] = str(tmp_path / "out"), str(tmp_path / "second")
     assert main([str(tmp_path / "further"), *call]) == 0

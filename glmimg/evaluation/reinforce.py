@@ -17,26 +17,31 @@ import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from PIL import Image
 
 from glmimg.atomic_write import atomic_folder
 from glmimg.backends import pick_backend
 from glmimg.checkpoint import Checkpoint, save_component
+from glmimg.corpus.scenes import draw
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput, UnknownName
 from glmimg.evaluation.concepts import Judge
+from glmimg.evaluation.linear_pixels import LinearStages
 from glmimg.evaluation.prompts import SHARES as CARD_SHARES
 from glmimg.evaluation.prompts import Record, make_edits, make_prompts
 from glmimg.evaluation.reward_task import RewardTask, card_reward
 from glmimg.evaluation.scoring import Scorers
 from glmimg.evaluation.text import rapidocr_reader
-from glmimg.pipelines.stages import Stages
 from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.optimizer import train_only
 from glmimg.training.record import add_command, checkpoint_record, chunks_record
 
 STAGE = "reinforcement"  # in a checkpoint's training.json
+STARTED = "started_from.json"  # in a work folder
+READ_SIDE = 384  # pixels that words are read at: a third of the time, and 29 of 30 true words were read alike
 FIRST_SEED, HELD_OUT_SEED = 500_000, 550_000  # benchmarks: 700,000 and 720,000; the card: 900,000
 # How often each of the card's subsets is asked for: those that hold nothing which training never shows.
 SHARES = {
@@ -68,6 +73,24 @@ def prompts(bank: StickerBank, count: int, first_seed: int, parts: Collection[st
 def _mixed(records: list[Record]) -> list[Record]:
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
     return [records[k] for k in order]
+
+
+def _same_model(work: Path, checkpoint: Checkpoint) -> None:
+    file = work / STARTED
+    told = json.loads(file.read_text()).get("hash") if file.exists() else None
+    if told not in (None, checkpoint.hash):
+        raise BadInput(
+            f"{work} is of a run from checkpoint {told}, and {checkpoint.name} is {checkpoint.hash}: "
+            "give that --model to go on, or another --work"
+        )
+
+
+def _learnt(task: RewardTask, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The weights that learnt, as the checkpoint stores them."""
+    learns = {id(p) for module in task.modules.values() for p in module.parameters() if p.requires_grad}
+    values = {name: p.detach() for name, p in task.model.named_parameters() if id(p) in learns}
+    old = checkpoint.weights["vision_language_encoder"].load(values, device="cpu", dtype=None)
+    return {name: value.to(old[name].dtype) for name, value in values.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,18 +145,19 @@ def main(argv: list[str] | None = None) -> int:
     if a.threads:
         torch.set_num_threads(a.threads)
     checkpoint, bank = Checkpoint.open(a.model), StickerBank(a.bank)
-    scorers = Scorers(bank, Judge.load(a.judge), rapidocr_reader())
+    scorers = Scorers(bank, Judge.load(a.judge), rapidocr_reader(READ_SIDE))
     model = checkpoint.generator(backend.device, torch.float32, vision=True)
+    records = prompts(bank, 4_000, FIRST_SEED, parts)
     edits, watched = list[Record](), prompts(bank, a.held_out, HELD_OUT_SEED, parts)
     if a.edit_share:
         edits = _mixed(make_edits(bank, 1_400, first_seed=FIRST_SEED))
         watched += make_edits(bank, a.held_out // 2, first_seed=HELD_OUT_SEED)
     task = RewardTask(
         model,
-        Stages(checkpoint, backend),
+        LinearStages(checkpoint, backend, lambda: [Image.fromarray(draw(r.scene, bank)) for r in records[:96]]),
         bank,
         card_reward(scorers),
-        prompts(bank, 4_000, FIRST_SEED, parts),
+        records,
         edits,
         samples=a.samples,
         temperature=a.temperature,
@@ -144,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=a.seed,
     )
     train_only(task.modules, a.only)
+    _same_model(a.work, checkpoint)
     run = Run(task, config, a.work)
     if run.processes.main:
         add_command(a.work, sys.argv[1:] if argv is None else argv)
@@ -153,14 +178,15 @@ def main(argv: list[str] | None = None) -> int:
         base = checkpoint_record(checkpoint.root, STAGE)
         run.position = base["position"]
         if run.processes.main:
-            (a.work / "started_from.json").write_text(json.dumps(base))
+            (a.work / STARTED).write_text(json.dumps(base | {"hash": checkpoint.hash}))
     if run.progress() < 1:
         run.train()
     if run.processes.main:
         with run.averaged(), atomic_folder(a.out) as folder:
             shutil.copytree(checkpoint.root, folder, dirs_exist_ok=True)
             shutil.rmtree(folder / "vision_language_encoder")
-            save_component(folder, "vision_language_encoder", model.to(torch.bfloat16), base=checkpoint)
+            learnt = SimpleNamespace(state_dict=lambda: _learnt(task, checkpoint))
+            save_component(folder, "vision_language_encoder", learnt, base=checkpoint)
             file = folder / "training.json"
             told = json.loads(file.read_text()) if file.exists() else {}
             file.write_text(json.dumps(told | {STAGE: chunks_record(a.work, None)}, indent=1))

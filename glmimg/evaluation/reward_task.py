@@ -9,6 +9,8 @@ Legend: B batch, T sequence, N emitted tokens, V codebook.
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +64,7 @@ def card_reward(scorers: Scorers) -> Reward:
 @dataclass
 class RewardBatch:
     """What was drawn, by how much each row's picture was better than the others of its prompt, the logits_BNV that the
-    generator had before it was reinforced, and mean rewards by part."""
+    generator had before it was reinforced, and mean rewards by part, of prompts that were in turn."""
 
     drawn: GeneratorBatch
     advantage_B: torch.Tensor
@@ -72,7 +74,8 @@ class RewardBatch:
 
 class RewardTask:
     """See `glmimg.training.loop.Task`. A batch is drawn, painted and scored when it is asked for, with the weights of
-    that moment: one step old when it is learnt from.
+    that moment: one step old when it is learnt from. Half of it are prompts whose pictures differed in score when they
+    were last drawn, if there are such: of most other prompts all pictures are right, or all wrong, and teach nothing.
 
     model: the generator that learns. stages: its checkpoint, whose own generator it is kept near to and whose decoder
     paints. records, edits: the prompts, in turn. samples: layouts of each prompt, drawn at `temperature`. steps: of the
@@ -107,6 +110,7 @@ class RewardTask:
         self.records, self.edits, self.edit_share = records, edits, edit_share if edits else 0.0
         self.samples, self.distance, self.preview_weight = samples, distance, preview_weight
         self.held_out, self.seed = held_out, seed
+        self._undecided = {False: deque[Record](), True: deque[Record]()}  # by whether they are edits
         self.sampling = TokenSampling(temperature, top_p=1.0)
         self.options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 1.0}
         self.pictures, self.editor = TextToImagePipeline(stages), ImageToImagePipeline(stages)
@@ -119,12 +123,13 @@ class RewardTask:
     @torch.no_grad()
     def policy(self) -> TokenGenerator:
         """The generator as it is now, in the dtype in which it will be used."""
-        used = {"language_model": self.twin.model.language_model, "lm_head": self.twin.lm_head}
+        twin = copy.deepcopy(self.twin)  # a batch is made beside `evaluate`, with other weights
+        used = {"language_model": twin.model.language_model, "lm_head": twin.lm_head}
         for name, module in self.modules.items():
             for now, old in zip(module.parameters(), used[name].parameters(), strict=True):
                 if now.requires_grad:
                     old.copy_(now)
-        return TokenGenerator(self.twin, weights="int8" if self.stages.eight_bit_tokens else None)
+        return TokenGenerator(twin, weights="int8" if self.stages.eight_bit_tokens else None)
 
     def _prompt(self, record: Record, source: Image.Image | None) -> Prompt:
         stages, size = self.stages, (record.scene.height, record.scene.width)
@@ -150,8 +155,10 @@ class RewardTask:
     def batch(self, position: int, size: int) -> RewardBatch:
         rng, samples = np.random.default_rng((self.seed, position)), self.samples
         edits = bool(rng.random() < self.edit_share)
-        among = self.edits if edits else self.records
-        records = [among[(position // samples + k) % len(among)] for k in range(max(1, size // samples))]
+        among, undecided, count = self.edits if edits else self.records, self._undecided[edits], max(1, size // samples)
+        again = [undecided.popleft() for _ in range(min(len(undecided), count // 2))]
+        fresh = [among[(position // samples + k) % len(among)] for k in range(count - len(again))]
+        records = [*fresh, *again]
         sources = [self._source(record) for record in records]
         prompts = [self._prompt(record, source) for record, source in zip(records, sources, strict=True)]
         rows = [prompt for prompt in prompts for _ in range(samples)]
@@ -166,7 +173,8 @@ class RewardTask:
         previews = 0 if edits else emitted_BN.shape[1] - grids[0].ids_HW.numel()
         drawn = teacher_forced(rows, emitted_BN, emitted_BN, previews, self.stages.prompts.pad_id)
         before_BTV = self.stages.generator.forward_logits(drawn.ids_BT, drawn.positions_3BT).cpu()
-        parts = {part: [k for k, record in enumerate(records) if record.part == part] for part in _parts(records)}
+        undecided.extend(record for record, of in zip(records, rewards, strict=True) if of.std() > 0)
+        parts = {part: [k for k, record in enumerate(fresh) if record.part == part] for part in _parts(fresh)}
         told = {f"{part}_reward": float(rewards[k].mean()) for part, k in parts.items()}
         told["alike"] = float((rewards.std(1) == 0).float().mean())
         advantage_B = (rewards - rewards.mean(1, keepdim=True)).flatten()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from glmimg.errors import MissingExtra
@@ -47,23 +48,33 @@ def score(lines: list[str], word: str) -> dict[str, bool | float]:
     return {"word": wanted in candidates, "ned": max(likeness)}
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
-    scale = READ_SIDE / min(picture.size)
+def enlarged(picture: Image.Image, side: int = READ_SIDE) -> Image.Image:
+    scale = side / min(picture.size)
     if scale <= 1:
         return picture
     return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
 
 
-def rapidocr_reader() -> Reader:
-    """PP-OCR from the rapidocr wheel, which carries its models."""
+def rapidocr_reader(side: int | None = None) -> Reader:
+    """PP-OCR from the rapidocr wheel, which carries its models; with torch's number of threads.
+
+    `side`: the shorter side in pixels that pictures are read at, instead of the engine's own 736 or more.
+    """
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
         raise MissingExtra.of("rapidocr", "ocr", "reading written words") from error
-    engine = RapidOCR(params={"Global.log_level": "critical", "Global.use_cls": False})
+    params: dict[str, Any] = {
+        "Global.log_level": "critical",
+        "Global.use_cls": False,
+        "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),  # all cores, spinning, by itself
+    }
+    if side:
+        params["Det.limit_side_len"] = side
+    engine = RapidOCR(params=params)
 
     def read(picture: Image.Image) -> list[str]:
-        return list(engine(np.asarray(enlarged(picture).convert("RGB"))[..., ::-1]).txts or ())
+        return list(engine(np.asarray(enlarged(picture, side or READ_SIDE).convert("RGB"))[..., ::-1]).txts or ())
 
     return read
 
