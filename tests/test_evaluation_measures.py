@@ -14,10 +14,13 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from glmimg.corpus import drawing
 from glmimg.corpus.scenes import Scene, SceneSampler, draw
+from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import BACKGROUNDS, COLOURS, SHAPES
 from glmimg.evaluation import layout, text
 from glmimg.evaluation.distance import diversity, frechet, nearest
 from glmimg.evaluation.figures import estimate, mean, share
+from glmimg.evaluation.prompts import make_prompts
+from glmimg.evaluation.scoring import Scorers
 from glmimg.evaluation.segment import background_of, nearest_name, regions
 
 
@@ -142,7 +145,24 @@ def sign(word: str) -> Image.Image:
 
 def test_ocr_reads_a_sign() -> None:
     pytest.importorskip("rapidocr")
-    assert text.score(text.rapidocr_reader()(sign("Hello")), "hello")["word"]
+    for side in (None, 384):
+        assert text.score(text.rapidocr_reader(side)(sign("Hello")), "hello")["word"]
+
+
+def test_the_letters_colour_is_told(wide_bank: StickerBank) -> None:
+    signs = [r for r in make_prompts(wide_bank, 200) if r.part == "text"]
+    named = [r for r in signs if text.names_ink(r.prompt, r.scene.things[-1].ink)]
+    assert 0.2 < len(named) / len(signs) < 0.6
+    assert not text.names_ink('a red sign that says "OPEN" on an orange background', "orange")
+    scorers = Scorers(wide_bank, None, None)
+    for record in signs:
+        sign = record.scene.things[-1]
+        assert text.ink_of(draw(record.scene, wide_bank), sign) == sign.ink, record.prompt
+        other = "white" if sign.ink == "black" else "black"
+        scene = replace(record.scene, things=(*record.scene.things[:-1], replace(sign, ink=other)))
+        scores = scorers.score(draw(scene, wide_bank), record)
+        assert scores == ({"ink": False} if record in named else {})
+        assert text.ink_of(np.full((256, 256, 3), COLOURS[sign.colour][0], dtype=np.uint8), sign) == ""
 
 
 def test_a_second_engine_judges() -> None:

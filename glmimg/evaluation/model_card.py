@@ -25,6 +25,7 @@ _HEADLINES = {
     "text/unseen words up to 6 letters/word (second engine)": "Those never shown, second engine",
     "text/random strings/word": "Random strings of 3 to 8 letters",
     "text/chinese trained/word": "Chinese words",
+    "text/all/ink": "Letters in the colour that the prompt gives them",
     "concepts/first/top5": "The 64 things that it learnt first (cat, rocket, pizza), top-5",
     "concepts/common/top5": "Common things, top-5",
     "concepts/seen/top5": "Concepts seen in training, top-5",

@@ -41,7 +41,11 @@ from glmimg.training.generator_task import GeneratorBatch, emitted_logits, teach
 __all__ = ["Reward", "RewardBatch", "RewardTask", "card_reward"]
 
 Reward = Callable[[np.ndarray, Record], float]
-_COUNTED = {"text": ("ned", "word"), "concepts": ("top1", "top5", "style"), "edit": ("nearer", "changed", "both")}
+_COUNTED = {
+    "text": ("ned", "word", "ink"),
+    "concepts": ("top1", "top5", "style"),
+    "edit": ("nearer", "changed", "both"),
+}
 
 
 def card_reward(scorers: Scorers) -> Reward:
@@ -56,7 +60,7 @@ def card_reward(scorers: Scorers) -> Reward:
             told = edit_score(picture, record, before, after, scorers.judge, scorers.reader)
         if record.part == "layout":
             return float(np.mean([*told.values(), *[told["all"]] * len(told)]))
-        return float(np.mean([told[name] for name in _COUNTED[record.part]]))
+        return float(np.mean([told[name] for name in _COUNTED[record.part] if name in told]))
 
     return reward
 

@@ -18,7 +18,7 @@ from glmimg.evaluation import layout
 from glmimg.evaluation.concepts import Judge, crops_of, nearest_style
 from glmimg.evaluation.figures import estimate
 from glmimg.evaluation.prompts import Record
-from glmimg.evaluation.text import Reader
+from glmimg.evaluation.text import Reader, ink_of, names_ink
 from glmimg.evaluation.text import score as text_score
 
 SOURCES = ("model", "real", "tokens", "floor")
@@ -42,8 +42,9 @@ class Scorers:
         return dict(layout.score(picture, record.scene))
 
     def _text(self, picture: np.ndarray, record: Record) -> Scores:
-        word, image = record.scene.things[-1].word, Image.fromarray(picture)
-        out: Scores = {}
+        sign, image = record.scene.things[-1], Image.fromarray(picture)
+        word = sign.word
+        out: Scores = {"ink": ink_of(picture, sign) == sign.ink} if names_ink(record.prompt, sign.ink) else {}
         if self.reader is not None:
             out |= text_score(self.reader(image), word)
         if self.second is not None:
@@ -81,6 +82,8 @@ def groups_of(record: Record) -> list[str]:
     groups = [f"{record.part}/{record.subset}"]
     if record.part == "layout" and record.subset in ("seen", "position"):
         groups += ["layout/trained", f"layout/GenEval-style: {layout.geneval_task(record.scene)}"]
+    if record.part == "text":
+        groups.append("text/all")
     if record.part == "text" and record.subset == "unseen words" and len(record.scene.things[-1].word) <= 6:
         groups.append("text/unseen words up to 6 letters")
     if record.part == "concepts" and record.subset != "pairs":

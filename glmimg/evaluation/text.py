@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from glmimg.corpus.scenes import Thing
+from glmimg.corpus.words import COLOURS
 from glmimg.errors import MissingExtra
+from glmimg.evaluation.segment import nearest_name
 
 Reader = Callable[[Image.Image], list[str]]
 READ_SIDE = 512  # the shorter side that pictures are enlarged to before reading
@@ -46,6 +49,27 @@ def score(lines: list[str], word: str) -> dict[str, bool | float]:
     candidates = {*read, "".join(read)}
     likeness = [1 - edit_distance(c, wanted) / max(len(c), len(wanted), 1) for c in candidates]
     return {"word": wanted in candidates, "ned": max(likeness)}
+
+
+def names_ink(prompt: str, ink: str) -> bool:
+    """Whether the prompt, in the words of the corpus' captions, says that the letters are of that colour."""
+    english, spanish, portuguese, chinese = COLOURS[ink][1]
+    phrases = f"in {english} letters", f"letras de color {spanish}", f"letras de cor {portuguese}", f"{chinese}的字"
+    return any(phrase in prompt for phrase in phrases)
+
+
+def ink_of(picture: np.ndarray, sign: Thing) -> str:
+    """The colour of the letters of a picture (h, w, 3) uint8, "" for none: of what stands out most from the sign's own
+    colour in the middle of its box."""
+    left, top, right, bottom = sign.box
+    across, down = (right - left) // 4, (bottom - top) // 4
+    middle = picture[top + down : bottom - down, left + across : right - across].reshape(-1, 3).astype(np.float32)
+    palette = {name: rgb for name, (rgb, _) in COLOURS.items()}
+    away = np.abs(middle - np.array(palette[sign.colour])).sum(-1)
+    if (away > 100).sum() < 8:
+        return ""
+    most = middle[away >= np.quantile(away[away > 100], 0.7)]
+    return list(palette)[int(nearest_name(np.median(most, axis=0), palette))]
 
 
 def enlarged(picture: Image.Image, side: int = READ_SIDE) -> Image.Image:
