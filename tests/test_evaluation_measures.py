@@ -162,7 +162,8 @@ def test_the_letters_colour_is_told(wide_bank: StickerBank) -> None:
         scene = replace(record.scene, things=(*record.scene.things[:-1], replace(sign, ink=other)))
         scores = scorers.score(draw(scene, wide_bank), record)
         assert scores == ({"ink": False} if record in named else {})
-        assert text.ink_of(np.full((256, 256, 3), COLOURS[sign.colour][0], dtype=np.uint8), sign) == ""
+        for plain in (sign.colour, sign.ink):
+            assert text.ink_of(np.full((256, 256, 3), COLOURS[plain][0], dtype=np.uint8), sign) == ""
 
 
 def test_a_second_engine_judges() -> None:

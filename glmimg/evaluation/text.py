@@ -66,7 +66,7 @@ def ink_of(picture: np.ndarray, sign: Thing) -> str:
     middle = picture[top + down : bottom - down, left + across : right - across].reshape(-1, 3).astype(np.float32)
     palette = {name: rgb for name, (rgb, _) in COLOURS.items()}
     away = np.abs(middle - np.array(palette[sign.colour])).sum(-1)
-    if (away > 100).sum() < 8:
+    if not 8 <= (away > 100).sum() < 0.9 * len(away):  # no letters, or no sign
         return ""
     most = middle[away >= np.quantile(away[away > 100], 0.7)]
     return list(palette)[int(nearest_name(np.median(most, axis=0), palette))]
