@@ -27,7 +27,7 @@ from glmimg.evaluation import editing
 from glmimg.evaluation.command import evaluate
 from glmimg.evaluation.concepts import CROP, THINGS, Judge, crop, default_folder, nearest_style, thing_boxes
 from glmimg.evaluation.drawers import Model
-from glmimg.evaluation.model_card import model_card, weaknesses, write_sheets
+from glmimg.evaluation.model_card import earlier_pictures, model_card, weaknesses, write_sheets
 from glmimg.evaluation.prompts import SHARES, Record, make_edits, make_prompts
 from glmimg.evaluation.report import run_card
 from glmimg.evaluation.scoring import Scorers
@@ -246,6 +246,13 @@ def test_command_judges_a_checkpoint(
     assert "![model-layout.webp](model-layout.webp)" in card and len(sheets) == 3
     assert all(Image.open(tmp_path / sheet).width <= 1000 for sheet in sheets)
     assert "- machine: two cores" in card and "Layout: mean of count" in card and "CC-BY-4.0" in card
+    assert earlier_pictures("# Model card\n\n## Weaknesses\n") == ""
+    later = json.loads(json.dumps(report).replace(about["hash"], "0" * 12))
+    for _ in range(2):  # the pictures stay those of the first
+        card = model_card(later, {"generator": row, "reinforcement": row}, pictures=earlier_pictures(card))
+    assert f"Of hash {about['hash']}. Each prompt's true scene" in card and "- hash: 000000000000" in card
+    assert card.count("Of hash") == 1 and card.count("![model-layout.webp](model-layout.webp)") == 1
+    assert "0.25 kWh; held out before it was reinforced: loss words 0.1235" in card
 
 
 def test_command_refuses_impossible_flags() -> None:

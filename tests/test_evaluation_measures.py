@@ -149,6 +149,22 @@ def test_ocr_reads_a_sign() -> None:
         assert text.score(text.rapidocr_reader(side)(sign("Hello")), "hello")["word"]
 
 
+def test_ocr_takes_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime by itself takes all cores, so that two processes halve each other."""
+    pytest.importorskip("rapidocr")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    real, taken = onnxruntime.InferenceSession.__init__, []
+
+    def recorded(self: Any, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        taken.append(self.get_session_options().intra_op_num_threads)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "__init__", recorded)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    text.rapidocr_reader()(sign("Hello"))
+    assert taken and set(taken) == {1}
+
+
 def test_the_letters_colour_is_told(wide_bank: StickerBank) -> None:
     signs = [r for r in make_prompts(wide_bank, 200) if r.part == "text"]
     named = [r for r in signs if text.names_ink(r.prompt, r.scene.things[-1].ink)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ and WenQuanYi Micro Hei (Apache-2.0). The weights are under Apache-2.0; keep the
 
 
 SHEET_WIDTH = 1000
+PICTURES = "## Pictures"
 
 
 def training_lines(training: dict[str, Any]) -> list[str]:
@@ -54,9 +56,10 @@ def training_lines(training: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {value}" for name, value in training.items() if name not in stages]
     for name, row in stages.items():
         told = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in row.get("held_out", {}).items())
+        when = "held out before it was reinforced" if name == "generator" and "reinforcement" in stages else "held out"
         spent = f"{row['steps']:,} steps, {row['position']:,} samples, {row['minutes']} minutes"
         spent += f", {row['kwh']} kWh" if "kwh" in row else ""
-        lines.append(f"{name}: {spent}" + (f"; held out: {told}" if told else ""))
+        lines.append(f"{name}: {spent}" + (f"; {when}: {told}" if told else ""))
     if stages:
         total = f"all: {sum(row['minutes'] for row in stages.values()) / 60:.1f} hours"
         energy = sum(row.get("kwh", 0.0) for row in stages.values())
@@ -77,8 +80,21 @@ def write_sheets(report: dict[str, Any], folder: Path, card: Path) -> list[str]:
     return names
 
 
-def model_card(report: dict[str, Any], training: dict[str, Any] | None = None, sheets: Sequence[str] = ()) -> str:
-    """The card as Markdown. `training`: what it cost, if that is on record; `sheets`: pictures to show."""
+def earlier_pictures(card: str) -> str:
+    """A written card's section of pictures, which says of what checkpoint they are; "" if it has none."""
+    _, _, section = card.partition(PICTURES)
+    section = section.partition("\n## ")[0].strip()
+    shown = re.search(r"^- hash: (\w+)$", card, re.MULTILINE)
+    if not section or section.startswith("Of hash"):
+        return section
+    return f"Of hash {shown[1] if shown else 'unknown'}. {section}"
+
+
+def model_card(
+    report: dict[str, Any], training: dict[str, Any] | None = None, sheets: Sequence[str] = (), pictures: str = ""
+) -> str:
+    """The card as Markdown. `training`: what it cost, if that is on record; `sheets`: pictures to show, or `pictures`:
+    that section as it is."""
     rows = [(title, report["figures"][key]) for key, title in _HEADLINES.items() if key in report["figures"]]
     lines = ["# Model card", "", "Written from the report card by `python -m glmimg.evaluation.model_card`.", ""]
     lines += ["## The model", "", *(f"- {line}" for line in about_lines(report)), ""]
@@ -99,8 +115,10 @@ def model_card(report: dict[str, Any], training: dict[str, Any] | None = None, s
         others = [f"{by[s]['value'] * 100:.0f} %" if s in by else "-" for s in ("tokens", "real", "floor")]
         lines.append(f"| {title} | {told['value'] * 100:.1f} % | {span} | {told['n']} | {' | '.join(others)} |")
     if sheets:
-        lines += ["", "## Pictures", "", "Each prompt's true scene, its true tokens decoded, the model's own picture;"]
-        lines += ["of edits before, after, and true.", "", *(f"![{sheet}]({sheet})\n" for sheet in sheets)]
+        pictures = "Each prompt's true scene, its true tokens decoded, the model's own picture;\n"
+        pictures += "of edits before, after, and true.\n\n" + "\n\n".join(f"![{sheet}]({sheet})" for sheet in sheets)
+    if pictures:
+        lines += ["", PICTURES, "", pictures]
     lines += ["", "## Weaknesses", "", *weaknesses(report), ""]
     lines += ["## Who judged", "", f"Second OCR engine: {report['second_engine']}.", ""]
     lines += [f"- The concept judge's own accuracy on real scenes, {line}" for line in judge_lines(report)]
@@ -138,11 +156,16 @@ if __name__ == "__main__":
     parser.add_argument("card", type=Path, help="such as docs/model-card.md")
     parser.add_argument("--training", type=Path, help="the checkpoint's training.json, or a JSON object of facts")
     parser.add_argument(
-        "--sheets", action="store_true", help="show small copies of the contact sheets, beside the card"
+        "--sheets",
+        action="store_true",
+        help="show small copies of the contact sheets, beside the card; else it keeps those that it shows",
     )
     a = parser.parse_args()
     facts = json.loads(a.training.read_text(encoding="utf-8")) if a.training else None
     told = json.loads(a.report.read_text(encoding="utf-8"))
-    text = model_card(told, facts, write_sheets(told, a.report.parent, a.card) if a.sheets else ())
+    if a.sheets:
+        text = model_card(told, facts, write_sheets(told, a.report.parent, a.card))
+    else:
+        text = model_card(told, facts, pictures=earlier_pictures(a.card.read_text()) if a.card.exists() else "")
     with atomic_file(a.card) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from glmimg.atomic_write import atomic_folder
-from glmimg.backends import pick_backend
+from glmimg.backends import Backend, pick_backend
 from glmimg.checkpoint import Checkpoint, save_component
 from glmimg.corpus.scenes import draw
 from glmimg.corpus.stickers import StickerBank
@@ -70,6 +70,13 @@ def prompts(bank: StickerBank, count: int, first_seed: int, parts: Collection[st
     return _mixed(chosen)
 
 
+def quick_stages(checkpoint: Checkpoint, backend: Backend, bank: StickerBank) -> LinearStages:
+    """Stages whose pixels are a linear map of the latents, fitted to 96 of the prompts' scenes."""
+    return LinearStages(
+        checkpoint, backend, lambda: [Image.fromarray(draw(r.scene, bank)) for r in prompts(bank, 120, FIRST_SEED)[:96]]
+    )
+
+
 def _mixed(records: list[Record]) -> list[Record]:
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
     return [records[k] for k in order]
@@ -110,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=8, help="pictures of each prompt")
     parser.add_argument("--temperature", type=float, default=0.6, help="of the draw (0.6)")
     parser.add_argument("--distance", type=float, default=0.02, help="weight of staying near the old generator")
-    parser.add_argument("--decoder-steps", type=int, default=5, help="of each picture, without guidance (5)")
+    parser.add_argument("--decoder-steps", type=int, default=5, help="of each picture (5)")
+    parser.add_argument("--guidance-scale", type=float, help="of each picture (the checkpoint's own); 1: half the time")
     parser.add_argument("--edit-share", type=float, default=0.25, help="of the batches (0.25); 0: no edits")
     parser.add_argument("--parts", default=",".join(PARTS), help="of the prompts, comma-separated")
     parser.add_argument("--held-out", type=int, default=60, help="prompts to watch, and half as many edits (60)")
@@ -154,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         watched += make_edits(bank, a.held_out // 2, first_seed=HELD_OUT_SEED)
     task = RewardTask(
         model,
-        LinearStages(checkpoint, backend, lambda: [Image.fromarray(draw(r.scene, bank)) for r in records[:96]]),
+        quick_stages(checkpoint, backend, bank),
         bank,
         card_reward(scorers),
         records,
@@ -162,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         samples=a.samples,
         temperature=a.temperature,
         steps=a.decoder_steps,
+        guidance_scale=checkpoint.settings.guidance_scale if a.guidance_scale is None else a.guidance_scale,
         distance=a.distance,
         edit_share=a.edit_share,
         held_out=watched,

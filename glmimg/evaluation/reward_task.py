@@ -83,9 +83,9 @@ class RewardTask:
 
     model: the generator that learns. stages: its checkpoint, whose own generator it is kept near to and whose decoder
     paints. records, edits: the prompts, in turn. samples: layouts of each prompt, drawn at `temperature`. steps: of the
-    decoder, without guidance. distance: weight of the Kullback-Leibler divergence from the generator as it was.
-    edit_share: of the batches. held_out: prompts and edits on which `evaluate` scores one picture each, of tokens drawn
-    with the checkpoint's own settings.
+    decoder, with `guidance_scale` (1.0: none, half the time). distance: weight of the Kullback-Leibler divergence from
+    the generator as it was. edit_share: of the batches. held_out: prompts and edits on which `evaluate` scores one
+    picture each, of tokens drawn with the checkpoint's own settings.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class RewardTask:
         samples: int = 8,
         temperature: float = 0.6,
         steps: int = 5,
+        guidance_scale: float = 1.0,
         distance: float = 0.02,
         preview_weight: float = 2.0,
         edit_share: float = 0.25,
@@ -116,7 +117,7 @@ class RewardTask:
         self.held_out, self.seed = held_out, seed
         self._undecided = {False: deque[Record](), True: deque[Record]()}  # by whether they are edits
         self.sampling = TokenSampling(temperature, top_p=1.0)
-        self.options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 1.0}
+        self.options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         self.pictures, self.editor = TextToImagePipeline(stages), ImageToImagePipeline(stages)
         self.modules: Mapping[str, nn.Module] = {"language_model": model.model.language_model, "lm_head": model.lm_head}
         self.twin = stages.checkpoint.generator(stages.backends["generator"].device, stages.dtypes["generator"])
