@@ -224,6 +224,7 @@ class Checkpoint:
         self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> tuple[GlmImageVisionModel, GlmImageVQVAE]:
         """The vision tower and the quantiser: what glmimg.semantic_tokenizer takes."""
+        self.require_picture_parts()
         model = self.skeleton("vision_language_encoder")
         model.model.language_model = model.lm_head = None
         self._fill("vision_language_encoder", model, device, dtype, _prefixed(_LANGUAGE))
@@ -258,6 +259,15 @@ class Checkpoint:
             model.encoder = model.quant_conv = None
         self._fill("vae", model, device, dtype, _prefixed(() if encoder else _VAE_ENCODER))
         return model.eval()
+
+    def require_picture_parts(self) -> None:
+        """CheckpointError if it was written without what reads pictures."""
+        for component, names in PICTURE_PARTS.items():
+            if not any(name.startswith(names) for name in self.weights[component].infos):
+                raise CheckpointError(
+                    f"{self.root} has no vision tower, quantiser or VAE encoder (--text-to-image-only): editing, token "
+                    "candidates, the best of several by likelihood and tokens of pictures need the whole checkpoint"
+                )
 
     def skeleton(self, component: str) -> Any:
         """The component's whole module on the meta device, with packed layers where its files hold packed weights."""

@@ -99,6 +99,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     options = _options(arguments, source)
     count = _count(arguments, len(prompts))
     _check_outputs(arguments)
+    if arguments.preview and options.get("tokens") is not None and arguments.region is None:
+        raise BadInput("--preview shows a layout while it is drawn: that of --tokens or --from is there, leave it out")
     seed = options.pop("seed")
     from glmimg.pipelines.text_to_image import TextToImagePipeline
 
@@ -126,6 +128,8 @@ def _edit(arguments: argparse.Namespace) -> int:
     options = _options(arguments, source)
     count = _count(arguments, 1)
     _check_outputs(arguments)
+    if arguments.preview:
+        raise BadInput("--preview: edits have no preview grid to look at; leave it out")
     seed = options.pop("seed")
     from glmimg.image_io import open_picture
     from glmimg.pipelines.image_to_image import ImageToImagePipeline

@@ -106,6 +106,7 @@ class LikelihoodVerifier:
     """
 
     def __init__(self, stages: Stages, weight: float = 0.75, references: Sequence[Picture] = ()) -> None:
+        stages.checkpoint.require_picture_parts()
         self.stages, self.weight, self.references = stages, weight, references
         self._ids: list[torch.Tensor] | None = None  # of the references
 

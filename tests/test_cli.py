@@ -247,6 +247,13 @@ def test_a_first_look(small: list[str], capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(told.out)["config"]["token_candidates"] == 2
     assert "drafts  [########################] 4/4" in told.err
     assert Image.open("chosen.png").size == tuple(side // 2 for side in Image.open("picture.png").size)
+    where = ["--preview", "none.png", "-q"]
+    for call in (
+        ["generate", "a cat", *small, "--tokens", "picture.png"],
+        ["edit", "look.png", "--prompt", "red", *small],
+    ):
+        assert main([*call, *where]) == 2 and "--preview" in capsys.readouterr().err
+    assert not Path("none.png").exists()
 
 
 def test_tokens_show_and_extract(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:

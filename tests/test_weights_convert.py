@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from glmimg.checkpoint import COMPONENTS, Checkpoint, save_component
@@ -164,8 +165,9 @@ def test_values_beyond_float16_are_refused(tiny_copy: Path, tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
 
 
-def test_text_to_image_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from glmimg import TextToImagePipeline
+def test_text_to_image_only(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glmimg import ImageToImagePipeline, TextToImagePipeline
+    from glmimg.pipelines.best_of import best_of
 
     convert(tiny_checkpoint, tmp_path / "t2i", text_to_image_only=True)
     pruned, whole = Checkpoint.open(tmp_path / "t2i"), Checkpoint.open(tiny_checkpoint)
@@ -181,8 +183,17 @@ def test_text_to_image_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
         for path in (tmp_path / "t2i", tiny_checkpoint)
     ]
     assert pictures[0] == pictures[1]
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match="no vision tower"):
         pruned.vision()
+    monkeypatch.setattr(Checkpoint, "_fill", lambda *args: pytest.fail("weights were loaded"))
+    for refused in (
+        lambda: TextToImagePipeline.from_pretrained(pruned)("a cat", config=settings | {"token_candidates": 2}),
+        lambda: ImageToImagePipeline.from_pretrained(pruned)("a cat", Image.new("RGB", (64, 64)), **settings),
+        lambda: best_of(TextToImagePipeline.from_pretrained(pruned), "a cat", 2, **settings),
+    ):
+        with pytest.raises(CheckpointError, match="text-to-image-only"):
+            refused()
+    monkeypatch.undo()
     convert(tmp_path / "t2i", tmp_path / "t2i.safetensors")
     convert(tmp_path / "t2i.safetensors", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(tmp_path / "t2i")
