@@ -107,6 +107,7 @@ class CheckpointSettings:
         try:
             text = language["text_config"]
             channels = vae["latent_channels"]
+            height, width = map(int, generation.get("default_size", (1024, 1024)))
             settings = cls(
                 codebook_size=language["vq_config"]["num_embeddings"],
                 vision_vocab=text["vision_vocab_size"],
@@ -127,7 +128,7 @@ class CheckpointSettings:
                 token_guidance=generation.get("token_guidance", 1.0),
                 token_candidates=generation.get("token_candidates", 1),
                 keep_unchanged=generation.get("keep_unchanged", 0.0),
-                default_size=tuple(generation.get("default_size", (1024, 1024))),
+                default_size=(height, width),
                 min_size=generation.get("min_size", 512),
                 max_size=generation.get("max_size", 2048),
                 latent_channels=channels,
@@ -137,8 +138,9 @@ class CheckpointSettings:
                 patch_size=decoder["patch_size"],
                 scheduler={key: value for key, value in scheduler.items() if not key.startswith("_")},
             )
-        except KeyError as error:
-            raise CheckpointError(f"{root}: a config.json lacks {error}: not a GLM-Image checkpoint?") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            lacks = "lacks" if isinstance(error, KeyError) else "has a wrong value, "
+            raise CheckpointError(f"{root}: a config.json {lacks} {error}: not a GLM-Image checkpoint?") from error
         if decoder.get("prior_vq_quantizer_codebook_size") != settings.codebook_size:
             raise CheckpointError(
                 f"{root}: the decoder knows {decoder.get('prior_vq_quantizer_codebook_size')} semantic tokens, "
@@ -169,11 +171,9 @@ class Checkpoint:
         if isinstance(model, Checkpoint):
             return model
         root = _locate(str(model), revision, local_files_only)
-        index = _json(root / "model_index.json")
-        if index.get("_class_name") != "GlmImagePipeline":
-            raise CheckpointError(
-                f"{root} is a {index.get('_class_name')} checkpoint; a GlmImagePipeline one is needed"
-            )
+        kind = _json(root / "model_index.json").get("_class_name")
+        if kind != "GlmImagePipeline":
+            raise CheckpointError(f"{root} is a {kind} checkpoint; a GlmImagePipeline one is needed")
         if not (root / "processor/tokenizer.json").is_file():
             raise CheckpointError(f"{root}/processor/tokenizer.json is missing: not downloaded completely?")
         settings = CheckpointSettings.read(root)
@@ -264,10 +264,8 @@ class Checkpoint:
         """CheckpointError if it was written without what reads pictures."""
         for component, names in PICTURE_PARTS.items():
             if not any(name.startswith(names) for name in self.weights[component].infos):
-                raise CheckpointError(
-                    f"{self.root} has no vision tower, quantiser or VAE encoder (--text-to-image-only): editing, token "
-                    "candidates, the best of several by likelihood and tokens of pictures need the whole checkpoint"
-                )
+                why = "editing, token candidates, best-of by likelihood and tokens of pictures need the whole one"
+                raise CheckpointError(f"{self.root} lacks what reads pictures (--text-to-image-only): {why}")
 
     def skeleton(self, component: str) -> Any:
         """The component's whole module on the meta device, with packed layers where its files hold packed weights."""
@@ -418,7 +416,7 @@ def _locate(model: str, revision: str | None, local_files_only: bool) -> Path:
                 "or make a random one to try things with: glmimg weights init --preset mini DIR"
             )
         return root
-    root = Path(model).expanduser()
+    root = Path(os.path.expanduser(model))
     if model and os.path.isdir(root):
         return root
     if model and os.path.exists(root):

@@ -34,7 +34,7 @@ def generate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
 def edit(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="the reference pictures, the one to change first")
     parser.add_argument("--prompt", help="what the picture is to become")
-    _add_options(parser)
+    _add_options(parser, "edited.png")
     parser.add_argument(
         "--keep",
         type=float,
@@ -44,11 +44,9 @@ def edit(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]
     return _edit
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser, output: str = "picture.png") -> None:
     out = parser.add_argument_group("output")
-    out.add_argument(
-        "-o", "--output", default="picture.png", metavar="PNG", help="default: picture.png; more get -2, -3..."
-    )
+    out.add_argument("-o", "--output", default=output, metavar="PNG", help=f"default: {output}; more get -2, -3...")
     out.add_argument("-n", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
     out.add_argument("--best-of", type=int, metavar="N", help="make N, keep the one that reads or fits best")
     out.add_argument("--save-tokens", metavar="FILE", help="write the token grid as well")
@@ -76,7 +74,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     tokens.add_argument("--from", dest="source", metavar="PNG", help="repeat that picture; other flags change it")
 
     run = parser.add_argument_group("the machine")
-    run.add_argument("--model", default="embedded", metavar="PATH|HUB_ID", help="default: the embedded model")
+    run.add_argument("--model", metavar="PATH|HUB_ID", help="default: the embedded model, or that of --from")
     run.add_argument(
         "--adapter", dest="adapters", action="append", metavar="DIR[:STRENGTH]", help="repeat it to stack several"
     )
@@ -98,7 +96,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         prompts = [source["prompt"]]
     options = _options(arguments, source)
     count = _count(arguments, len(prompts))
-    _check_outputs(arguments)
+    _check_outputs(arguments, count)
     if arguments.preview and options.get("tokens") is not None and arguments.region is None:
         raise BadInput("--preview shows a layout while it is drawn: that of --tokens or --from is there, leave it out")
     seed = options.pop("seed")
@@ -127,7 +125,7 @@ def _edit(arguments: argparse.Namespace) -> int:
         source["tokens"] = None
     options = _options(arguments, source)
     count = _count(arguments, 1)
-    _check_outputs(arguments)
+    _check_outputs(arguments, count)
     if arguments.preview:
         raise BadInput("--preview: edits have no preview grid to look at; leave it out")
     seed = options.pop("seed")
@@ -215,7 +213,7 @@ def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> di
     if arguments.seed == "random":
         options["seed"] = int.from_bytes(os.urandom(4), "little")
     elif arguments.seed is not None:
-        if not arguments.seed.isdigit():
+        if not arguments.seed.isdecimal():
             raise BadInput(f"seed {arguments.seed!r}: give a whole number from 0, or 'random'")
         options["seed"] = int(arguments.seed)
     tokens = _tokens(arguments, source)
@@ -263,19 +261,25 @@ def _region(text: str) -> tuple[int, ...]:
 
 def _place(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments of `from_pretrained`."""
-    backend: str | dict[str, str] = arguments.backend
-    if "=" in arguments.backend:
-        pairs = [part.partition("=") for part in arguments.backend.split(",")]
-        backend = {stage.strip(): name.strip() for stage, _, name in pairs}
+    from glmimg.backends import parse_backend
+
     model = arguments.model
-    if source is not None and model == "embedded":
-        model = source["checkpoint"].get("name", model)
+    if source is not None and model is None:
+        model = str(source["checkpoint"].get("name", "embedded"))
+        if model != "embedded" and "/" not in model and not os.path.isdir(model):
+            raise BadInput(f"{arguments.source} was made with checkpoint {model!r}: say with --model where that is")
     adapters = arguments.adapters
     if source is not None and adapters is None:
         adapters = [(one["name"], one["strength"]) for one in source.get("adapters", [])] or None
+        for name, strength in adapters or ():
+            if not os.path.isdir(name):
+                raise BadInput(
+                    f"{arguments.source} was made with adapter {name!r}: say with --adapter FOLDER:{strength:g} where "
+                    "that is (all of them, if there are several)"
+                )
     return {
-        "model": model,
-        "backend": backend,
+        "model": model or "embedded",
+        "backend": parse_backend(arguments.backend),
         "dtype": arguments.dtype,
         "offload": arguments.offload,
         "compile": arguments.compile,
@@ -306,8 +310,15 @@ def _count(arguments: argparse.Namespace, prompts: int) -> int:
     return prompts * arguments.n
 
 
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuses places that cannot be written to before any work is done."""
+def _check_outputs(arguments: argparse.Namespace, count: int) -> None:
+    """Refuses places that cannot be written to before any work is done, and those of what is read."""
+    from glmimg.pipelines.result import numbered
+
+    read = [*getattr(arguments, "images", ()), arguments.source, arguments.tokens]
+    for own in filter(None, read):
+        for number in range(1, count + 1):
+            if os.path.exists(own) and (path := numbered(arguments.output, number)).exists() and path.samefile(own):
+                raise BadInput(f"{path} is read, and would be written over: name another place with -o")
     for flag in ("output", "save_tokens", "preview"):
         value = getattr(arguments, flag)
         if value is None:

@@ -79,7 +79,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     costs = costs_of(arguments.model)
     width, height = picture_size(arguments.size) if arguments.size else costs.default_size[::-1]
     machine = _machine(arguments)
-    kind = arguments.measure.partition(":")[0] if arguments.measure else None
+    kind = None
+    if arguments.measure:
+        from glmimg.backends import pick_backend
+
+        kind = pick_backend(arguments.measure).device.type
     if arguments.train is not None:
         return _training(arguments, costs, machine, (height, width), kind)
     return _pictures(arguments, costs, machine, (height, width), kind)

@@ -124,6 +124,8 @@ def make_card(
         command += ["--steps", str(steps)] if steps else []
         with redirect_stdout(io.StringIO()):
             status = main(command)
+        if status == 130:
+            raise KeyboardInterrupt
         if status:
             raise GlmimgError(f"the report card of {model} could not be made; see above, and: glmimg evaluate --help")
         return Card(*(json.loads((place / name).read_text("utf-8")) for name in ("report.json", "pictures.json")))

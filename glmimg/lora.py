@@ -265,7 +265,7 @@ def _stage_of(name: str) -> str | None:
 
 
 def _locate(name: str) -> Path:
-    root = Path(name).expanduser()
+    root = Path(os.path.expanduser(name))
     if root.is_dir():
         return root
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or os.path.exists(root):

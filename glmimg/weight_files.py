@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "CODEBOOK",
     "DTYPE_BITS",
     "TensorInfo",
     "WeightFiles",
+    "codebook_digest",
     "contained",
     "fill",
     "json_object",
@@ -31,6 +33,7 @@ __all__ = [
     "read_index",
 ]
 
+CODEBOOK = "model.vqmodel.quantize.embedding.weight"  # in the token generator's files
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # The format's dtypes in the order in which the safetensors library lays tensors out, last first.
 DTYPE_BITS = {
@@ -307,6 +310,16 @@ def json_object(data: bytes, place: object) -> dict[str, Any]:
     if level:
         raise CheckpointError(f"{place} is nested more than {_MAX_DEPTH} levels deep: do not use this checkpoint")
     return value
+
+
+def codebook_digest(files: WeightFiles) -> str:
+    """Twelve digits that tell codebooks apart, of a token generator's files."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(files.infos[CODEBOOK].file, framework="pt") as file:
+        rows = file.get_slice(CODEBOOK)[:256].to(torch.bfloat16).contiguous()
+    return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:12]
 
 
 def contained(folder: Path, file: Path) -> Path:

@@ -123,7 +123,7 @@ class ImageToImagePipeline(PicturePipeline):
                 images += to_pil(autoencoder.decode(latents_BChw))
         settings = request.settings(stages, "image-to-image")
         for k, values in enumerate(settings):
-            values["references"] = [_digest(picture) for picture in pictures[k // request.copies]]
+            values["references"] = [reference_digest(picture) for picture in pictures[k // request.copies]]
         return Result(images, grids, clock.stopped(), settings)
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ class ImageToImagePipeline(PicturePipeline):
 
     def require_references(self, images: Sequence[Picture], digests: Sequence[str]) -> None:
         """BadInput unless these are the references of which a picture's settings hold the digests."""
-        if [_digest(self._fit(image)) for image in images] != list(digests):
+        if [reference_digest(self._fit(image)) for image in images] != list(digests):
             raise BadInput(
                 f"these are not the {len(digests)} reference pictures that it was made after: a repetition needs the "
                 "same ones in the same order"
@@ -165,6 +165,6 @@ class ImageToImagePipeline(PicturePipeline):
         return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def _digest(picture: Image.Image) -> str:
+def reference_digest(picture: Image.Image) -> str:
     """Of a reference's pixels; a repetition is only exact with the same ones."""
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]

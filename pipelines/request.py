@@ -195,9 +195,9 @@ def check_request(
     if not isinstance(negative_prompt, str):
         raise BadInput(f"negative_prompt is a {type(negative_prompt).__name__}; give one string for all pictures")
     candidates = resolved.token_candidates if default_size is None and resolved.temperature > 0 else 1  # edits: one
-    if default_size is not None or candidates > 1:
+    layouts = count * (candidates if grids is None or region is not None else 1)
+    if default_size is not None or layouts > count:
         stages.checkpoint.require_picture_parts()
-    layouts = count * candidates
     require(layouts <= MAX_PICTURES, f"{layouts} layouts in one call: at most {MAX_PICTURES}; make several calls")
     steered = resolved.token_guidance != 1.0 or candidates > 1
     if negative_prompt and not steered and not glyph_texts(negative_prompt):

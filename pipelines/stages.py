@@ -7,7 +7,6 @@ encoder, diffusion transformer, VAE). Text-to-image never asks for the vision to
 from __future__ import annotations
 
 import gc
-import hashlib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +28,7 @@ from glmimg.lora import Stacked, merge, open_adapters
 from glmimg.pipelines.adapting import Weighted, by_stage, require_plain, swap_decoder, swap_generator
 from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
+from glmimg.weight_files import codebook_digest
 
 __all__ = ["OFFLOADS", "STAGES", "AdapterName", "Stages"]
 
@@ -40,7 +40,6 @@ OFFLOADS = ("none", "stage", "block")
 TILE = 512
 
 _PARTS = {"generator": ("generator", "tokenizer"), "decoder": ("glyphs", "decoder", "autoencoder")}
-_CODEBOOK = "model.vqmodel.quantize.embedding.weight"
 
 Part = TypeVar("Part")
 # "path", "path:strength", or the two as a pair
@@ -106,12 +105,7 @@ class Stages:
     @cached_property
     def codebook(self) -> str:
         """Twelve digits that tell codebooks apart, the same for every fine-tuned version or dtype of a checkpoint."""
-        from safetensors import safe_open
-
-        info = self.checkpoint.weights["vision_language_encoder"].infos[_CODEBOOK]
-        with safe_open(info.file, framework="pt") as file:
-            rows = file.get_slice(_CODEBOOK)[:256].to(torch.bfloat16).contiguous()
-        return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:12]
+        return codebook_digest(self.checkpoint.weights["vision_language_encoder"])
 
     # The parts.
 

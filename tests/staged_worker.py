@@ -42,7 +42,9 @@ def main(connection: Connection, settings: ServerSettings) -> None:
         if kind == "stop":
             return
         if kind == "check":
-            connection.send({"type": "checked", "id": rest[0].id, "patches": 1, "steps": 1, "rss": None})
+            layouts = rest[0].options.get("token_candidates", 1)
+            checked = {"id": rest[0].id, "patches": 1, "candidates": layouts, "steps": 1, "rss": None}
+            connection.send({"type": "checked"} | checked)
         elif kind == "run":
             jobs.append(rest[0])
             if rest[0].prompt == "die":

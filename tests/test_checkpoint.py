@@ -134,6 +134,10 @@ def test_settings(tiny_checkpoint: Path, tiny_copy: Path) -> None:
     assert published.token_guidance == 1.0 and published.keep_unchanged == 0.0 and published.token_candidates == 1
     assert (published.preview_side, published.num_inference_steps, published.guidance_scale) == (16, 50, 1.5)
     assert (published.default_size, published.min_size, published.max_size) == ((1024, 1024), 512, 2048)
+    for wrong in ('{"default_size": 64}', '{"default_size": "12x"}', '{"default_size": [1, 2, 3]}', "[]"):
+        path.write_text(wrong)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            Checkpoint.open(tiny_copy)
 
 
 def test_hash_follows_weights_and_settings(tiny_checkpoint: Path, tiny_copy: Path) -> None:
@@ -297,7 +301,16 @@ def test_parts_of_different_checkpoints_are_refused(tiny_copy: Path) -> None:
 
 
 def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
-    for name in ("nowhere", "./a/b", "/no/such/folder", "a/b/c", "two words/x", "", "x" * 9999):
+    for name in (
+        "nowhere",
+        "~nobody/x",
+        "./a/b",
+        "/no/such/folder",
+        "a/b/c",
+        "two words/x",
+        "",
+        "x" * 9999,
+    ):
         with pytest.raises(BadInput, match="no such folder"):
             Checkpoint.open(name)
     file = tmp_path / "model.safetensors"

@@ -20,7 +20,7 @@ from PIL import Image
 from glmimg import cli, cli_generate
 from glmimg.cli import COMMANDS, main
 from glmimg.errors import CheckpointError
-from glmimg.image_io import read_metadata
+from glmimg.image_io import read_metadata, save_png
 from glmimg.token_grid import TokenGrid
 
 PROGRAM = [sys.executable, "-c", "import sys; from glmimg.cli import main; sys.exit(main())"]
@@ -186,8 +186,42 @@ def test_from_needs_the_right_command(small: list[str], capsys: pytest.CaptureFi
     assert main(["edit", "plain.png", "--from", "edited.png", "-o", "again.png", "-q"]) == 0
     assert (pixels("again.png") == pixels("edited.png")).all()
     Image.new("RGB", (64, 64), "blue").save("blue.png")
-    assert main(["edit", "blue.png", "--from", "edited.png", "-q"]) == 2
+    assert main(["edit", "blue.png", "--from", "edited.png", "-o", "again.png", "-q"]) == 2
     assert "not the 1 reference pictures" in capsys.readouterr().err
+
+
+def test_nothing_that_is_read_is_written_over(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a cat", *small, "-q"]) == 0
+    before = Path("picture.png").read_bytes()
+    Path("p-2.png").symlink_to("picture.png")
+    for command in (
+        ["generate", "--from", "picture.png"],
+        ["generate", "a dog", *small, "--tokens", "picture.png", "-n", "2", "-o", "p.png"],
+        ["edit", "picture.png", "--prompt", "a dog", *small, "-o", "./picture.png"],
+    ):
+        assert main([*command, "-q"]) == 2 and "written over" in capsys.readouterr().err
+    assert Path("picture.png").read_bytes() == before
+    assert main(["edit", "picture.png", "--prompt", "a dog", *small, "-q"]) == 0
+    assert capsys.readouterr().out == "edited.png\n"
+
+
+def test_a_picture_from_elsewhere_asks_for_its_parts(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A server's pictures carry names, not its paths."""
+    assert main(["generate", "a cat", *small, "-q"]) == 0
+    metadata = read_metadata("picture.png")
+    where = metadata["checkpoint"]["name"]
+    metadata["checkpoint"]["name"] = "mine"
+    save_png(Image.open("picture.png"), "server.png", metadata)
+    save_png(Image.open("picture.png"), "inked.png", metadata | {"adapters": [{"name": "ink", "strength": 0.5}]})
+    again = ["-o", "again.png", "-q"]
+    assert (
+        main(["generate", "--from", "server.png", *again]) == 2
+        and "'mine': say with --model" in capsys.readouterr().err
+    )
+    assert main(["generate", "--from", "server.png", "--model", where, *again]) == 0
+    assert (pixels("again.png") == pixels("picture.png")).all()
+    assert main(["generate", "--from", "inked.png", "--model", where, *again]) == 2
+    assert "'ink': say with --adapter FOLDER:0.5" in capsys.readouterr().err
 
 
 def test_many_prompts_in_one_loading(
@@ -247,7 +281,7 @@ def test_a_first_look(small: list[str], capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(told.out)["config"]["token_candidates"] == 2
     assert "drafts  [########################] 4/4" in told.err
     assert Image.open("chosen.png").size == tuple(side // 2 for side in Image.open("picture.png").size)
-    where = ["--preview", "none.png", "-q"]
+    where = ["--preview", "none.png", "-q", "-o", "other.png"]
     for call in (
         ["generate", "a cat", *small, "--tokens", "picture.png"],
         ["edit", "look.png", "--prompt", "red", *small],

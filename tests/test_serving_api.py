@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from glmimg.cli import main
 from glmimg.image_io import read_metadata
 from glmimg.lora import Low, save_adapter
 from glmimg.pipelines.text_to_image import TextToImagePipeline
@@ -136,7 +137,7 @@ def test_streaming_as_openai_sends_it(client: openai.OpenAI) -> None:
     assert once.data and once.data[0].b64_json == seen[-1].b64_json
 
 
-def test_edit_and_models(client: openai.OpenAI) -> None:
+def test_edit_and_models(client: openai.OpenAI, tiny_checkpoint: Path, tmp_path: Path) -> None:
     reply = client.images.edit(
         image=[("a.png", photo()), ("b.webp", photo((64, 96), "WEBP"))],
         prompt="the same in red",
@@ -147,6 +148,19 @@ def test_edit_and_models(client: openai.OpenAI) -> None:
     assert reply.usage and reply.usage.input_tokens_details.image_tokens > 0
     one = client.images.edit(image=photo(), prompt="the same in red", size=SIZE, extra_body={"steps": 1})
     assert one.data and picture(one.data[0].b64_json).size == (64, 64)
+    (tmp_path / "photo.png").write_bytes(photo())
+    (tmp_path / "edited.png").write_bytes(base64.b64decode(one.data[0].b64_json or ""))
+    again = [
+        "edit",
+        str(tmp_path / "photo.png"),
+        "--from",
+        str(tmp_path / "edited.png"),
+        "--model",
+        str(tiny_checkpoint),
+    ]
+    assert main([*again, "--backend", "cpu", "--dtype", "fp32", "-o", str(tmp_path / "again.png"), "-q"]) == 0
+    change = pixels(Image.open(tmp_path / "again.png")) - pixels(picture(one.data[0].b64_json))
+    assert np.abs(change).max() <= 2
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):

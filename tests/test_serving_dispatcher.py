@@ -60,6 +60,18 @@ async def ask(dispatcher: Dispatcher, *prompts: str) -> list[str]:
     return await asyncio.gather(*map(outcome, tickets))
 
 
+def test_layouts_that_are_drawn_to_choose_from_cost(play: Any) -> None:
+    async def scene(dispatcher: Dispatcher) -> list[float]:
+        tickets = [
+            await dispatcher.submit(Job("a", n=n, options={"token_candidates": layouts}))
+            for n, layouts in ((1, 1), (3, 1), (1, 2), (1, 64))
+        ]
+        await asyncio.gather(*map(outcome, tickets))
+        return [ticket.cost for ticket in tickets]
+
+    assert play(scene) == [2, 6, 7, 193], "a layout's tokens are worth a step, its draft two"
+
+
 def test_what_kills_the_worker_takes_nobody_along(play: Any) -> None:
     async def scene(dispatcher: Dispatcher) -> None:
         assert await ask(dispatcher, "a", "b", "c", "die") == ["a", "b", "c", "worker_died"]

@@ -97,7 +97,7 @@ def test_what_is_sent_is_limited_before_it_is_read(tmp_path: Path, monkeypatch: 
 def test_without_keys_other_machines_are_refused_and_what_breaks_is_told() -> None:
     """However the app is run: Ray's proxy, for one, may listen anywhere."""
 
-    async def ask(address: str, **settings: Any) -> httpx.Response:
+    async def ask(address: str, host: str = "http://127.0.0.1", **settings: Any) -> httpx.Response:
         app = create_app(ServerSettings(**settings))
 
         @app.get("/broken")
@@ -105,7 +105,7 @@ def test_without_keys_other_machines_are_refused_and_what_breaks_is_told() -> No
             raise RuntimeError("a secret")
 
         transport = httpx.ASGITransport(app, client=(address, 5000))
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+        async with httpx.AsyncClient(transport=transport, base_url=host) as http:
             return await http.get("/broken")
 
     refused = asyncio.run(ask("192.0.2.7"))
@@ -114,6 +114,7 @@ def test_without_keys_other_machines_are_refused_and_what_breaks_is_told() -> No
         asyncio.run(ask("127.0.0.1")),
         asyncio.run(ask("::1")),
         asyncio.run(ask("192.0.2.7", allow_hosts=("x",))),
+        asyncio.run(ask("192.0.2.7", host="http://mybox.local", allow_hosts=("MyBox.local",))),
     ):
         assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"
         assert "secret" not in response.text and response.headers["x-content-type-options"] == "nosniff"

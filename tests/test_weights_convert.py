@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from glmimg.checkpoint import COMPONENTS, Checkpoint, save_component
 from glmimg.errors import BadInput, CheckpointError, GlmimgError, UnknownName
+from glmimg.weight_files import CODEBOOK, codebook_digest
 from glmimg.weights_tools.convert import convert
 from glmimg.weights_tools.layouts import read_contents
 
@@ -140,8 +141,12 @@ def test_dtype(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
     for component in COMPONENTS:
         names = before.weights[component].infos
         want = before.weights[component].load(names, device="cpu", dtype=getattr(torch, dtype))
+        if CODEBOOK in want and dtype == "float16":
+            want |= before.weights[component].load([CODEBOOK], device="cpu", dtype=None)
         found = after.weights[component].load(names, device="cpu", dtype=None)
         assert all(torch.equal(found[name], want[name]) and found[name].dtype == want[name].dtype for name in names)
+    codebooks = {codebook_digest(one.weights["vision_language_encoder"]) for one in (before, after)}
+    assert len(codebooks) == 1, "token grids, adapters and pictures of one are the other's too"
     for component in ("vision_language_encoder", "text_encoder"):
         assert after.config(component)["dtype"] == dtype
     if dtype == "float32":
@@ -183,11 +188,15 @@ def test_text_to_image_only(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: 
         for path in (tmp_path / "t2i", tiny_checkpoint)
     ]
     assert pictures[0] == pictures[1]
-    with pytest.raises(CheckpointError, match="no vision tower"):
+    given = TextToImagePipeline.from_pretrained(pruned, backend="cpu")("a cat", **settings)  # type: ignore[arg-type]
+    several = settings | {"token_candidates": 2}
+    again = TextToImagePipeline.from_pretrained(pruned, backend="cpu")("a cat", tokens=given.tokens, config=several)
+    assert again.images[0].tobytes() == pictures[0], "layouts that are given are not chosen from"
+    with pytest.raises(CheckpointError, match="what reads pictures"):
         pruned.vision()
     monkeypatch.setattr(Checkpoint, "_fill", lambda *args: pytest.fail("weights were loaded"))
     for refused in (
-        lambda: TextToImagePipeline.from_pretrained(pruned)("a cat", config=settings | {"token_candidates": 2}),
+        lambda: TextToImagePipeline.from_pretrained(pruned)("a cat", config=several),
         lambda: ImageToImagePipeline.from_pretrained(pruned)("a cat", Image.new("RGB", (64, 64)), **settings),
         lambda: best_of(TextToImagePipeline.from_pretrained(pruned), "a cat", 2, **settings),
     ):

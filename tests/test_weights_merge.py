@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from glmimg.checkpoint import COMPONENTS, Checkpoint, save_component
 from glmimg.cli import main
 from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.lora import Adapter, save_adapter
 from glmimg.weights_tools.merge import (
     _shares,
     average_checkpoints,
@@ -93,6 +94,15 @@ def test_several_adapters_with_strengths(tiny_checkpoint: Path, tmp_path: Path) 
         expected = tensor + 0.5 * (first[name] - tensor) - 0.25 * (second[name] - tensor)
         assert torch.allclose(mixed[name], expected, atol=1e-6), name
     assert both.changed == {GENERATOR: 4} == alone[0].changed and alone[1].changed == {GENERATOR: 2}
+
+
+def test_an_adapter_of_another_codebook_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    adapter(Checkpoint.open(tiny_checkpoint).decoder(), tmp_path / "a", target_modules=["to_q"])
+    info = {"codebook": "0" * 12, "checkpoint": "mine"}
+    save_adapter(tmp_path / "b", "decoder", Adapter.open(tmp_path / "a").layers, rank=4, alpha=6, info=info)
+    with pytest.raises(BadInput, match="was made for mine, whose codebook 000000000000 is not this one's"):
+        merge_adapters(tiny_checkpoint, tmp_path / "out", [tmp_path / "b"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_blocks_of_rows_change_nothing(

@@ -191,6 +191,9 @@ def test_checksums(tiny_copy: Path, tmp_path: Path) -> None:
     assert again.sound and again.checksums == f"{len(names)} compared"
     edit_weights(tiny_copy / "vae", lambda state: {name: tensor * 1.5 for name, tensor in state.items()})
     save_file({"x": torch.zeros(1)}, tiny_copy / "extra.safetensors")
+    listed = (tiny_copy / CHECKSUMS).read_text()
+    assert not verify(tiny_copy, write_checksums=True).sound, "what has changed is not made right by new checksums"
+    assert (tiny_copy / CHECKSUMS).read_text() == listed
     (tiny_copy / "processor/chat_template.jinja").unlink()
     with (tiny_copy / CHECKSUMS).open("a") as stream:
         stream.write("00  ../../etc/passwd\n")

@@ -16,6 +16,7 @@ from typing import Any
 from glmimg.atomic_write import atomic_folder
 from glmimg.checkpoint import PICTURE_PARTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.weight_files import CODEBOOK
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import PARTS, TEXT_TO_IMAGE, is_pruned, require_fit
 from glmimg.weights_tools.layouts import (
@@ -54,13 +55,12 @@ LAYOUTS = ("folder", "single", "decoder", "gguf")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _INLINE = 64 << 10  # larger files become tensors of bytes: a header is read whole by every program that opens the file
-_CODEBOOK = "model.vqmodel.quantize.embedding.weight"
 _PLAIN = {"format": "pt"}
 
 
 def open_source(source: str | Path, *, weights: bool = True) -> Contents:
     """The contents of a file, a folder, a hub id or the embedded model."""
-    if not os.path.exists(Path(source).expanduser()):
+    if not os.path.exists(os.path.expanduser(source)):
         source = Checkpoint.open(source).root
     return read_contents(source, weights=weights)
 
@@ -97,7 +97,7 @@ def convert(
         raise BadInput("--component is for gguf: the other layouts hold what they always hold")
     component = component or "transformer"
     for read in (source, base):
-        if read is not None and Path(read).expanduser().resolve() in target.absolute().resolve().parents:
+        if read is not None and Path(os.path.expanduser(read)).resolve() in target.absolute().resolve().parents:
             raise BadInput(f"{target} lies inside the checkpoint that is read: name a place outside it")
     contents = open_source(source)
     before = contents.nbytes
@@ -155,7 +155,7 @@ def prune(contents: Contents) -> Contents:
         component: {
             name: tensor
             for name, tensor in part.items()
-            if name == _CODEBOOK or not name.startswith(PICTURE_PARTS.get(component, ("\0",)))
+            if name == CODEBOOK or not name.startswith(PICTURE_PARTS.get(component, ("\0",)))
         }
         for component, part in contents.tensors.items()
     }
@@ -168,7 +168,8 @@ def prune(contents: Contents) -> Contents:
 
 
 def cast(contents: Contents, dtype: str) -> Contents:
-    """With every floating-point tensor as `dtype` (a name of the file format); configs that name a dtype follow."""
+    """With every floating-point tensor as `dtype` (a name of the file format); configs that name a dtype follow. The
+    codebook does not become float16: rounded twice it would no longer be known as the same."""
     tensors: dict[str, dict[str, StoredTensor]] = {}
     files = dict(contents.files)
     for component, part in contents.tensors.items():
@@ -176,7 +177,10 @@ def cast(contents: Contents, dtype: str) -> Contents:
         if "quantization" in config or "quantization_config" in config:
             raise BadInput(f"{component} is quantised: its scales cannot be cast; convert the original checkpoint")
         tensors[component] = {
-            name: tensor.cast(dtype, name) if tensor.spec.dtype in _FLOATS else tensor for name, tensor in part.items()
+            name: tensor.cast(dtype, name)
+            if tensor.spec.dtype in _FLOATS and not (name == CODEBOOK and dtype == "F16")
+            else tensor
+            for name, tensor in part.items()
         }
         renamed = with_dtype(config, next(word for word, name in DTYPES.items() if name == dtype))
         if renamed != config:

@@ -118,7 +118,7 @@ def open_headers(source: str | Path, *, weights: bool = False) -> Contents:
 
     With `weights` the tensors' bytes must be at hand.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         return read_contents(path.parent if path.name == "config.json" else path, weights=weights)
     text = str(source)

@@ -9,6 +9,7 @@ In a single file a tensor is called COMPONENT.NAME. Small text files are entries
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -132,7 +133,7 @@ def read_contents(source: str | Path, *, weights: bool = True) -> Contents:
 
     Without `weights`, components of a folder may be configs only.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return read_folder(path, weights=weights)
     if not path.exists():

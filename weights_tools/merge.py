@@ -19,6 +19,7 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.lora import COMPONENT, Low, change_of, open_adapters
 from glmimg.packed_format import CONFIG_KEY
+from glmimg.weight_files import codebook_digest
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter, as_bytes, row_blocks
 
@@ -88,13 +89,13 @@ def merge_adapters(
     if not adapters:
         raise BadInput("no adapters to merge: give at least one")
     checkpoint, readers = _open(base)
-    stacked = open_adapters(adapters)
+    stacked, codebook = open_adapters(adapters), codebook_digest(readers["vision_language_encoder"])
     layers: dict[str, dict[str, list[tuple[Low, float]]]] = {component: {} for component in COMPONENTS}
     for one in stacked:
         for stage, adapter in one.stages.items():
             infos = readers[COMPONENT[stage]].infos
             shapes = {n.removesuffix(".weight"): i.shape for n, i in infos.items() if n.endswith(".weight")}
-            adapter.require_fit({name: (shape[0], shape[-1]) for name, shape in shapes.items()}, name=one.name)
+            adapter.require_fit({name: (shape[0], shape[-1]) for name, shape in shapes.items()}, codebook, one.name)
             for name, low in adapter.layers.items():
                 if not all(bool(tensor.isfinite().all()) for tensor in low[:3] if tensor is not None):
                     raise CheckpointError(f"{one.name}: {name} holds NaN or infinity: its training run diverged")

@@ -62,9 +62,10 @@ def verify(
 ) -> Report:
     """Checks a folder, a single file or a GGUF file; without `values` by headers and settings alone.
 
-    A file SHA256SUMS in the folder is checked as well; `write_checksums` writes it if nothing is wrong.
+    A file SHA256SUMS in the folder is checked as well; `write_checksums` writes it if nothing is wrong. After a change
+    that was meant, delete it first.
     """
-    root = Path(source).expanduser()
+    root = Path(os.path.expanduser(source))
     if not os.path.exists(root):
         root = Checkpoint.open(source).root
     if write_checksums and not root.is_dir():
@@ -94,7 +95,7 @@ def verify(
     if values:
         problems += _not_finite(contents, told)
         report.values_checked = True
-    if summed and not write_checksums:
+    if summed and (root / CHECKSUMS).exists():
         listed, wrong = _compare_checksums(root, told)
         report.checksums = f"{listed} compared"
         problems += wrong

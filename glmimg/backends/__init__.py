@@ -12,7 +12,7 @@ from glmimg.backends.probe import probe_all, torch_import_problem
 
 if TYPE_CHECKING:
     from glmimg.backends.base import DTYPES, Accelerator, Backend, MemoryStats
-    from glmimg.backends.pick import BACKENDS, pick_backend
+    from glmimg.backends.pick import BACKENDS, parse_backend, pick_backend
 
 _EXPORTS = {
     "BACKENDS": "glmimg.backends.pick",
@@ -20,6 +20,7 @@ _EXPORTS = {
     "Accelerator": "glmimg.backends.base",
     "Backend": "glmimg.backends.base",
     "MemoryStats": "glmimg.backends.base",
+    "parse_backend": "glmimg.backends.pick",
     "pick_backend": "glmimg.backends.pick",
 }
 
@@ -29,6 +30,7 @@ __all__ = [
     "Accelerator",
     "Backend",
     "MemoryStats",
+    "parse_backend",
     "pick_backend",
     "probe_all",
     "torch_import_problem",

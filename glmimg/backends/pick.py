@@ -20,7 +20,7 @@ from glmimg.backends.npu import Npu
 from glmimg.backends.xpu import Xpu
 from glmimg.errors import BackendError, UnknownName
 
-__all__ = ["BACKENDS", "pick_backend"]
+__all__ = ["BACKENDS", "parse_backend", "pick_backend"]
 
 # In the order of preference for "auto".
 BACKENDS: dict[str, type[Backend]] = {"cuda": Cuda, "npu": Npu, "xpu": Xpu, "mps": Mps, "cpu": Cpu}
@@ -47,6 +47,14 @@ def pick_backend(choice: str | torch.device | Backend = "auto") -> Backend:
     if reason is not None:
         raise BackendError(f"backend {name!r} is not usable here: {reason}. `glmimg doctor` shows which are.")
     return BACKENDS[name](int(number) if number else None)
+
+
+def parse_backend(text: str) -> str | dict[str, str]:
+    """The backend of each stage that "generator=cuda:0,decoder=cuda:1" names, or the one name for all."""
+    if "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {stage.strip(): name.strip() for stage, _, name in pairs}
 
 
 def _first_usable() -> Backend:

@@ -114,7 +114,7 @@ class Dataset:
 
 def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) -> Dataset:
     """The examples at `place`; BadInput if there are none. `columns`: names other than those of COLUMNS."""
-    root, columns = Path(os.path.abspath(Path(place).expanduser())), dict(columns or {})
+    root, columns = Path(os.path.abspath(os.path.expanduser(place))), dict(columns or {})
     if not root.exists():
         raise BadInput(f"{place}: no such folder; give a folder of pictures, or a metadata.jsonl, .csv or .parquet")
     notes: list[str] = []

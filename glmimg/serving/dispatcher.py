@@ -244,7 +244,9 @@ class Dispatcher:
             self._reserved -= job.n
         if self._closed or self.state == "failed":
             self._require_up()
-        ticket.cost = float(job.n * ticket.about["patches"] * (ticket.about["steps"] + 1))
+        layouts = ticket.about["candidates"]
+        drafts = 3 * (layouts - 1) + 2 if layouts > 1 else 0  # each layout is a step, and its draft two
+        ticket.cost = float(job.n * ticket.about["patches"] * (ticket.about["steps"] + 1 + drafts))
         self.queue.add(ticket)
         self._pump()
         return ticket

@@ -47,7 +47,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
-        self.names = {*LOCAL_NAMES, *service.settings.allow_hosts}
+        self.names = {*LOCAL_NAMES, *map(str.lower, service.settings.allow_hosts)}
         self.held = 0  # bytes of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from glmimg.config import require
 from glmimg.image_io import METADATA_KEY, open_picture, to_tensor
+from glmimg.pipelines.image_to_image import reference_digest
 from glmimg.pipelines.request import Request, build_prompts, check_request
 from glmimg.pipelines.stages import Stages
 from glmimg.pipelines.steps import Glyphs, References, batches
@@ -43,6 +44,7 @@ class Work:
     pending: list[int]
     prompt_tokens: int
     new_tokens: int  # to be drawn for each picture
+    digests: list[str] = field(default_factory=list)  # of the references
     adapters: tuple[tuple[str, float, int], ...] = ()  # folder, strength, state of the folder: two that differ are two
     layouts: dict[int, TokenGrid] = field(default_factory=dict)  # of several candidates, before one is chosen
     grids: dict[int, TokenGrid] = field(default_factory=dict)
@@ -90,6 +92,8 @@ class Work:
         task = "image-to-image" if self.request.references else "text-to-image"
         settings = self.request.settings(stages, task)[picture]
         settings["checkpoint"]["name"] = name
+        if self.digests:
+            settings["references"] = self.digests
         settings.pop("adapters", None)
         if self.job.adapters:
             settings["adapters"] = [{"name": called, "strength": strength} for called, _, strength in self.job.adapters]
@@ -128,6 +132,7 @@ def check(stages: Stages, job: Job) -> Work:
         list(range(request.pictures * request.candidates)),
         len(prompts[0].ids),
         _to_draw(request, prompts[0], limits.codebook_size),
+        [reference_digest(picture) for picture in pictures],
         tuple((folder, strength, _state(folder)) for _, folder, strength in job.adapters),
         look=bool(
             job.partial_images

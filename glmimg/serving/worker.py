@@ -115,6 +115,7 @@ class _Desk:
                 "reference_tokens": sum(w * h for w, h in sizes) // 1024,
                 "steps": config.num_inference_steps,
                 "patches": work.request.patches,
+                "candidates": work.request.candidates,
                 "width": config.width,
                 "height": config.height,
             }
@@ -146,17 +147,17 @@ class _Desk:
 def _open(
     settings: ServerSettings, send: Any, first_picture: queue.Queue[dict[str, Any]]
 ) -> tuple[Any, dict[str, Any]]:
-    from glmimg.checkpoint import Checkpoint
+    from glmimg.backends import parse_backend
+    from glmimg.checkpoint import EMBEDDED, Checkpoint
     from glmimg.diffusion import SAMPLERS
     from glmimg.pipelines.request import default_config
     from glmimg.pipelines.stages import Stages
     from glmimg.serving.engine import Engine
 
-    backend: str | dict[str, str] = settings.backend
-    if "=" in settings.backend:
-        backend = dict(part.strip().split("=", 1) for part in settings.backend.split(","))
+    backend = parse_backend(settings.backend)
     stages = Stages(Checkpoint.open(settings.model), backend, settings.dtype, settings.offload, settings.compile)
-    engine = Engine(stages, settings.name, settings.max_batch, send)
+    # The name that pictures carry: whoever repeats one with `glmimg generate --from` opens it.
+    engine = Engine(stages, EMBEDDED if settings.model == EMBEDDED else settings.name, settings.max_batch, send)
     defaults, limits = default_config(stages), stages.checkpoint.settings
     decoder = stages.backends["decoder"]
     before = 0
