@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glmimg.atomic_write import atomic_file, atomic_folder
 from glmimg.backends import pick_backend
 from glmimg.corpus import stickers
 from glmimg.corpus.cache import EditCache, SceneCache
@@ -30,10 +31,18 @@ from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput, UnknownName
+from glmimg.pipelines.mini_flags import add_flags
 from glmimg.pipelines.starting import on_device, spell_codes, start_models
 from glmimg.presets import PRESETS, Preset
 from glmimg.training import recipes
-from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
+from glmimg.training.encoded import (
+    EncodedEdits,
+    EncodedScenes,
+    encode_latents,
+    encode_tokens,
+    encoded_already,
+    require_tokenizer,
+)
 from glmimg.training.folder import FolderCache
 from glmimg.training.loop import Run, Task, TrainConfig
 from glmimg.training.optimizer import train_only
@@ -101,13 +110,9 @@ class MiniTraining:
 
     def caches(self) -> list[tuple[str, SceneCache | EditCache | FolderCache]]:
         """What is encoded: what is rendered."""
-        found: list[tuple[str, SceneCache | EditCache | FolderCache]] = [
-            (name, self.scenes(name))
-            for name in ("scenes_held_out", *self.trained_on)
-            if (self.work / name / "settings.json").exists()
-        ]
-        edits = [name for name in EDITS if (self.work / name / "settings.json").exists()]
-        return found + [(name, EditCache(self.work / name, self.bank)) for name in edits]
+        names = [n for n in ("scenes_held_out", *self.trained_on, *EDITS) if (self.work / n / "settings.json").exists()]
+        caches = (EditCache(self.work / n, self.bank) if n in EDITS else self.scenes(n) for n in names)
+        return [(name, cache) for name, cache in zip(names, caches, strict=True) if len(cache)]
 
     def edits(self, file: str) -> EncodedEdits | None:
         """Encoded edit pairs, if `file` of them is there."""
@@ -175,12 +180,19 @@ class MiniTraining:
         if run.progress() < 1:
             run.train()
 
+    def _finished(self, stage: str) -> bool:
+        file = self.work / stage / "state.pt"
+        minutes = self.minutes[stage]
+        return file.exists() and torch.load(file, weights_only=True, map_location="cpu")["elapsed"] >= 60 * minutes
+
     def autoencoder(self) -> None:
         from glmimg.training.autoencoder_task import AutoencoderTask
 
         # Latents on disk came from this encoder, and a decoder may have learnt them: it must stay as it is.
         latents = [self.work / name / "encoded" / "latents.npy" for name in self.trained_on]
         frozen = any(file.exists() for file in latents)
+        if frozen and self._finished("autoencoder"):
+            return
         if frozen and not self.start_from:
             raise BadInput(
                 f"{latents[0]} came from a trained VAE: give a checkpoint with that VAE as --start-from ("
@@ -244,9 +256,15 @@ class MiniTraining:
         self.load("tokenizer")
         side = self.preset["generation"]["preview_side"]
         for name, cache in self.caches():
-            if not (self.work / name / "encoded" / "tokens.npy").exists():
-                count = self.scale.tokens if name == "scenes" else 0
+            count = (self.scale.tokens if name == "scenes" else 0) or len(cache)
+            if not encoded_already(self.work / name / "encoded" / "tokens.npy", min(count, len(cache))):
                 encode_tokens(self.work / name / "encoded", cache, self.semantic_tokenizer, side, count, self.workers)
+
+    def _require_tokens(self) -> None:
+        """BadInput if what generator or decoder is about to learn came from another tokenizer."""
+        self.load("tokenizer")
+        for name, _ in self.caches():
+            require_tokenizer(self.work / name / "encoded", self.semantic_tokenizer)
 
     def encode_latents(self) -> None:
         from glmimg.autoencoder import Autoencoder
@@ -257,8 +275,9 @@ class MiniTraining:
         counts = {"scenes_held_out": 64, "scenes": scale.latents}
         counts |= {f"scenes_{kind}": getattr(scale, f"{kind}_latents") for kind in kinds}
         for name, cache in self.caches():
-            if not (self.work / name / "encoded" / "latents.npy").exists():
-                encode_latents(self.work / name / "encoded", cache, vae, counts.get(name, len(cache)))
+            count = min(counts.get(name, len(cache)), len(cache))
+            if count and not encoded_already(self.work / name / "encoded" / "latents.npy", count):
+                encode_latents(self.work / name / "encoded", cache, vae, count)
 
     def bpe(self) -> Any:
         """The text tokenizer: the checkpoint's that is continued, or one trained once on captions in all languages."""
@@ -270,7 +289,8 @@ class MiniTraining:
             return Tokenizer.from_file(str(self.start_from / "processor" / "tokenizer.json"))
         file = self.work / "tokenizer.json"
         if not file.exists():
-            train_bpe(self.texts(), self.preset).save(str(file))
+            with atomic_file(file) as partial:  # several processes may come here
+                train_bpe(self.texts(), self.preset).save(str(partial))
         return Tokenizer.from_file(str(file))
 
     def texts(self) -> list[str]:
@@ -306,6 +326,7 @@ class MiniTraining:
         builder = PromptBuilder(self.bpe(), self.preset["vision_language_encoder"])
         model = self.models["vision_language_encoder"]
         self._spell("generator", model.model.language_model.embed_tokens.weight, model.lm_head.weight)
+        self._require_tokens()
         config = replace(recipes.generator(self.minutes["generator"], self.threads), compile=self.compile)
         task = GeneratorTask(
             model,
@@ -323,6 +344,7 @@ class MiniTraining:
 
         self.load("autoencoder")
         self._spell("decoder", self.models["transformer"].prior_token_embedding.weight)
+        self._require_tokens()
         task = DecoderTask(
             self.models["transformer"],
             self.models["text_encoder"],
@@ -338,7 +360,6 @@ class MiniTraining:
 
     def export(self, out: Path, watts: float = 0.0) -> None:
         """Write the checkpoint folder in bf16 from the averaged weights of each stage; the machine drew `watts`."""
-        from glmimg.atomic_write import atomic_folder
         from glmimg.checkpoint import save_component
         from glmimg.weights_tools.init import write_settings
 
@@ -361,50 +382,18 @@ class MiniTraining:
 
 
 # Methods of the training, in their order.
-STAGES = (
-    "corpus",
-    "autoencoder",
-    "teacher",
-    "tokenizer",
-    "encode_tokens",
-    "encode_latents",
-    "generator",
-    "decoder",
-)
+STAGES = ("corpus", "autoencoder", "teacher", "tokenizer", "encode_tokens", "encode_latents", "generator", "decoder")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m glmimg.pipelines.train_mini", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for data and training state")
-    parser.add_argument("--data", help="train on this folder of captioned pictures instead of drawn scenes")
-    parser.add_argument("--resolution", type=int, default=0, help="of --data: side of a square with as many pixels")
-    parser.add_argument("--out", type=Path, help="checkpoint folder to write at the end (must not exist)")
-    parser.add_argument("--budget", type=float, default=12.0, help="hours of training over all stages")
-    parser.add_argument("--minutes", type=float, help="minutes of the stages named, instead of their share")
-    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated: " + ", ".join(STAGES))
-    parser.add_argument("--start-from", type=Path, help="continue the weights of this checkpoint folder")
-    parser.add_argument("--preset", default="mini", choices=sorted(PRESETS))
-    parser.add_argument("--smoke", action="store_true", help="a few concepts and scenes, to see that the chain works")
-    parser.add_argument("--large", action="store_true", help="as many scenes as suit an accelerator")
-    parser.add_argument("--device", default="cpu", help="where models train: cpu, cuda, cuda:1, npu ...")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes and make batches")
-    told = "how much of something is drawn, or kept encoded (32 KB each), as first=9000 or first_latents=9000"
-    parser.add_argument("--scale", action="append", default=[], metavar="NAME=N", help=told)
-    parser.add_argument("--tokens-only", action="store_true", help="for the generator: keep tokens, no pictures drawn")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression: names of weights that learn")
-    parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
-    told = "matrices learn to be rounded to N steps in a standard deviation: for `rounding --steps N` afterwards"
-    parser.add_argument("--grid", type=int, metavar="N", help=told)
-    parser.add_argument("--compile", action="store_true", help="the generator: minutes first, then faster steps")
-    parser.add_argument("--word-share", type=float, default=0.3, help="of the decoder's batches: crops of words")
-    parser.add_argument("--edit-share", type=float, default=0.1, help="of the batches of generator and decoder: edits")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-    parser.add_argument("--watts", type=float, default=0.0, help="drawn by the machine: tells the energy (with --out)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_flags(parser, STAGES)
     a = parser.parse_args(argv)
     wanted = [stage for stage in a.stages.split(",") if stage]
     if not (0 <= a.word_share <= 1 and 0 <= a.edit_share <= 1):
         raise BadInput(f"--word-share {a.word_share}, --edit-share {a.edit_share}: give shares from 0 to 1")
+    if a.out and a.out.exists():
+        raise BadInput(f"--out {a.out} exists: name a folder that does not")
     backend = pick_backend(a.device)
     if a.compile and "generator" not in wanted:
         raise BadInput("--compile is for the stage generator, which is not among --stages")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from glmimg.corpus.edits import EDIT_WEIGHTS, EditSampler, instruction
+from glmimg.corpus.mini import SQUARE
 from glmimg.corpus.scenes import SceneSampler, draw
 from glmimg.corpus.splits import (
     is_held_out_cell,
@@ -29,7 +30,7 @@ from glmimg.evaluation.concepts import CROP, THINGS, Judge, crop, default_folder
 from glmimg.evaluation.drawers import Model
 from glmimg.evaluation.model_card import earlier_pictures, model_card, weaknesses, write_sheets
 from glmimg.evaluation.prompts import SHARES, Record, make_edits, make_prompts
-from glmimg.evaluation.report import run_card
+from glmimg.evaluation.report import _copies, run_card
 from glmimg.evaluation.scoring import Scorers
 from glmimg.evaluation.train_classifier import save, train
 
@@ -212,6 +213,20 @@ def test_card_of_a_perfect_model(bank: StickerBank, judge: Judge, tmp_path: Path
     assert "no OCR engine" in page and (tmp_path / "layout.png").exists()
     assert "<table>" in (tmp_path / "report.html").read_text()
     assert weaknesses(report)[0].startswith("- None") or "Concept" in weaknesses(report)[0]
+
+
+def test_copies_of_each_kind_are_found(bank: StickerBank, judge: Judge) -> None:
+    """Training scenes themselves, of which some came out alike, are copies; other scenes are not."""
+    size, kinds = (64, 64), {name: kind for name, kind in SQUARE.items() if name != "scenes_words"}
+    made, fresh = [], []
+    for seed, options in kinds.values():
+        sampler = SceneSampler(bank, seed=seed, sizes=((size, 1.0),), **options)
+        made += [draw(sampler.sample(k), bank) for k in range(20)]
+        fresh += [draw(sampler.sample(k), bank) for k in range(900_000, 900_020)]
+    model = Model(size, lambda prompts, seeds: [])
+    found = _copies(model, bank, judge, [*made, made[0]], fresh, signs=False, count=20 * len(kinds))
+    assert found["memorisation/copies by pixels"]["model"]["value"] > 0.8
+    assert found["memorisation/copies by pixels"]["real"]["value"] < 0.3
 
 
 def test_command_judges_a_checkpoint(

@@ -113,9 +113,14 @@ def test_prompts_that_are_undecided_come_again(tiny_checkpoint: Path, bank: Stic
     task = _task(tiny_checkpoint, bank, reward, samples=2, edit_share=0.0)
     told = [task.batch(position, 6).told for position in (0, 6, 12)]
     drawn = [[task.records.index(record) for record in scored[first : first + 6 : 2]] for first in (0, 6, 12)]
-    assert drawn == [[0, 1, 2], [3, 4, 1], [6, 7, 1]]
+    assert [batch[-1] for batch in drawn[1:]] == [1, 1] and drawn[0] == [0, 1, 2]
+    assert all(set(batch[:2]) < {first, first + 1, first + 2} for batch, first in zip(drawn[1:], (3, 6), strict=True))
     assert [t["alike"] for t in told] == pytest.approx([2 / 3] * 3)
     assert told[0]["layout_reward"] > 0 == told[1]["layout_reward"]  # of those in turn
+    # With a place of three taken in each batch, the others have their turn nevertheless.
+    for position in range(18, 36 * len(task.records), 6):
+        task.batch(position, 6)
+    assert {id(record) for record in scored} == {id(record) for record in task.records}
 
 
 def test_linear_pixels_are_near_the_decoders(bank: StickerBank) -> None:

@@ -88,12 +88,20 @@ def test_every_part_trains_on_the_folder_and_draws(trained: Path) -> None:
 def test_every_stage_resumes(trained: Path, photos: Path, stage: str) -> None:
     before = [json.loads(line)["step"] for line in (trained / stage / "log.jsonl").read_text().splitlines()]
     if stage == "autoencoder":  # a decoder has learnt its latents
+        train(photos, trained)  # the same command again: everything is done
         with pytest.raises(BadInput, match="came from a trained VAE"):
             train(photos, trained, "--stages", stage, "--minutes", "0.03")
         return
     train(photos, trained, "--stages", stage, "--minutes", "0.03")
     after = [json.loads(line)["step"] for line in (trained / stage / "log.jsonl").read_text().splitlines()]
     assert after[: len(before)] == before and after[-1] > before[-1] > 0
+    if stage == "tokenizer":  # its old tokens are not learnt by mistake
+        for later in ("generator", "decoder"):
+            with pytest.raises(BadInput, match="before it was trained further"):
+                train(photos, trained, "--stages", later, "--minutes", "0.03")
+        for file in trained.glob("*/encoded/tokens.npy"):
+            file.unlink()
+        train(photos, trained, "--stages", "encode_tokens")
 
 
 def test_a_checkpoint_goes_on_with_the_folder(trained: Path, photos: Path, tmp_path: Path) -> None:
@@ -123,6 +131,9 @@ def test_what_cannot_be_trained_on_is_refused(photos: Path, trained: Path, tmp_p
         (other / f"{name}.txt").write_text("another caption")
     with pytest.raises(BadInput, match="other pictures or captions"):
         train(other, trained, "--stages", "corpus")
+    with pytest.raises(BadInput, match="exists"):
+        train(photos, trained, "--stages", "", "--out", str(other))
+    assert len(list(other.iterdir())) == 4, "nothing there was written over"
     (other / "01.txt").write_text("say <sop>")
     with pytest.raises(BadInput, match="1 pictures cannot be trained on .*control token"):
         train(other, tmp_path / "a", "--stages", "corpus")

@@ -217,12 +217,16 @@ def render_edits(
 ) -> EditCache:
     """Draw edit pairs start .. start+count into `directory`; a folder that is finished is used as it is. See `render`
     for `workers` and `keep`."""
-    if not (directory / "done").exists():
+    settings = dict(split=split, seed=seed, start=start, height=height, width=width, options=options)
+    if (directory / "done").exists():
+        told = json.loads((directory / "settings.json").read_text())
+        if told != json.loads(json.dumps(settings)) or int((directory / "done").read_text()) != count:
+            raise BadInput(f"{directory} holds a cache of other settings: choose another folder or delete it")
+    else:
         directory.mkdir(parents=True, exist_ok=True)
         shape = (2 * count, height, width, 3)
         if keep:
             np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
-        settings = dict(split=split, seed=seed, start=start, height=height, width=width, options=options)
         (directory / "settings.json").write_text(json.dumps(settings))
         for _ in _draw_parts(EditCache, directory, bank, 0, count if keep else 0, workers):
             pass

@@ -36,6 +36,15 @@ EVERYTHING = {**PLAIN, "common": 0.0}
 # Nothing but words, half of them random: each letter must be taken from the prompt, none can be guessed.
 WORDS = {**PLAIN, "kinds": (0.0, 0.0, 1.0), "spaced": 1.0, "large": True, "strings": 0.5}
 
+# The square training scenes, by name: the sampler's seed and options.
+SQUARE: dict[str, tuple[int, dict[str, Any]]] = {
+    "scenes": (0, {}),
+    "scenes_common": (6, PLAIN),
+    "scenes_first": (9, FIRST),
+    "scenes_plain": (10, EVERYTHING),
+    "scenes_words": (11, WORDS),
+}
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -107,7 +116,7 @@ def scaled(scale: Scale, changes: Sequence[str]) -> Scale:
         name, _, number = text.partition("=")
         if name not in names:
             raise UnknownName.of("--scale", name, names)
-        if not number.isdigit():
+        if not number.isdecimal() or (name in ("scenes", "tokens", "held_out", "texts") and not int(number)):
             raise BadInput(f"--scale {text}: write {name}=N with a whole number, such as {name}={getattr(scale, name)}")
         scale = replace(scale, **{name: int(number)})
     return scale
@@ -123,12 +132,10 @@ def draw_all(work: Path, bank: StickerBank, scale: Scale, *, start: int, workers
     draw("scenes_held_out", scale.held_out, seed=1, **PLAIN)
     draw("scenes_cells", min(300, scale.held_out), split="cells", seed=2)
     new: dict[str, Any] = {"start": start, "keep": keep}
-    draw("scenes", scale.scenes, seed=0, **new)
+    counts = (scale.scenes, scale.common, scale.first, scale.plain, scale.words)
+    for (name, (seed, options)), count in zip(SQUARE.items(), counts, strict=True):
+        draw(name, count, seed=seed, **new, **options)
     for k, (name, (height, width)) in enumerate(OTHER_SIZES.items()):
         draw(name, scale.others, seed=4 + k, height=height, width=width, **new, **PLAIN)
-    draw("scenes_common", scale.common, seed=6, **new, **PLAIN)
-    draw("scenes_first", scale.first, seed=9, **new, **FIRST)
-    draw("scenes_plain", scale.plain, seed=10, **new, **EVERYTHING)
-    draw("scenes_words", scale.words, seed=11, **new, **WORDS)
     render_edits(work / "edits", bank, scale.edits, seed=3, workers=workers, **new, **PLAIN)
     render_edits(work / "edits_any", bank, scale.edits_any, seed=12, workers=workers, **new)

@@ -2,8 +2,7 @@
 
 The features are the concept judge's. A Frechet distance in them is comparable with nothing but itself: it is not FID.
 Memorisation: a picture is a copy if its nearest training picture is nearer than a third of the way to the second
-nearest (or nearer than any two different training pictures usually are, in pixels). The same share for held-out real
-pictures stands beside it.
+nearest. The same share for held-out real pictures stands beside it.
 
 Legend: n pictures, D features, s side in pixels.
 """

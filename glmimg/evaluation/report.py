@@ -16,6 +16,7 @@ from PIL import Image
 
 from glmimg import __version__
 from glmimg.atomic_write import atomic_file
+from glmimg.corpus.mini import SQUARE
 from glmimg.corpus.scenes import SceneSampler, draw
 from glmimg.corpus.sheet import contact_sheet
 from glmimg.corpus.stickers import StickerBank
@@ -31,7 +32,6 @@ from glmimg.evaluation.scoring import Scorers, Scores, figures, floor_records
 FORMAT = "glmimg.report_card/1"
 Pictures = list["np.ndarray | None"]
 SEEDS_PER_PROMPT = 4
-TRAINING_SEED = 0  # of the scenes that the embedded model was trained on
 
 
 def run_card(
@@ -90,7 +90,7 @@ def run_card(
         "model": model.about(),
         "seconds": round(time.monotonic() - began),
     }
-    _write(folder, report, records, scored, pictures, bank)
+    _write(folder, report, records, scored, pictures, bank, edits=len(scored) > len(records))
     return report
 
 
@@ -191,18 +191,29 @@ def _features(
     apart = mean(diversity([drawn[::SEEDS_PER_PROMPT]]))
     found["features/diversity over seeds"] = {"model": vars(spread), "other prompts": {"value": apart.value, "n": 1}}
     if training_scenes:
-        found |= _copies(model, bank, judge, made, fresh, training_scenes)
+        found |= _copies(model, bank, judge, made, fresh, signs, training_scenes)
     return found
 
 
 def _copies(
-    model: Model, bank: StickerBank, judge: Judge, made: list[np.ndarray], fresh: list[np.ndarray], count: int
+    model: Model,
+    bank: StickerBank,
+    judge: Judge,
+    made: list[np.ndarray],
+    fresh: list[np.ndarray],
+    signs: bool,
+    count: int,
 ) -> dict[str, Any]:
-    """Nearest training scene of the model's pictures and of real pictures that were never trained on."""
-    sampler = SceneSampler(bank, seed=TRAINING_SEED, sizes=((model.size, 1.0),))
-    by_feature, by_pixel = [], []
-    for start in range(0, count, 500):
-        part = [draw(sampler.sample(k), bank) for k in range(start, min(start + 500, count))]
+    """Nearest training scene, as many of each kind, of the model's pictures and of real pictures that were never
+    trained on. Scenes that came out alike count once: a copy of them has one nearest, not two."""
+    kinds = [kind for name, kind in SQUARE.items() if signs or name != "scenes_words"]
+    by_feature, by_pixel = list[np.ndarray](), list[np.ndarray]()
+    for number, (seed, options) in enumerate(kinds):
+        sampler = SceneSampler(bank, seed=seed, sizes=((model.size, 1.0),), **options)
+        own = range(number, count, len(kinds))
+        part = list({p.tobytes(): p for p in (draw(sampler.sample(k), bank) for k in range(len(own)))}.values())
+        if not part:
+            continue
         by_feature.append(_whole(judge, part))
         by_pixel.append(np.stack([thumbnail(p).ravel() for p in part]))
     found: dict[str, Any] = {}
@@ -240,8 +251,10 @@ def _write(
     scored: list[dict[str, Any]],
     pictures: dict[str, Pictures],
     bank: StickerBank,
+    *,
+    edits: bool,
 ) -> None:
-    sheets = ["edits.png"] if (folder / "edits.png").exists() else []
+    sheets = ["edits.png"] if edits else []
     for part in dict.fromkeys(r.part for r in records):
         cells: list[np.ndarray] = []
         captions: list[str] = []

@@ -162,7 +162,8 @@ class RewardTask:
         edits = bool(rng.random() < self.edit_share)
         among, undecided, count = self.edits if edits else self.records, self._undecided[edits], max(1, size // samples)
         again = [undecided.popleft() for _ in range(min(len(undecided), count // 2))]
-        fresh = [among[(position // samples + k) % len(among)] for k in range(count - len(again))]
+        chosen = sorted(rng.permutation(count)[: count - len(again)])  # else the same ones would be left out each time
+        fresh = [among[(position // samples + int(k)) % len(among)] for k in chosen]
         records = [*fresh, *again]
         sources = [self._source(record) for record in records]
         prompts = [self._prompt(record, source) for record, source in zip(records, sources, strict=True)]

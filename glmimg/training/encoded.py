@@ -5,6 +5,7 @@ Legend: n scenes, h x w target tokens, p preview tokens, C latent channels, H8 x
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,38 @@ def draw_from(sources: Sequence[EncodedScenes], rng: np.random.Generator, *, lat
     return sources[int(rng.choice(len(sources), p=counts / counts.sum()))]
 
 
+def encoded_already(file: Path, count: int) -> bool:
+    """Whether the rows of a .npy are there; BadInput if there are more or fewer than those `count`."""
+    if not file.exists():
+        return False
+    rows = len(np.load(file, mmap_mode="r"))
+    if rows != count:
+        raise BadInput(f"{file} holds {rows} rows and {count} are wanted: delete it, or give its --scale")
+    return True
+
+
+def require_tokenizer(directory: Path, tokenizer: SemanticTokenizer) -> None:
+    """BadInput if a folder's tokens came from another tokenizer; folders of before tell none."""
+    file = directory / "settings.json"
+    told = json.loads(file.read_text()).get("tokenizer") if file.exists() else None
+    if told not in (None, _digest(tokenizer)):
+        raise BadInput(
+            f"{directory} holds tokens of the tokenizer before it was trained further: delete tokens.npy in all such "
+            "folders and run the stage encode_tokens again (generator and decoder then learn new tokens)"
+        )
+
+
+def _digest(tokenizer: SemanticTokenizer) -> str:
+    """Of its weights, alike before and after they are rounded to bfloat16 for a checkpoint."""
+    digest = hashlib.sha256()
+    for module in (tokenizer.visual, tokenizer.vqmodel):
+        for name, tensor in module.state_dict().items():
+            digest.update(
+                name.encode() + tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+            )
+    return digest.hexdigest()[:12]
+
+
 @torch.no_grad()
 def encode_tokens(
     directory: Path,
@@ -122,7 +155,8 @@ def encode_tokens(
         rows[start : start + 64] = torch.cat([small.flatten(1), large.flatten(1)], 1).to(torch.int16).cpu().numpy()
         if start % 6400 == 0:
             print(f"tokens {start}/{n}, {time.monotonic() - begun:.0f} s", flush=True)
-    (directory / "settings.json").write_text(json.dumps({"target": target, "preview": preview}))
+    settings = {"target": target, "preview": preview, "tokenizer": _digest(tokenizer)}
+    (directory / "settings.json").write_text(json.dumps(settings))
     with atomic_file(directory / "tokens.npy") as partial:  # last: whoever finds it takes the rest for granted
         np.save(partial, rows)
 

@@ -131,7 +131,7 @@ class Optimizers:
         named = (pair for module in modules for pair in module.named_parameters())
         tables = [p for name, p in named if name.endswith("relative_attention_bias.weight") and p.requires_grad]
         rest = [p for p in rest if all(p is not table for table in tables)]
-        if not muon:
+        if not muon or len(matrices) < processes.count:  # no process may be without one
             matrices, rest = [], [*matrices, *rest]
         self.parameters, self.processes = [*matrices, *rest, *tables], processes
         self.matrices = matrices

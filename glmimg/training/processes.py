@@ -68,8 +68,15 @@ class Processes:
             for gradient, part in zip(members, flat.split([g.numel() for g in members]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
+    def total(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every process the sums."""
+        for tensor in tensors if self.count > 1 else ():
+            torch.distributed.all_reduce(tensor)
+
     def give(self, tensors: list[Tensor], rank: int) -> None:
         """Everyone's tensors become those of the process `rank`."""
+        if self.count == 1:
+            return
         flat = torch.cat([t.flatten() for t in tensors])
         torch.distributed.broadcast(flat, rank)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):

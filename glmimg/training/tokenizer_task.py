@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from glmimg.atomic_write import atomic_file
 from glmimg.attention import attend
 from glmimg.corpus.cache import SceneCache
 from glmimg.corpus.scenes import Scene
@@ -30,6 +31,7 @@ from glmimg.semantic_tokenizer import TOKEN_SIDE, SemanticTokenizer
 from glmimg.training.autoencoder_task import one_of, to_pixels
 from glmimg.training.encoded import moved
 from glmimg.training.folder import FolderCache
+from glmimg.training.processes import Processes
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import FEATURES, Teacher
 
@@ -46,7 +48,8 @@ class Names:
         self.keys = list(called)
         self.index = {key: i for i, key in enumerate(self.keys)}
         if not file.exists() or len(np.load(file, mmap_mode="r")) != len(called):
-            np.save(file, self._vectors(called.values()))
+            with atomic_file(file) as partial:  # several processes may come here
+                np.save(partial, self._vectors(called.values()))
         self.vectors_LE = torch.from_numpy(np.load(file))
 
     @classmethod
@@ -175,7 +178,7 @@ class TokenizerTask:
         self.device = tokenizer.visual.device
         self.crops, self.teacher = crops, teacher.to(self.device).eval().requires_grad_(False) if teacher else None
         self.names, self.preview, self.crop, self.crops_first = names, preview, crop, crops_first
-        self.seed = seed
+        self.seed, self.processes = seed, Processes.current()
         stickers = crops.bank.stickers if crops else []
         self.name_of = torch.tensor([self.names.index[s.concept] for s in stickers])
         self.kind_of = torch.tensor([KINDS.index(s.style) for s in stickers])
@@ -244,6 +247,7 @@ class TokenizerTask:
             if generator is not None:
                 counts = torch.bincount(ids, minlength=len(self.codebook)).float()
                 sums = torch.zeros_like(self.codebook).index_add_(0, ids, flat)
+                self.processes.total([counts, sums])  # one codebook, whoever saw what
                 self.usage.lerp_(counts, 0.02)
                 rate = (counts / (counts + 20 * self.usage.clamp_min(0.05)))[:, None]
                 mean = F.normalize(sums / counts.clamp_min(1)[:, None], dim=-1)
@@ -256,6 +260,7 @@ class TokenizerTask:
                     apart = 0.02 * torch.randn(chosen.shape, generator=generator)
                     self.codebook[dead] = F.normalize(chosen + apart.to(self.device), dim=-1)
                     self.usage[dead] = 0.5 * float(self.usage.mean())
+                    self.processes.give([self.codebook], 0)
             codes = self.codebook[ids].view(unit_BhwE.shape)
         return unit_BhwE + (codes - unit_BhwE).detach(), ids.view(unit_BhwE.shape[:3])
 
