@@ -30,6 +30,9 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     if os.path.isdir(target):  # unlike Path.is_dir, no error for a name that is too long
         raise BadInput(f"{target} is a folder: name a file in it, such as {target / 'picture.png'}")
+    special = os.path.lexists(target) and not os.path.isfile(target)  # as root even a device would be replaced
+    if special or (os.path.islink(target) and os.path.abspath(target).startswith("/dev/")):
+        raise BadInput(f"{target} is no regular file: name one that is, or that is not there yet")
     with _explained(target):
         handle, name = _beside(target, tempfile.mkstemp)
         os.close(handle)

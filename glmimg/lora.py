@@ -252,9 +252,12 @@ def _info(text: str, folder: Path) -> dict[str, Any]:
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    matching = [a for end, a in patterns.items() if name == end or name.endswith(f".{end}") or re.fullmatch(end, name)]
-    alpha = float(matching[0] if matching else config["lora_alpha"])
+    try:  # as PEFT matches them
+        patterns = (config.get("alpha_pattern") or {}).items()
+        matching = [a for pattern, a in patterns if re.match(rf"(.*\.)?({pattern})$", name)]
+        alpha = float(matching[0] if matching else config["lora_alpha"])
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"adapter_config.json: alpha_pattern or lora_alpha is damaged ({error})") from error
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

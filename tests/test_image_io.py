@@ -225,6 +225,15 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["old.png"]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    for target in (tmp_path / "pipe", tmp_path / "nowhere", Path("/dev/null"), Path("/dev/stdout")):
+        with pytest.raises(BadInput, match="no regular file"), atomic_file(target):
+            pass
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "nowhere").is_symlink()
+
+
 def test_an_interrupted_write_keeps_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()

@@ -49,7 +49,7 @@ def test_lineage_is_told(tiny_copy: Path, tmp_path: Path) -> None:
 
 def test_the_embedded_checkpoint_has_a_whole_card() -> None:
     text = card(describe(EMBEDDED), license="Apache-2.0")
-    assert "# glmimg mini" in text and "Twemoji" in text and "| generator | " in text
+    assert "# glmimg mini" in text and "from_pretrained()(" in text and "Twemoji" in text and "| generator | " in text
 
 
 @pytest.mark.parametrize(

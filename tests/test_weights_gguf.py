@@ -43,6 +43,12 @@ def test_there_and_back(tiny_checkpoint: Path, tmp_path: Path, component: str, d
     convert(file, tmp_path / "whole", base=source)
     assert tree(tmp_path / "whole") == tree(source)
     assert verify(file).problems == []
+    settings = tmp_path / "whole" / GENERATOR / "generation_config.json"
+    settings.write_text('{"temperature": 0.25}')  # its own settings come along, not the base's
+    if component == GENERATOR:
+        convert(tmp_path / "whole", tmp_path / "mine.gguf", component=component)
+        convert(tmp_path / "mine.gguf", tmp_path / "again", base=tiny_checkpoint)
+        assert Checkpoint.open(tmp_path / "again").settings.temperature == 0.25
 
 
 def test_the_librarys_reader_sees_the_same_tensors(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -98,9 +104,11 @@ def test_refusals(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Mon
     out = tmp_path / "out.gguf"
     with pytest.raises(BadInput, match="vision_language_encoder, transformer, not vae"):
         convert(tiny_checkpoint, out, component="vae")
-    quantize_checkpoint(tiny_checkpoint, tmp_path / "four", 4)
-    with pytest.raises(BadInput, match="which GGUF lacks"):
-        convert(tmp_path / "four", out)
+    for bits in (4, 8):
+        quantize_checkpoint(tiny_checkpoint, tmp_path / str(bits), bits)
+        for kind in (None, "q8_0"):
+            with pytest.raises(BadInput, match="transformer is quantised"):
+                convert(tmp_path / str(bits), out, dtype=kind)
     with pytest.raises(BadInput, match="choose from bfloat16, float16, float32, q4_0"):
         convert(tiny_checkpoint, out, dtype="q2_k")
     other = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
@@ -121,7 +129,7 @@ def test_refusals(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(MissingExtra, match=r"pip install 'glmimg\[gguf\]'"):
         convert(tiny_checkpoint, out)
     monkeypatch.undo()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "llama.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "8", "llama.gguf"]
 
 
 def test_damaged_files(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.cli import main
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.weights_tools.convert import convert
-from glmimg.weights_tools.inspect import inspect
+from glmimg.weights_tools.inspect import as_text, inspect
 from glmimg.weights_tools.quantize import quantize_checkpoint
 
 
@@ -70,6 +70,16 @@ def test_layouts_are_told_the_same(tiny_checkpoint: Path, tmp_path: Path) -> Non
     assert gguf["components"] == {"transformer": folder["components"]["transformer"]}
     assert inspect(tiny_checkpoint / "vae")["components"] == {"vae": folder["components"]["vae"]}
     assert inspect(tiny_checkpoint / "vae/config.json")["components"] == {"vae": folder["components"]["vae"]}
+
+
+def test_a_strangers_decoder_is_counted(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    state = load_file(next((tiny_checkpoint / "transformer").glob("*.safetensors")))
+    save_file(
+        {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}, tmp_path / "their.safetensors"
+    )
+    told, own = inspect(tmp_path / "their.safetensors"), inspect(tiny_checkpoint)["components"]["transformer"]
+    assert told["components"]["transformer"] == own | {"class": None}
+    assert f"transformer  of no known class  {own['parameters']:,} parameters" in as_text(told)
 
 
 def test_configs_alone_are_counted(tiny_copy: Path) -> None:

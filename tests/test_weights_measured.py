@@ -21,6 +21,7 @@ from glmimg.evaluation.prompts import Record
 from glmimg.evaluation.scoring import figures
 from glmimg.weight_files import WeightFiles
 from glmimg.weights_tools import timing
+from glmimg.weights_tools.convert import convert
 from glmimg.weights_tools.costs import Workload, costs_of
 from glmimg.weights_tools.packing_plan import REST, Unit, units
 from glmimg.weights_tools.plan import Machine, options
@@ -75,6 +76,11 @@ def test_sensitivity_is_the_change_of_outputs(tiny_checkpoint: Path, tmp_path: P
             assert each[4] > 4 * each[8], unit.key
     # Changed matrices are put back: a unit alone gives what it gave among the others.
     last = [unit for unit in found if unit.component == "transformer"][-1:]
+    pruned = tmp_path / "pruned"
+    convert(tiny_checkpoint, pruned, text_to_image_only=True)
+    kept = [unit for unit in unit_table(pruned) if unit.component == "vae"]
+    drawn = output_errors(Checkpoint.open(pruned), pick_backend("cpu"), kept, 64, **settings)
+    assert kept and all(0 < error < 0.5 for each in drawn.values() for error in each.values())
     alone = output_errors(checkpoint, pick_backend("cpu"), last, 64, **settings)
     assert alone[last[0].key] == pytest.approx(errors[last[0].key], rel=1e-3)
 

@@ -20,6 +20,7 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint, save_component
 from glmimg.cli import main
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.lora import Adapter, save_adapter
+from glmimg.weights_tools.convert import convert
 from glmimg.weights_tools.merge import (
     _shares,
     average_checkpoints,
@@ -56,9 +57,10 @@ def adapter(model: Any, folder: Path, **options: Any) -> Any:
     [
         {},
         {"use_rslora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_v": 1}},
+        {"alpha_pattern": {r"attn1\.to_[qk]": 1}},
         {"use_dora": True},
     ],
-    ids=["lora", "patterns", "dora"],
+    ids=["lora", "patterns", "expression", "dora"],
 )
 def test_merging_is_what_peft_does(tiny_checkpoint: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     model = Checkpoint.open(tiny_checkpoint).decoder()
@@ -121,7 +123,7 @@ def test_blocks_of_rows_change_nothing(
         assert all(torch.allclose(whole[name], rows[name], atol=1e-7) for name in whole), way
 
 
-def test_bf16_is_rounded_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_bf16_is_rounded_once(tiny_checkpoint: Path, other: Path, tmp_path: Path) -> None:
     base = tmp_path / "bf16"
     merge_base(tiny_checkpoint, base)
     adapter(Checkpoint.open(tiny_checkpoint).decoder(), tmp_path / "a", target_modules=["to_q"])
@@ -131,6 +133,14 @@ def test_bf16_is_rounded_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
     down, up = (parts[f"base_model.model.transformer_blocks.0.attn1.to_q.lora_{x}.weight"] for x in "AB")
     expected = weights(base, "transformer")[name].float() + (1.5 * up) @ down
     assert torch.equal(weights(tmp_path / "m", "transformer")[name], expected.bfloat16())
+    merge_base(other, tmp_path / "end")
+    slerp_checkpoints(base, tmp_path / "arc", base, tmp_path / "end", 0.3, components=["transformer"])
+    for narrow in (base, tmp_path / "end"):
+        convert(narrow, narrow.with_suffix(".wide"), to="folder", dtype="float32")
+    wide = (base.with_suffix(".wide"), (tmp_path / "end").with_suffix(".wide"))
+    slerp_checkpoints(wide[0], tmp_path / "exact", *wide, 0.3, components=["transformer"])
+    found, exact = (weights(tmp_path / way, "transformer") for way in ("arc", "exact"))
+    assert all(torch.equal(found[name], exact[name].bfloat16()) for name in exact)
 
 
 def merge_base(source: Path, target: Path) -> None:
@@ -146,6 +156,8 @@ def merge_base(source: Path, target: Path) -> None:
     [
         (lambda config, state: config.update(peft_type="LOHA"), "LOHA is not known"),
         (lambda config, state: config.update(bias="all"), "bias is not known"),
+        (lambda config, state: config.update(alpha_pattern={"*": 1}), "alpha_pattern or lora_alpha is damaged"),
+        (lambda config, state: config.update(alpha_pattern=[1]), "alpha_pattern or lora_alpha is damaged"),
         (lambda config, state: state.update({k: v[:1] for k, v in state.items() if "lora_B" in k}), "is .1, 64. there"),
         (lambda config, state: state.update({k: v * math.nan for k, v in state.items()}), "NaN or infinity"),
     ],

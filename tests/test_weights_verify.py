@@ -208,6 +208,23 @@ def test_checksums(tiny_copy: Path, tmp_path: Path) -> None:
         verify(tmp_path / "one.safetensors", write_checksums=True)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("model_index.json", '{"_class_name": "FluxPipeline"}', "is a FluxPipeline checkpoint"),
+        ("vision_language_encoder/generation_config.json", None, "generation_config.json is missing"),
+        ("vision_language_encoder/generation_config.json", '{"default_size": "x"}', "has a wrong value"),
+    ],
+)
+def test_what_cannot_be_opened_is_not_sound(tiny_copy: Path, file: str, content: str | None, told: str) -> None:
+    if content is None:
+        (tiny_copy / file).unlink()
+    else:
+        (tiny_copy / file).write_text(content)
+    report = verify(tiny_copy, write_checksums=True)
+    assert len(report.problems) == 1 and told in report.problems[0] and not (tiny_copy / CHECKSUMS).exists()
+
+
 def test_no_checksums_of_a_damaged_checkpoint(tiny_copy: Path) -> None:
     edit_weights(tiny_copy / "vae", lambda state: {"only": torch.zeros(1)})
     assert not verify(tiny_copy, write_checksums=True).sound

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _TITLES = {
     "transformer": "decoder",
     "vae": "VAE",
 }
+_MINI = "glmimg mini"  # what the embedded model is called
 
 
 def describe(model: str | Path | Checkpoint, progress: Progress | None = None) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def describe(model: str | Path | Checkpoint, progress: Progress | None = None) -
             "quantization": checkpoint.config(name).get(CONFIG_KEY),
         }
     return {
-        "name": root.resolve().name if checkpoint.name != EMBEDDED else "glmimg mini",
+        "name": _name(checkpoint),
         "hash": checkpoint.hash,
         "components": components,
         "sizes": {
@@ -69,6 +71,13 @@ def describe(model: str | Path | Checkpoint, progress: Progress | None = None) -
     }
 
 
+def _name(checkpoint: Checkpoint) -> str:
+    if checkpoint.name == EMBEDDED:
+        return _MINI
+    folder = os.path.isdir(os.path.expanduser(checkpoint.name))
+    return checkpoint.root.resolve().name if folder else checkpoint.name  # a hub id's folder is called by a digest
+
+
 def card(told: Mapping[str, Any], *, license: str | None = None, base: str | None = None) -> str:
     """The card as Markdown, with the header that model hubs read. `license`: its SPDX name; `base`: the hub id that the
     checkpoint was made from."""
@@ -78,6 +87,7 @@ def card(told: Mapping[str, Any], *, license: str | None = None, base: str | Non
     side = told["sizes"]
     total = sum(part["bytes"] for part in told["components"].values())
     lines = [*head, "", f"# {told['name']}", ""]
+    place = "" if told["name"] == _MINI else f'"{told["name"]}"'
     lines += [
         f"A GLM-Image checkpoint in the layout of `diffusers.GlmImagePipeline`, {total / 1e6:,.1f} MB of weights.",
         f"Pictures of {side['default'][1]}x{side['default'][0]} by default, sides from {side['from']} to {side['to']}; "
@@ -86,7 +96,7 @@ def card(told: Mapping[str, Any], *, license: str | None = None, base: str | Non
         "```python",
         "from glmimg import TextToImagePipeline",
         "",
-        f'TextToImagePipeline.from_pretrained("{told["name"]}")("a red apple").save("apple.png")',
+        f'TextToImagePipeline.from_pretrained({place})("a red apple").save("apple.png")',
         "```",
         "",
         "| part | parameters | MB | stored as |",

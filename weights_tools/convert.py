@@ -283,17 +283,15 @@ def _write_decoder(contents: Contents, target: Path, progress: Progress | None) 
 
 
 def _completed(contents: Contents, base: Contents) -> Contents:
-    """`base` with the components of `contents` in place of its own, their configs as well where they come along."""
+    """`base` with the components of `contents` in place of its own, their settings as well where they come along."""
     files = dict(base.files)
     for component in contents.tensors:
-        path = f"{component}/config.json"
-        if path not in files:
+        if f"{component}/config.json" not in files:
             raise BadInput(f"the base holds no {component}")
-        if path in contents.files:
-            files[path] = contents.files[path]
+        own = {name: data for name, data in contents.files.items() if name.startswith(f"{component}/")}
         files = {
             name: data
-            for name, data in files.items()
+            for name, data in (files | own).items()
             if not (name.startswith(f"{component}/") and name.endswith(".index.json"))
         }
     if is_pruned(contents):

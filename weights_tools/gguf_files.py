@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from glmimg.atomic_write import atomic_file
 from glmimg.errors import BadInput, CheckpointError, MissingExtra
+from glmimg.packed_format import CONFIG_KEY
 from glmimg.weights_tools.fit import PARTS, TEXT_TO_IMAGE, is_pruned
 from glmimg.weights_tools.layouts import Contents, StoredTensor
 from glmimg.weights_tools.packing_plan import PACKABLE
@@ -59,6 +60,8 @@ def write_gguf(
     if component not in ARCHITECTURES or component not in contents.tensors:
         held = [name for name in ARCHITECTURES if name in contents.tensors]
         raise BadInput(f"GGUF holds one of {', '.join(held) or '(none of this source)'}, not {component}")
+    if CONFIG_KEY in contents.config(component):
+        raise BadInput(f"{component} is quantised, and GGUF has no such type: convert the original checkpoint")
     tensors = contents.tensors[component]
     bad = [name for name, tensor in tensors.items() if tensor.spec.dtype not in _PLAIN]
     if bad:

@@ -52,6 +52,8 @@ def init_checkpoint(
     values = preset_of(preset)
     if dtype not in DTYPES:
         raise UnknownName.of("dtype", dtype, DTYPES)
+    if not 0 <= seed < 2**63:
+        raise BadInput(f"seed {seed}: give a whole number from 0 to 2**63 - 1")
     target = Path(directory)
     if os.path.lexists(target):
         raise BadInput(f"{target} exists already: name a folder that does not, or delete it first")

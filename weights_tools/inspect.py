@@ -30,8 +30,8 @@ def inspect(
     contents = open_headers(source, weights=stats)
     values = value_stats(contents, progress) if stats else {}
     components = {}
-    for name in contents.components:
-        config = contents.config(name)
+    for name in dict.fromkeys([*contents.components, *contents.tensors]):
+        config = contents.config(name) if name in contents.components else {}
         if name in contents.tensors:
             specs = {tensor: stored.spec for tensor, stored in contents.tensors[name].items()}
         else:
@@ -66,7 +66,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     ]
     for name, part in report["components"].items():
         dtypes = ", ".join(f"{dtype} {_size(row['bytes'])}" for dtype, row in part["dtypes"].items())
-        lines += ["", f"{name}  {part['class']}  {part['parameters']:,} parameters  {dtypes}"]
+        lines += ["", f"{name}  {part['class'] or 'of no known class'}  {part['parameters']:,} parameters  {dtypes}"]
         lines += [] if part["weights"] else ["  no weights here: counted from config.json"]
         lone = {group["name"] for group in part["tree"] if group["tensors"] == 1}
         for group in part["tree"]:

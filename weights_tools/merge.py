@@ -169,7 +169,7 @@ def slerp_checkpoints(
         def arc(own: torch.Tensor, part: slice) -> torch.Tensor:
             a, b = both(part)
             share_a, share_b = shares()
-            return torch.mul(a, share_a, out=torch.empty(a.shape)).add_(b, alpha=share_b)
+            return (a.float() * share_a).add_(b, alpha=share_b)
 
         return arc
 

@@ -169,10 +169,18 @@ def _pictures(samples: Samples, scale: int) -> list[torch.Tensor]:
 
 def _vae(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype, samples: Samples) -> Stage:
     wanted = compute_dtype(checkpoint.config("vae")) or dtype
-    vae = checkpoint.vae(backend.device, wanted)
+    encoder = any(name.startswith("encoder.") for name in checkpoint.weights["vae"].infos)
+    vae = checkpoint.vae(backend.device, wanted, encoder=encoder)
     autoencoder = Autoencoder(vae, wanted)
     pictures = [picture.to(backend.device) for picture in _pictures(samples, TOKEN_SIDE)]
-    return vae, "", lambda: [autoencoder.decode(autoencoder.encode(p)).cpu() for p in pictures], lambda name: None
+
+    def latents(k: int, picture: torch.Tensor) -> torch.Tensor:
+        if encoder:
+            return autoencoder.encode(picture)
+        shape = (1, checkpoint.settings.latent_channels, *(side // autoencoder.factor for side in picture.shape[2:]))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(k)).to(backend.device)
+
+    return vae, "", lambda: [autoencoder.decode(latents(k, p)).cpu() for k, p in enumerate(pictures)], lambda name: None
 
 
 def _glyphs(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype, samples: Samples) -> Stage:

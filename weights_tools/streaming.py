@@ -122,7 +122,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def parse_size(text: str | int) -> int:
     """Bytes of "5GB", "200 MB", "1GiB" or a plain number; BadInput for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", str(text).upper())
-    if not match or (size := float(match[1])) <= 0:
+    if not match or not 0 < (size := float(match[1])) < 1e15:
         raise BadInput(f"size {str(text)!r}: give a number of bytes such as 5GB, 200MB or 1GiB")
     power = " KMGT".index(match[2] or " ")
     return max(1, int(size * (1024 if match[3] else 1000) ** power))

@@ -15,7 +15,7 @@ from typing import Any
 
 from glmimg.atomic_write import atomic_file
 from glmimg.checkpoint import COMPONENTS, Checkpoint
-from glmimg.errors import BadInput, CheckpointError
+from glmimg.errors import BadInput, CheckpointError, GlmimgError
 from glmimg.weight_files import contained, read_header, read_index
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import is_pruned, misfits
@@ -26,7 +26,12 @@ from glmimg.weights_tools.streaming import PIECE, Progress, torch_dtype
 __all__ = ["CHECKSUMS", "Report", "verify"]
 
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
-_NEEDED = ("model_index.json", "processor/tokenizer.json", "scheduler/scheduler_config.json")
+_NEEDED = (
+    "model_index.json",
+    "processor/tokenizer.json",
+    "scheduler/scheduler_config.json",
+    "vision_language_encoder/generation_config.json",
+)
 _FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 
 
@@ -92,6 +97,11 @@ def verify(
         else:
             problems += [f"{component}: {kind}: {name}" for kind, names in found.items() for name in names]
     problems += clashes(contents)
+    if contents.layout == "folder" and not problems:
+        try:
+            Checkpoint.open(root)
+        except GlmimgError as error:
+            problems.append(str(error).replace("\n", " "))
     if values:
         problems += _not_finite(contents, told)
         report.values_checked = True
