@@ -57,7 +57,7 @@ def _add_options(parser: argparse.ArgumentParser, output: str = "picture.png") -
     how = parser.add_argument_group("the picture (defaults: the checkpoint's)")
     how.add_argument("--size", metavar="WxH", help="in pixels, multiples of 32, such as 256x256")
     how.add_argument("--steps", type=int, help="of the decoder")
-    how.add_argument("--guidance", type=float, help="of the decoder; 1 turns it off")
+    how.add_argument("--guidance", type=float, help="of the decoder; 1 or less turns it off")
     how.add_argument("--seed", default=None, help="a number, or 'random' (default: 0)")
     how.add_argument("--sampler", help="euler, heun, unipc or dpm++")
     how.add_argument("--negative", default="", metavar="PROMPT", help="needs --token-guidance or --token-candidates")

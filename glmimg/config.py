@@ -96,7 +96,7 @@ class SamplingConfig(Config):
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
         require(1 <= self.num_inference_steps <= 1000, f"{self.num_inference_steps} steps: use 1 to 1000")
-        require(0.0 <= self.guidance_scale <= 100.0, f"guidance {self.guidance_scale}: use 0 to 100 (1 turns it off)")
+        require(0.0 <= self.guidance_scale <= 100.0, f"guidance {self.guidance_scale}: use 0 to 100 (1 or less is off)")
         require(0.0 <= low < high <= 1.0, f"guidance interval {low} to {high}: use 0 <= low < high <= 1")
         require(0.0 <= self.temperature <= 10.0, f"temperature {self.temperature}: use 0 (the likeliest) to 10")
         require(0.0 < self.top_p <= 1.0, f"top-p {self.top_p}: use more than 0, at most 1 (1 turns it off)")

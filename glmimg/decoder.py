@@ -106,6 +106,7 @@ class Decoder:
     def __init__(self, model: Any, blocks: Callable[[], Iterable[Any]] | None = None) -> None:
         self.model = model
         self.products = Products()
+        self.streamed = blocks is not None
         self.blocks = blocks or (lambda: model.transformer_blocks)  # no cycle through self: it is freed at once
         self.heads = int(model.config.num_attention_heads)
         self.head_dim = int(model.config.attention_head_dim)
@@ -220,7 +221,7 @@ class Decoder:
     ) -> Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]:
         """What `diffusion.guided` wants: both velocities from one forward of twice the batch, or from two side by side.
 
-        Side by side, each block does the one and then the other: streamed blocks come once a step either way.
+        Side by side, streamed blocks do the one and then the other each: they come once a step either way.
         """
         joined = join([with_prompt, without]) if batched and without is not None else None
 
@@ -229,9 +230,12 @@ class Decoder:
                 return self.velocity(latents_BCHW, timestep, with_prompt), None
             if without is None:
                 raise BadInput("guidance needs a conditioning without the prompt; give one, or guidance 1")
-            if joined is None:
+            if joined is None and self.streamed:
                 first, second = self._run(latents_BCHW, timestep, (with_prompt, without), None)
                 return first, second
+            if joined is None:
+                one = self.velocity(latents_BCHW, timestep, with_prompt)
+                return one, self.velocity(latents_BCHW, timestep, without)
             pair = self.velocity(torch.cat([latents_BCHW] * 2), timestep, joined)
             return pair[: with_prompt.batch], pair[with_prompt.batch :]
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,7 +88,8 @@ class Schedule:
         if not 1 <= steps <= total:
             raise BadInput(f"{steps} steps: give 1 to {total}")
         mu = shift_of(patches, config)
-        times = torch.linspace(total, 1, steps + 1, dtype=torch.float64)[:-1].floor().float()
+        # numpy's, as published: torch's own lands on the other side of a whole number now and then
+        times = torch.from_numpy(np.linspace(total, 1.0, steps + 1)[:-1]).floor().float()
         sigmas = torch.cat([_shift(times / total, mu), torch.zeros(1)])
         return cls(sigmas, times - 1)
 
@@ -114,14 +116,14 @@ def guided(
     """Classifier-free guidance.
 
     `predict(latents, timestep, both)` returns the velocity with the prompt and, if `both`, the one without. Levels
-    outside `interval` (low, high) of sigma and scale 1 cost the single forward.
+    outside `interval` (low, high) of sigma, and a scale of at most 1, which is no guidance, cost the single forward.
     """
     low, high = interval
     if not (math.isfinite(scale) and 0.0 <= low <= high <= 1.0):
         raise BadInput(f"guidance scale {scale} in interval {interval}: give a finite scale and 0 <= low <= high <= 1")
 
     def velocity(latents_BCHW: Tensor, timestep: float, sigma: float) -> Tensor:
-        with_prompt, without = predict(latents_BCHW, timestep, scale != 1.0 and low <= sigma <= high)
+        with_prompt, without = predict(latents_BCHW, timestep, scale > 1.0 and low <= sigma <= high)
         return with_prompt if without is None else torch.lerp(without, with_prompt, scale)
 
     return velocity

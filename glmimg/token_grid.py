@@ -231,7 +231,9 @@ class TokenGrid:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             size, checkpoint = int(metadata["codebook_size"]), metadata["checkpoint"] or None
             return cls(tensors["target"], size, tensors.get("preview"), checkpoint)
-        except (OSError, SafetensorError, KeyError) as error:
+        except BadInput:
+            raise
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise BadInput(f"cannot read a token grid from {path}: {error}") from error
 
     def picture(self, cell: int = 16) -> Image.Image:

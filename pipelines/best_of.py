@@ -19,8 +19,9 @@ from glmimg.errors import BadInput, MissingExtra
 from glmimg.pipelines.image_to_image import ImageToImagePipeline, Picture
 from glmimg.pipelines.result import Reporter, Result
 from glmimg.pipelines.stages import Stages
+from glmimg.pipelines.steps import read_tokens
 from glmimg.prompt import glyph_texts
-from glmimg.token_grid import TokenGrid
+from glmimg.token_grid import TOKEN_SIDE, TokenGrid
 from glmimg.token_sampling import token_bits as bits_of
 
 __all__ = ["LikelihoodVerifier", "TextVerifier", "Verifier", "best_of", "has_text", "normalised", "token_bits"]
@@ -111,10 +112,13 @@ class LikelihoodVerifier:
         self._ids: list[torch.Tensor] | None = None  # of the references
 
     def __call__(self, picture: Image.Image, prompt: str) -> float:
-        read = ImageToImagePipeline(self.stages).extract_tokens
+        extract = ImageToImagePipeline(self.stages).extract_tokens
         if self._ids is None:
-            self._ids = [read(reference).ids_HW for reference in self.references]
-        grid, ids = read(picture), self._ids
+            self._ids = [extract(reference).ids_HW for reference in self.references]
+        self.stages.enter("generator")
+        # One made here is read as it is: references may not be as long and thin as pictures may.
+        whole = not (picture.width % TOKEN_SIDE or picture.height % TOKEN_SIDE)
+        grid, ids = read_tokens(self.stages, picture) if whole else extract(picture), self._ids
         with_N, without_N = (token_bits(self.stages, text, grid, ids) for text in (prompt, ""))
         return float((self.weight * without_N - with_N).mean())
 

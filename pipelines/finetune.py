@@ -334,6 +334,11 @@ class FineTunePipeline:
         states = list((output / "run").glob("*/state.safetensors"))
         if output.exists() and not output.is_dir():
             raise BadInput(f"{output} is a file: name a folder for the result")
+        place, around = Path(report.dataset.place).expanduser().resolve(), [output.resolve(), *output.resolve().parents]
+        if place in around:
+            raise BadInput(f"{output} lies in the pictures' folder, and its samples would be learnt: name another")
+        if self.config.method == "full" and self.checkpoint.root.resolve() in around:
+            raise BadInput(f"{output} lies in the checkpoint that learns, and would be copied with it: name another")
         if not states:
             names = {path.name for path in output.iterdir()} if output.is_dir() else set()
             other = sorted(name for name in names if not name.startswith((".", "find-rate-")))

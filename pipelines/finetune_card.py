@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ def write_card(
     """Writes README.md, in the form that hubs show, and before-after.html. `settings`: as the run resolved them."""
     full = config.method == "full"
     kind, trigger = "DoRA" if config.method == "dora" else "LoRA", config.captions.trigger
-    model = "" if checkpoint.name == "embedded" or full else f" --model {checkpoint.name}"
+    place = os.path.relpath(checkpoint.root, output) if os.path.isdir(checkpoint.name) else checkpoint.name
+    model = "" if checkpoint.name == "embedded" or full else f" --model {shlex.quote(place)}"
     on_hub = _HUB_ID.fullmatch(checkpoint.name) and not Path(checkpoint.name).exists()
     prompt = json.dumps(f"{trigger} on a table" if trigger else "a fox", ensure_ascii=False)
     use = f"glmimg generate {prompt}{model} " + ("--model checkpoint" if full else "--adapter .")

@@ -103,9 +103,16 @@ class Samples:
         captions: list[str] = []
         for (stage, step), row in rows.items():
             empty = columns - len(row)  # where prompts were added or taken out on the way
-            pictures += [*(Image.open(sample.path) for sample in row), *[Image.new("RGB", (1, 1), "white")] * empty]
+            pictures += [*(_small(sample.path) for sample in row), *[Image.new("RGB", (1, 1), "white")] * empty]
             captions += [*(f"{stage} {step}: {sample.prompt}" for sample in row), *[""] * empty]
         save_png(contact_sheet(pictures, captions, columns=columns), self.folder / "sheet.png")
+
+
+def _small(path: Path) -> Image.Image:
+    """As large as a cell of the sheet, and closed: a long run has more samples than files may be open."""
+    with Image.open(path) as picture:
+        picture.thumbnail((192, 192), Image.Resampling.LANCZOS)
+        return picture.convert("RGB")
 
 
 def read_samples(folder: Path) -> dict[tuple[str, int], list[Sample]]:

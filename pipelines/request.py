@@ -141,11 +141,15 @@ def check_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
             raise BadInput(f"a prompt is a {type(text).__name__}; give text")
         if not text.strip():
             raise BadInput('the prompt is empty: say what is to be seen, such as "a red apple on a table"')
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadInput(f"the prompt is no valid text ({error.reason} at {error.start}): type it anew") from error
+        _require_text(text, "the prompt")
     return tuple(prompts)
+
+
+def _require_text(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{name} is no valid text ({error.reason} at {error.start}): type it anew") from error
 
 
 def check_request(
@@ -194,6 +198,7 @@ def check_request(
     Schedule.published(resolved.num_inference_steps, 256, settings.scheduler)
     if not isinstance(negative_prompt, str):
         raise BadInput(f"negative_prompt is a {type(negative_prompt).__name__}; give one string for all pictures")
+    _require_text(negative_prompt, "negative_prompt")
     candidates = resolved.token_candidates if default_size is None and resolved.temperature > 0 else 1  # edits: one
     layouts = count * (candidates if grids is None or region is not None else 1)
     if default_size is not None or layouts > count:

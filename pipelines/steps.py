@@ -158,7 +158,7 @@ def condition(
     mask_BT = torch.arange(states_BTG.shape[1], device=device) < lengths_B[:, None]
     cache = None if references is None else references.cache
     with_prompt = decoder.condition(prior_ids_BP, states_BTG, mask_BT, size=size, references=cache)
-    if request.config.guidance_scale == 1.0:
+    if request.config.guidance_scale <= 1.0:
         return with_prompt, None
     negative_BTG = glyphs.negative[None].expand(len(rows), -1, -1)
     return with_prompt, decoder.condition(prior_ids_BP, negative_BTG, size=size, drop_prior=True)

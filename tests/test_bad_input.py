@@ -90,6 +90,8 @@ def test_prompts_in_any_script(tiny_checkpoint: Path) -> None:
             assert opened(tiny_checkpoint)(prompt, **QUICK).images
         except BadInput as error:
             assert "surrogate" in prompt and "\ud83d" in prompt, error
+    with pytest.raises(BadInput, match="negative_prompt is no valid text"):
+        opened(tiny_checkpoint)("a cat", negative_prompt='"\ud800"', **QUICK)
 
 
 def test_references_that_are_no_pictures(tiny_checkpoint: Path, tmp_path: Path) -> None:

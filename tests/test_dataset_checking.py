@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,26 @@ def test_findings(folder: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: p
     assert [line.split()[0] for line in lines[first + 1 : first + 4]] == ["broken.jpg", "more.jpg", "other.jpg"]
     marks = [line.split(":")[0] for line in lines if not line.startswith(" ")]
     assert marks == sorted(marks)  # errors first
+
+
+def test_what_is_no_text_is_one_pictures_fault(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(3):
+        disc(tmp_path / f"disc {k}.png", 11 * k)
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    odd.write_bytes((tmp_path / "disc 0.png").read_bytes())
+    rows = [{"file_name": f"disc {k}.png", "text": "a disc" if k else "\ud800"} for k in range(3)]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["dataset", "check", str(tmp_path), "--model", str(tiny_checkpoint), "--resolution", "64", "--json"]
+    assert main([*arguments, "--page", str(tmp_path / "rows" / "page.html")]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["usable"] == 2
+    assert [f["picture"] for f in report["findings"] if f["kind"] == "broken"] == ["disc 0.png"]
+    (tmp_path / "metadata.jsonl").unlink()
+    assert main([*arguments, "--page", str(tmp_path / "rows" / "page.html")]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["usable"] == 4
 
 
 def test_a_good_folder_passes(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +214,8 @@ def test_views_of_a_picture_lie_where_they_say_and_go_on_to_the_rim() -> None:
         shown, factor = np.asarray(view.apply(picture)).astype(int), view.scaled[0] / 64
         assert shown.shape == (64, 64, 3)
         rows, columns = np.nonzero(shown[..., 0] > 130)
+        whole = view.scaled[0] - 25 * factor if view.mirrored else 25 * factor  # in the scaled picture as it is seen
+        assert abs(columns.mean() + 0.5 - (whole - view.shown_left)) < 1.5
         x = 25 * factor - view.left
         x = 64 - x if view.mirrored else x
         assert abs(columns.mean() + 0.5 - x) < 1.5 and abs(rows.mean() + 0.5 - (29 * factor - view.top)) < 1.5

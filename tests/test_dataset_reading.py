@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,42 @@ def test_tables_in_subfolders_as_on_the_hub(tmp_path: Path) -> None:
     )
     (tmp_path / "train").rename(tmp_path / "more")
     assert [captions for _, captions in told(read_dataset(tmp_path))] == [("in train",), ("in test",)]
+
+
+def test_capitals_and_names_that_are_no_text(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.TXT").write_text("a disc")
+    (tmp_path / "b.TXT").write_text("of nothing")
+    read = read_dataset(tmp_path)
+    assert [e.captions for e in read.examples] == [("a disc",)] and "b.TXT has no picture" in read.notes
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    Path(os.fsdecode(os.fsencode(odd) + b"/caf\xe9-bar.png")).write_bytes((tmp_path / "a.png").read_bytes())
+    (example,) = read_dataset(odd).examples
+    assert example.label == "caf\\udce9-bar.png" and example.captions == ("caf bar",)
+    assert example.picture.open().size and example.label.encode()
+
+
+def test_where_pictures_come_from_is_no_reference(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    rows = [{"file_name": "a.png", "text": "a disc", "source": "flickr"}, {"file_name": "b.png", "source": None}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert not read_dataset(tmp_path).edits
+    rows[0]["source"] = "b.png"
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_dataset(tmp_path).edits
+    rows[0]["source"] = "flickr"
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_dataset(tmp_path, {"reference": "source"}).edits, "what is said is believed"
+
+
+def test_what_fine_tuning_wrote_is_not_learnt(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    (tmp_path / "run" / "finetune.json").write_text("{}")
+    picture(tmp_path / "run" / "samples" / "sheet.png")
+    assert [e.label for e in read_dataset(tmp_path).examples] == ["a.png"]
 
 
 def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:

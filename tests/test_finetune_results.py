@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +239,36 @@ def test_a_folder_with_a_finished_adapter_is_not_overwritten(
     for resume in (False, True):
         with pytest.raises(BadInput, match=r"holds what was learnt \(decoder\) but not the state"):
             opened()(data, out, resume=resume)
+
+
+def test_places_that_would_be_learnt_or_copied_are_refused(
+    opened: Callable[..., FineTunePipeline], tiny_copy: Path, tmp_path: Path
+) -> None:
+    data = discs(tmp_path / "data")
+    with pytest.raises(BadInput, match="samples would be learnt"):
+        opened()(data, data / "deep" / "out")
+    full = FineTunePipeline.from_pretrained(tiny_copy, "cpu", "fp32", SMALL | {"method": "full"}, tmp_path / "cache")
+    with pytest.raises(BadInput, match="would be copied with it"):
+        full(data, tiny_copy / "tuned")
+    assert not (data / "deep").exists() and not (tiny_copy / "tuned").exists()
+    for diverged in (1.0, float("inf"), 1e200):
+        with pytest.raises(BadInput, match="at most 1e6"):
+            opened(diverged=diverged)
+
+
+def test_the_sheet_keeps_no_file_open(opened: Callable[..., FineTunePipeline], tmp_path: Path) -> None:
+    for number in range(40):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / f"samples/decoder-{number:06}-0.png", {"prompt": "a disc"})
+    pipeline = opened(sample_prompts=["a disc"])
+    samples = Samples(tmp_path, pipeline.checkpoint, pipeline.config, pipeline.backend, pipeline.dtype)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, hard))
+    try:
+        samples.sheet()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (tmp_path / "samples" / "sheet.png").exists()
 
 
 def test_the_generators_prior_are_tokens_of_its_own(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from glmimg import ImageToImagePipeline
 from glmimg.errors import BadInput
@@ -132,6 +132,20 @@ def test_what_an_edit_leaves_unchanged_is_kept(pipeline: ImageToImagePipeline, m
     other = replace(own, ids_HW=(own.ids_HW + 7) % own.codebook_size)
     shares = [(away(other, keep) <= 20).mean() for keep in (0.0, 0.9, 1.0)]
     assert shares[0] < shares[1] < shares[2], "the larger the share, the more is kept"
+
+
+def test_the_embedded_models_edits_change_what_is_asked_and_keep_the_rest() -> None:
+    """As it ships, with the floor below which nothing counts as a change."""
+    pipeline = ImageToImagePipeline.from_pretrained(backend="cpu")
+    scene = Image.new("RGB", (256, 256), (230, 240, 250))
+    ImageDraw.Draw(scene).ellipse((64, 64, 192, 192), fill=(210, 40, 40))
+    made = pipeline("make the background yellow", scene, num_inference_steps=6, seed=1)
+    assert made.settings[0]["config"]["keep_unchanged"] == 0.25
+    free = pipeline("make the background yellow", scene, num_inference_steps=6, seed=1, config={"keep_unchanged": 0.0})
+    assert made.tokens == free.tokens
+    away = [np.abs(pixels(one.images[0]) - pixels(scene)).max(-1) for one in (made, free)]
+    assert (away[0] > 60).mean() > 0.2, "it is not simply the picture itself"
+    assert away[0][96:160, 96:160].mean() < away[1][96:160, 96:160].mean(), "the thing stays nearer to what it was"
 
 
 def test_edits_draw_one_layout(pipeline: ImageToImagePipeline) -> None:

@@ -14,6 +14,13 @@ from PIL import Image
 from glmimg import TextToImagePipeline
 from glmimg.checkpoint import Checkpoint
 from glmimg.corpus.scenes import draw
+from glmimg.corpus.splits import (
+    is_held_out_cell,
+    is_held_out_concept,
+    is_held_out_relation,
+    is_held_out_shape,
+    is_held_out_word,
+)
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput, UnknownName
 from glmimg.evaluation.concepts import Judge
@@ -216,6 +223,20 @@ def test_the_command_writes_a_checkpoint(
 
 def test_prompts_hold_nothing_that_is_held_out(bank: StickerBank) -> None:
     records = prompts(bank, 42, 500_000)
+    stickers = words = pairs = 0
+    for record in records:
+        shapes = [thing for thing in record.scene.things if thing.kind == "shape"]
+        for thing in record.scene.things:
+            stickers, words = stickers + (thing.kind == "sticker"), words + bool(thing.word)
+            assert not is_held_out_word(thing.word)
+            if thing.kind == "sticker":
+                assert not (is_held_out_concept(thing.concept) or is_held_out_cell(thing.concept, thing.style))
+        assert not any(is_held_out_shape(thing.colour, thing.shape) for thing in shapes)
+        kind, _, relation = record.scene.layout.partition(":")
+        if kind == "pair" and len(shapes) == 2:
+            pairs += 1
+            assert not is_held_out_relation(relation, shapes[0].shape, shapes[1].shape)
+    assert stickers and words and pairs
     assert {(r.part, r.subset) for r in records} == set(SHARES)
     assert sum(r.part == "text" for r in records) == 9
     assert records != sorted(records, key=lambda r: r.name)

@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 
 from glmimg import ImageToImagePipeline, TextToImagePipeline
+from glmimg.checkpoint import Checkpoint
 from glmimg.config import SamplingConfig
 from glmimg.errors import BackendError, BadInput, Cancelled, UnknownName
 from glmimg.image_io import read_metadata
 from glmimg.pipelines import candidates, text_to_image
 from glmimg.pipelines.best_of import TextVerifier, best_of, normalised, token_bits
 from glmimg.pipelines.result import Event, metadata_tokens
+from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import TokenGrid
 
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2}
@@ -237,11 +239,36 @@ def test_streamed_blocks_hold_one_block_at_a_time(tiny_checkpoint: Path) -> None
 def test_compiled_decoder_makes_the_same_picture(pipeline: TextToImagePipeline, tiny_checkpoint: Path) -> None:
     if not pipeline.stages.backends["decoder"].can_compile:
         pytest.skip("no C++ compiler here: NOTHING was compiled")
+    from torch._dynamo.utils import counters
+
     options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
     expected = pipeline("a cat", **options)
     compiled = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32", compile=True)
+    torch.compiler.reset()
+    counters.clear()
     result = compiled("a cat", **options)
+    assert counters["frames"]["ok"], "something was compiled"
     assert np.abs(pixels(result.images[0]) - pixels(expected.images[0])).max() <= 1
+
+
+def test_every_forward_is_what_is_compiled(tiny_checkpoint: Path) -> None:
+    """Guided or not, with references or without: `velocity` is the part of the decoder that `compile` compiles."""
+    stages, source = Stages(Checkpoint.open(tiny_checkpoint), "cpu", "fp32"), Image.new("RGB", (64, 64), "red")
+    velocity, calls = stages.decoder.velocity, list[int]()
+
+    def counted(latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(len(latents))
+        return velocity(latents, *rest)
+
+    stages.decoder.velocity = counted  # type: ignore[method-assign]
+    options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3, "config": {"keep_unchanged": 0.0}}
+    for guidance, rows in ((1.0, [1] * 3), (1.5, [1] * 6)):
+        calls.clear()
+        ImageToImagePipeline(stages)("a cat", source, guidance_scale=guidance, **options)
+        assert calls == rows
+        calls.clear()
+        TextToImagePipeline(stages)("a cat", guidance_scale=guidance, **options)
+        assert sum(calls) == len(rows)
 
 
 def test_negative_prompt_and_token_guidance(pipeline: TextToImagePipeline) -> None:
@@ -379,6 +406,8 @@ def test_best_of_keeps_the_verifiers_choice(pipeline: TextToImagePipeline) -> No
 
 def test_likelihood_verifier_asks_the_checkpoint(pipeline: TextToImagePipeline) -> None:
     made = pipeline("a cat", num_images_per_prompt=3, seed=3, **SMALL)
+    long = best_of(pipeline, "a cat", 2, height=64, width=320, num_inference_steps=1)
+    assert long.images[0].size == (320, 64), "longer than references may be"
     result = best_of(pipeline, "a cat", 3, seed=3, **SMALL)
     stages, scores = pipeline.stages, []
     for image in made.images:

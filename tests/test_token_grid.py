@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from glmimg.errors import BadInput, GlmimgError
@@ -85,7 +86,11 @@ def test_grids_that_differ_are_unequal() -> None:
 def test_files_that_are_no_grids(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no tensor")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    for path in (tmp_path / "absent", tmp_path / "text", tmp_path / "other.safetensors"):
+    some_grid().save(tmp_path / "damaged")
+    with safe_open(tmp_path / "damaged", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, tmp_path / "damaged", metadata | {"codebook_size": "many"})
+    for path in (tmp_path / name for name in ("absent", "text", "other.safetensors", "damaged")):
         with pytest.raises(BadInput, match="token grid"):
             TokenGrid.load(path)
     with pytest.raises(BadInput, match="cannot write"):

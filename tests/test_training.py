@@ -16,8 +16,10 @@ import torch
 
 from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.cache import SceneCache, render, render_edits
+from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept
 from glmimg.corpus.stickers import StickerBank
+from glmimg.corpus.words import COLOURS
 from glmimg.errors import BadInput, UnknownName
 from glmimg.pipelines.train_mini import MiniTraining, Scale
 from glmimg.pipelines.train_mini import main as train_mini
@@ -36,7 +38,7 @@ from glmimg.training.optimizer import Muon
 from glmimg.training.processes import Processes
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import TeacherTask
-from glmimg.training.tokenizer_task import Names, TokenizerTask, token_targets
+from glmimg.training.tokenizer_task import KINDS, Names, TokenizerTask, token_targets
 from glmimg.weights_tools.init import build_models, init_checkpoint, train_bpe
 
 
@@ -58,12 +60,28 @@ def config(**changes: object) -> TrainConfig:
 def test_token_targets_name_what_the_boxes_hold(bank: StickerBank, scenes: SceneCache, models: dict) -> None:
     tokenizer = SemanticTokenizer.of(models["vision_language_encoder"])
     task = TokenizerTask(tokenizer, [scenes], scenes, names=Names.of_stickers(scenes.bank), preview=1)
-    for k in range(40):
-        scene = scenes.scene(k)
-        targets = token_targets(scene, task.names, 8, 8)
-        stickers = {task.names.index[t.concept] for t in scene.things if t.kind == "sticker"}
-        found = set(targets[1][targets[1] >= 0].tolist())
-        assert stickers <= found or not stickers
+    wide = SceneSampler(bank, seed=5, sizes=(((64, 128), 1.0),))
+    checked = dict.fromkeys(("sticker", "shape"), 0)
+    for scene in [*map(scenes.scene, range(40)), *map(wide.sample, range(40))]:
+        h, w = scene.height // 8, scene.width // 8
+        targets = token_targets(scene, task.names, h, w)
+        assert targets.shape == (3, h, w)
+        for y in range(h):
+            for x in range(w):
+                px, py = 8 * x + 4, 8 * y + 4
+                over = [t for t in scene.things if t.box[0] < px < t.box[2] and t.box[1] < py < t.box[3]]
+                kind, name, colour = targets[:, y, x]
+                if not over:
+                    assert (kind, name, colour) == (0, -100, -100)
+                    continue
+                thing = over[-1]
+                if thing.kind in checked:
+                    checked[thing.kind] += 1
+                    called = thing.concept if thing.kind == "sticker" else f"shape:{thing.shape}"
+                    assert name == task.names.index[called]
+                    assert KINDS[kind] == (thing.style if thing.kind == "sticker" else "shape")
+                assert colour == (list(COLOURS).index(thing.colour) if thing.colour else -100)
+    assert all(checked.values())
 
 
 def test_loop_needs_an_end() -> None:

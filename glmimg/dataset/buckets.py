@@ -38,6 +38,11 @@ class Fit:
         """Share of the picture that is cut off."""
         return 1 - self.bucket[0] * self.bucket[1] / (self.scaled[0] * self.scaled[1])
 
+    @property
+    def shown_left(self) -> int:
+        """`left` as the picture is seen, mirrored or not."""
+        return self.scaled[0] - self.left - self.bucket[1] if self.mirrored else self.left
+
     def apply(self, picture: Image.Image) -> Image.Image:
         """The picture of the bucket's size."""
         if picture.size != self.scaled:

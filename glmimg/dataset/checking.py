@@ -188,7 +188,11 @@ def _captions(
     longest = 0
     for caption in example.captions:
         try:
+            caption.encode()
             tokens = count(caption)
+        except UnicodeEncodeError:
+            findings.append(Finding("broken", example.label, f"{example.label}: its caption is no valid Unicode"))
+            return None
         except BadInput as error:
             findings.append(Finding("control token", example.label, f"{example.label}: {error}"))
             return None

@@ -2,11 +2,12 @@
 
 What is understood, looked for in this order:
 
-- a file, or metadata.jsonl / metadata.csv in the folder: a row for each picture
+- a file, a row for each picture
 - a folder that Hugging Face `datasets` saved (extra `data`)
-- *.parquet with pictures inside, as on the hub (extra `data`)
+- metadata.jsonl / metadata.csv in the folder
 - folders source/ and target/ with files of equal names: edit pairs, the instruction in target/NAME.txt
 - metadata.jsonl / metadata.csv in subfolders, as on the hub; where some are of a train split, those alone
+- *.parquet with pictures inside, as on the hub (extra `data`)
 - pictures, in subfolders as well, with NAME.txt beside them, one caption a line; where no .txt is there at all, the
   names are the captions
 """
@@ -133,7 +134,7 @@ def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) ->
             kind, examples = _tables(deeper, root, columns, notes)
         elif parquet:
             train = _train(parquet, root, notes)
-            notes += [f"{p.relative_to(root)} is not in a parquet file" for p in _pictures(root)]
+            notes += [f"{_label(p, root)} is not in a parquet file" for p in _pictures(root)]
             kind = f"{len(train)} parquet files"
             examples = [example for file in train for example in _parquet(file, root, columns)]
         else:
@@ -155,25 +156,38 @@ def name_caption(stem: str) -> str:
     return re.sub(r"\s+\d+$", "", words).strip()
 
 
+def _label(path: Path, root: Path) -> str:
+    """What messages and files call it: a name that is no UTF-8 could be neither printed nor written."""
+    return str(path.relative_to(root)).encode(errors="backslashreplace").decode()
+
+
 def _pictures(root: Path) -> list[Path]:
     return [path for path in _visible(root) if path.suffix.lower() in SUFFIXES]
 
 
 def _visible(root: Path) -> list[Path]:
-    """All but what systems hide there: a phone's .thumbnails, a desktop's Thumbs.db."""
+    """All but what systems hide there, a phone's .thumbnails, a desktop's Thumbs.db, and what fine-tuning wrote."""
     found = sorted(root.rglob("*"))
-    return [p for p in found if p.name not in _SYSTEM and not any(n.startswith(".") for n in p.relative_to(root).parts)]
+    made = {p.parent for p in found if p.name == "finetune.json" and p.parent != root}
+    return [
+        p
+        for p in found
+        if p.name not in _SYSTEM
+        and not any(n.startswith(".") for n in p.relative_to(root).parts)
+        and made.isdisjoint(p.parents)
+        and p not in made
+    ]
 
 
 def _unread(root: Path) -> list[str]:
     """A note for each kind of file that is neither picture nor caption: a phone's own format, films."""
-    kinds: dict[str, list[Path]] = defaultdict(list)
+    kinds: dict[str, list[str]] = defaultdict(list)
     for path in _visible(root):
         kind = path.suffix.lower()
         if path.is_file() and kind not in {*SUFFIXES, ".txt"}:
-            kinds[kind or "nameless"].append(path.relative_to(root))
+            kinds[kind or "nameless"].append(_label(path, root))
     return [
-        f"{kind} is not read: {', '.join(map(str, paths[:3]))}{f' and {len(paths) - 3} more' * (len(paths) > 3)}"
+        f"{kind} is not read: {', '.join(paths[:3])}{f' and {len(paths) - 3} more' * (len(paths) > 3)}"
         for kind, paths in kinds.items()
     ]
 
@@ -181,14 +195,14 @@ def _unread(root: Path) -> list[str]:
 def _train(files: list[Path], root: Path, notes: list[str]) -> list[Path]:
     """Those of a train split, where there are any."""
     train = [file for file in files if _TRAIN.search(str(file.relative_to(root)))] or files
-    notes += [f"{file.relative_to(root)} is not of the train split" for file in files if file not in train]
+    notes += [f"{_label(file, root)} is not of the train split" for file in files if file not in train]
     return train
 
 
 def _text_captions(picture: Path) -> tuple[str, ...] | None:
     """The lines of the .txt beside a picture; None where there is none."""
-    file = picture.with_suffix(".txt")
-    if not file.is_file():
+    files = (picture.with_suffix(end) for end in (".txt", ".TXT"))
+    if (file := next(filter(Path.is_file, files), None)) is None:
         return None
     return tuple(line.strip() for line in _text(file).splitlines() if line.strip())
 
@@ -207,12 +221,14 @@ def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:
     examples = []
     for picture, captions in told.items():
         if captions is None:
-            named = name_caption(picture.stem)
+            named = name_caption(picture.stem.encode(errors="ignore").decode())
             captions = () if with_text or not named else (named,)
-        examples.append(Example(Source(str(picture.relative_to(root)), picture), captions))
+        examples.append(Example(Source(_label(picture, root), picture), captions))
     stems = {picture.with_suffix("") for picture in pictures}
     notes += [
-        f"{t.relative_to(root)} has no picture" for t in sorted(root.rglob("*.txt")) if t.with_suffix("") not in stems
+        f"{_label(t, root)} has no picture"
+        for t in _visible(root)
+        if t.suffix.lower() == ".txt" and t.with_suffix("") not in stems
     ]
     notes += _unread(root)
     return ("folder with .txt captions" if with_text else "folder, captions from file names"), examples
@@ -224,12 +240,14 @@ def _pairs(root: Path, notes: list[str]) -> list[Example]:
     for target in _pictures(root / "target"):
         source = sources.pop(target.relative_to(root / "target").with_suffix(""), None)
         if source is None:
-            notes.append(f"{target.relative_to(root)} has no source of that name")
+            notes.append(f"{_label(target, root)} has no source of that name")
             continue
         captions = _text_captions(target) or _text_captions(source) or ()
-        label = str(target.relative_to(root))
-        examples.append(Example(Source(label, target), captions, Source(str(source.relative_to(root)), source)))
-    notes += [f"{left.relative_to(root)} has no target of that name" for left in sources.values()]
+        label = _label(target, root)
+        examples.append(Example(Source(label, target), captions, Source(_label(source, root), source)))
+    notes += [f"{_label(left, root)} has no target of that name" for left in sources.values()]
+    apart = [p for p in _pictures(root) if {root / "source", root / "target"}.isdisjoint(p.parents)]
+    notes += [f"{_label(picture, root)} is neither in source nor in target" for picture in apart]
     notes += _unread(root)
     return examples
 
@@ -238,13 +256,13 @@ def _tables(found: list[Path], root: Path, columns: Mapping[str, str], notes: li
     """One table for each folder; a row names pictures as seen from its table's folder."""
     first = {folder: min(_TABLES, key=lambda name: folder / name not in found) for folder in {f.parent for f in found}}
     read = _train([file for file in found if file.name == first[file.parent]], root, notes)
-    notes += [f"{f.relative_to(root)} is not read: {first[f.parent]} is" for f in found if f.name != first[f.parent]]
+    notes += [f"{_label(f, root)} is not read: {first[f.parent]} is" for f in found if f.name != first[f.parent]]
     examples = [example for file in read for example in _table(file, root, columns)[1]]
-    kind = str(read[0].relative_to(root)) if len(read) == 1 else f"{len(read)} metadata files"
+    kind = _label(read[0], root) if len(read) == 1 else f"{len(read)} metadata files"
     named = {s.path for e in examples for s in (e.picture, e.reference) if s is not None}
     others = {file.parent for file in found} - {file.parent for file in read}  # of other splits, which were told
     left = [p for p in _pictures(root) if p not in named and others.isdisjoint(p.parents)]
-    notes += [f"{p.relative_to(root)} is in no row of {kind}" for p in left]
+    notes += [f"{_label(p, root)} is in no row of {kind}" for p in left]
     return kind, examples
 
 
@@ -328,13 +346,22 @@ def _rows(
 ) -> Iterator[Example]:
     """`base`: where the rows' paths begin (default: `root`, which none may leave)."""
     base, found = base or root, _columns(names, place, columns)
+    guessed = found["reference"] if "reference" not in columns else None
     for number, row in enumerate(rows, 1):
+        if guessed and row.get(guessed):  # the first that is filled: "source" is as often where pictures come from
+            if not _names_a_picture(row[guessed]):
+                found["reference"] = None
+            guessed = None
         label = f"{place.name}, row {number}"
         picture = _source(row.get(found["picture"] or ""), root, label, base)
         reference = _source(row.get(found["reference"]), root, label, base) if found["reference"] else None
         if picture is None:
             raise BadInput(f"{label}: its column {found['picture']} is empty: name a picture, or delete the row")
         yield Example(picture, _captions(row.get(found["caption"] or "")), reference)
+
+
+def _names_a_picture(value: Any) -> bool:
+    return not isinstance(value, str) or Path(value).suffix.lower() in SUFFIXES
 
 
 def _columns(names: Sequence[str], place: Path, columns: Mapping[str, str]) -> dict[str, str | None]:
@@ -374,4 +401,4 @@ def _source(value: Any, root: Path, label: str, base: Path) -> Source | None:
     path = Path(os.path.abspath(base / value))
     if root not in path.parents:
         raise BadInput(f"{label}: {value} lies outside {root}; keep a data set's pictures in its folder")
-    return Source(str(path.relative_to(root)), path)
+    return Source(_label(path, root), path)

@@ -22,7 +22,8 @@ def build(arguments: dict[str, Any]) -> Any:
     """A Ray Serve application. `arguments` are fields of ServerSettings and `replicas`, `gpus` and `cpus` (of each).
 
     Urls are refused: the balancer may ask another replica for the picture. Keys, rules and adapters are files that
-    every machine needs in the same place. What a machine was making when it died, Ray answers with 500.
+    every machine needs in the same place. What a machine was making when it died, Ray answers with 500, unless its
+    proxies use `glmimg.serving.ray_proxy`.
     """
     own, settings = _arguments(arguments)
     try:

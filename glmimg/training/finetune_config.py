@@ -124,7 +124,7 @@ class FineTuneConfig(Config):
         require(0 <= self.dropout < 1, f"dropout {self.dropout}: use 0 to less than 1")
         require(0 <= self.token_noise < 0.5, f"token_noise {self.token_noise}: use 0 to 0.5")
         require(1 <= self.max_aspect <= 4, f"max_aspect {self.max_aspect}: use 1 to 4")
-        require(self.diverged > 1, f"diverged {self.diverged}: use more than 1")
+        require(1 < self.diverged <= 1e6, f"diverged {self.diverged}: use more than 1, at most 1e6")
         require(self.clip > 0, f"clip {self.clip}: use more than 0")
         require((self.prior_weight or 0) >= 0, f"prior_weight {self.prior_weight}: use 0 (off) or more")
 

@@ -142,7 +142,7 @@ class DecoderLearner:
             texts.append(pictures.glyph_states(text))
             dropped.append(drop)
         fits = [pictures.examples[row].fit for row in rows]
-        crops = [(max(0, fit.top), max(0, fit.left)) for fit in fits]
+        crops = [(max(0, fit.top), max(0, fit.shown_left)) for fit in fits]
         lengths_B = torch.tensor([len(states) for states in texts])
         glyphs_BTG = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         batch = PictureBatch(

@@ -53,7 +53,7 @@ def close(ours: list[Image.Image], theirs: list[Image.Image]) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (160, 64)])
-@pytest.mark.parametrize("guidance", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5, 4.0])
 @pytest.mark.parametrize("prompt", ["a cat", 'a sign "OPEN"', "one 'a' two \"b\" three \u201cc\u201d"])
 def test_text_to_image(tiny_checkpoint: Path, peer: Any, prompt: str, guidance: float, height: int, width: int) -> None:
     pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")

@@ -32,6 +32,13 @@ def test_levels_and_timesteps_are_the_peers(side: int, steps: int) -> None:
     assert torch.equal(schedule.timesteps, scheduler.timesteps - 1)
 
 
+def test_timesteps_of_any_number_of_steps_are_the_peers() -> None:
+    for steps in range(1, 1001):
+        assert torch.equal(Schedule.published(steps, 256, CONFIG).timesteps, peer(steps, 256, CONFIG).timesteps - 1), (
+            steps
+        )
+
+
 @pytest.mark.parametrize(
     "config",
     [
