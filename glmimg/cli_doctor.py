@@ -26,7 +26,7 @@ PACKAGES = (
 # extra -> the package of it that is looked for
 EXTRAS = {
     "ocr": "rapidocr",
-    "evaluate": "rapidocr-onnxruntime",
+    "evaluate": "rapidocr-onnxruntime" if sys.version_info < (3, 13) else "rapidocr",  # later Tesseract is the second
     "lora": "peft",
     "data": "pyarrow",
     "gguf": "gguf",

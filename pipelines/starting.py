@@ -53,9 +53,15 @@ def _load_checkpoint(models: dict[str, Any], folder: Path) -> None:
     for name, module in models.items():
         weights = checkpoint.weights[name]
         state = weights.load(weights.infos, device="cpu", dtype=torch.float32)
-        missing, unexpected = module.load_state_dict(state, strict=False)
-        if unexpected or set(missing) - {"encoder.embed_tokens.weight"}:  # T5's second name for one tensor
-            raise BadInput(f"{folder} does not fit preset {name}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        wanted.pop("encoder.embed_tokens.weight", None)  # T5's second name for one tensor
+        if differing := [key for key in (wanted | found) if wanted.get(key) != found.get(key)]:
+            raise BadInput(
+                f"{folder} is of another --preset: its {name}, {differing[0]}, is {found.get(differing[0], 'absent')}, "
+                f"and {wanted.get(differing[0], 'absent')} in the preset"
+            )
+        module.load_state_dict(state, strict=False)
     config = checkpoint.config("vae")
     models["vae"].register_to_config(
         latents_mean=config["latents_mean"], latents_std=config["latents_std"], force_upcast=False

@@ -23,6 +23,7 @@ import torch
 
 from glmimg.atomic_write import atomic_file, atomic_folder
 from glmimg.backends import pick_backend
+from glmimg.checkpoint import Checkpoint
 from glmimg.corpus import stickers
 from glmimg.corpus.cache import EditCache, SceneCache
 from glmimg.corpus.manifest import write_manifest
@@ -48,6 +49,7 @@ from glmimg.training.loop import Run, Task, TrainConfig
 from glmimg.training.optimizer import train_only
 from glmimg.training.processes import Processes
 from glmimg.training.record import add_command, checkpoint_record, chunks_record
+from glmimg.weight_files import CODEBOOK
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
 SHARES = {"autoencoder": 0.08, "teacher": 0.02, "tokenizer": 0.18, "generator": 0.25, "decoder": 0.40}
@@ -311,11 +313,14 @@ class MiniTraining:
         """Before a stage's first step on a tokenizer new to its weights: the codes mean nothing there yet."""
         if (self.work / stage / "state.pt").exists() or not (self.work / "tokenizer" / "state.pt").exists():
             return
-        codebook_VE = self.models["vision_language_encoder"].model.vqmodel.quantize.embedding.weight
-        before_VE = codebook_VE.detach().clone()
         self.load("tokenizer")
-        if self.start_from and torch.allclose(before_VE, codebook_VE, atol=0.01):  # a checkpoint is rounded to bf16
-            return
+        codebook_VE = self.models["vision_language_encoder"].model.vqmodel.quantize.embedding.weight
+        if self.start_from:  # the models' own codebook may be the new one already, by an earlier stage
+            weights = Checkpoint.open(self.start_from).weights["vision_language_encoder"]
+            before_VE = weights.load([CODEBOOK], device=codebook_VE.device, dtype=torch.float32)[CODEBOOK]
+            pair = (torch.nn.functional.normalize(table.float(), dim=-1) for table in (before_VE, codebook_VE))
+            if torch.allclose(*pair, atol=0.01):  # a checkpoint is rounded to bf16
+                return
         for k, table_VD in enumerate(tables_VD):
             spell_codes(table_VD[: len(codebook_VE)], codebook_VE, self.seed + k)
 
@@ -406,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     processes = Processes.current(cpu=device == "cpu")
     if device != "cpu" and processes.count > 1:
         raise BadInput(f"--device {device} with {processes.count} processes: several share processors only")
-    minutes = {stage: a.minutes or a.budget * 60 * share for stage, share in SHARES.items()}
+    minutes = {stage: a.budget * 60 * share if a.minutes is None else a.minutes for stage, share in SHARES.items()}
     scale = scaled(SMOKE if a.smoke else LARGE if a.large else Scale(), a.scale)
     arguments = (a.work, a.preset, scale, minutes, a.threads, a.seed, a.start_from, device, a.workers)
     if a.data:

@@ -21,7 +21,6 @@ from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept
 from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import COLOURS
 from glmimg.errors import BadInput, UnknownName
-from glmimg.pipelines.train_mini import MiniTraining, Scale
 from glmimg.pipelines.train_mini import main as train_mini
 from glmimg.presets import PRESETS
 from glmimg.prompt import PromptBuilder
@@ -39,7 +38,7 @@ from glmimg.training.processes import Processes
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import TeacherTask
 from glmimg.training.tokenizer_task import KINDS, Names, TokenizerTask, token_targets
-from glmimg.weights_tools.init import build_models, init_checkpoint, train_bpe
+from glmimg.weights_tools.init import build_models, train_bpe
 
 
 @pytest.fixture(scope="session")
@@ -438,23 +437,3 @@ def test_forward_states_equal_transformers(models: dict) -> None:
         ours = forward_states(language_model, ids, positions)
         theirs = language_model(input_ids=ids, position_ids=positions).last_hidden_state
     assert (ours - theirs).abs().max() < 1e-4
-
-
-def test_codes_start_anew_only_with_another_tokenizer(tmp_path: Path, models: dict) -> None:
-    """The decoder's table is kept when the work folder's tokenizer is the checkpoint's own, rounded or not."""
-    checkpoint = init_checkpoint(tmp_path / "checkpoint", "tiny", seed=0, dtype="bfloat16")
-    for seed, kept in ((0, True), (1, False)):
-        model = build_models(PRESETS["tiny"], seed=seed)["vision_language_encoder"].model
-        work = tmp_path / f"work{seed}"
-        (work / "tokenizer").mkdir(parents=True)
-        state = {"visual": model.visual.state_dict(), "vqmodel": model.vqmodel.state_dict()}
-        torch.save({"ema": None, "modules": state}, work / "tokenizer" / "state.pt")
-        training = MiniTraining(work, "tiny", Scale(), {}, 1, 0, checkpoint)
-        assert training.seen == 0
-        table = training.models["transformer"].prior_token_embedding.weight
-        before = table.detach().clone()
-        training._spell("decoder", table)
-        assert torch.equal(before, table) == kept
-        assert float(table.detach().std()) == pytest.approx(float(before.std()), rel=0.2)
-    (checkpoint / "training.json").write_text('{"decoder": {"position": 7}}')
-    assert training.seen == 7  # where scenes begin that it was not trained on

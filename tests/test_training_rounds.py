@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from glmimg.corpus.cache import render, render_edits
 from glmimg.corpus.mini import SMOKE, Scale, scaled
@@ -17,7 +18,7 @@ from glmimg.pipelines.train_mini import MiniTraining
 from glmimg.presets import PRESETS
 from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.training.encoded import EncodedScenes, encode_tokens, encoded_already, require_tokenizer
-from glmimg.weights_tools.init import build_models
+from glmimg.weights_tools.init import build_models, init_checkpoint
 
 # Both processes see other pictures; one matrix cannot be shared by two.
 _TWO = """
@@ -31,7 +32,7 @@ from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.training.optimizer import Optimizers
 from glmimg.training.processes import Processes
 from glmimg.training.tokenizer_task import Names, TokenizerTask
-from glmimg.weights_tools.init import build_models
+from glmimg.weights_tools.init import build_models, init_checkpoint
 processes, bank = Processes.current(), StickerBank(sys.argv[1])
 scenes = SceneCache(sys.argv[2], bank)
 tokenizer = SemanticTokenizer.of(build_models(PRESETS["tiny"], seed=0)["vision_language_encoder"])
@@ -77,6 +78,8 @@ def test_tokens_are_those_that_are_asked_for(bank: StickerBank, tmp_path: Path) 
     tokenizer = SemanticTokenizer.of(models["vision_language_encoder"])
     folder, file = tmp_path / "encoded", tmp_path / "encoded" / "tokens.npy"
     assert not encoded_already(file, 6)
+    with pytest.raises(BadInput, match="run the stage encode_tokens first"):
+        EncodedScenes(folder, cache)
     require_tokenizer(folder, tokenizer)  # nothing there, nothing wrong
     encode_tokens(folder, cache, tokenizer, 1, 6)
     assert encoded_already(file, 6) and EncodedScenes(folder, cache).tokens.shape == (6, 5)
@@ -100,3 +103,26 @@ def test_kinds_can_be_left_out_but_not_all(bank: StickerBank, tmp_path: Path) ->
     training = MiniTraining(tmp_path, "tiny", SMOKE, {}, 1, 0)
     training.__dict__["bank"] = bank
     assert [name for name, _ in training.caches()] == ["scenes"] and training.edits("tokens.npy") is None
+
+
+def test_codes_start_anew_only_with_another_tokenizer(tmp_path: Path) -> None:
+    """The decoder's table is kept when the work folder's tokenizer is the checkpoint's own, rounded or not."""
+    checkpoint = init_checkpoint(tmp_path / "checkpoint", "tiny", seed=0, dtype="bfloat16")
+    for seed, kept in ((0, True), (1, False)):
+        model = build_models(PRESETS["tiny"], seed=seed)["vision_language_encoder"].model
+        work = tmp_path / f"work{seed}"
+        (work / "tokenizer").mkdir(parents=True)
+        state = {"visual": model.visual.state_dict(), "vqmodel": model.vqmodel.state_dict()}
+        torch.save({"ema": None, "modules": state}, work / "tokenizer" / "state.pt")
+        training = MiniTraining(work, "tiny", Scale(), {}, 1, 0, checkpoint)
+        assert training.seen == 0
+        table = training.models["transformer"].prior_token_embedding.weight
+        before = table.detach().clone()
+        training.load("tokenizer")  # as a stage before it did
+        training._spell("decoder", table)
+        assert torch.equal(before, table) == kept
+        assert float(table.detach().std()) == pytest.approx(float(before.std()), rel=0.2)
+    with pytest.raises(BadInput, match="is of another --preset"):
+        _ = MiniTraining(tmp_path, "mini", Scale(), {}, 1, 0, checkpoint).models
+    (checkpoint / "training.json").write_text('{"decoder": {"position": 7}}')
+    assert training.seen == 7  # where scenes begin that it was not trained on

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def build(directory: Path, cache: Path, *, concepts: int = 0) -> None:
     concepts: how many to take, spread over the groups; 0 takes all.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    _extract_fonts(directory / "fonts", cache)  # first: what it needs may be missing
     known, tones = _names(cache)
     if concepts:
         known = {key: known[key] for key in list(known)[:: max(1, len(known) // concepts)]}
@@ -147,7 +149,6 @@ def build(directory: Path, cache: Path, *, concepts: int = 0) -> None:
     for row, (picture, _) in enumerate(jobs):
         bank[row] = _rasterise(picture)
     bank.flush()
-    _extract_fonts(directory / "fonts", cache)
     used = {meta["concept"] for _, meta in jobs}
     index = {
         "side": SIDE,
@@ -170,6 +171,8 @@ def _extract_fonts(directory: Path, cache: Path) -> None:
                     handle = tar.extractfile(f"package/files/{name}-{script}-{weights[0]}-normal.woff2")
                     assert handle is not None
                     (directory / f"{name}.{script}.woff2").write_bytes(handle.read())
+    if not shutil.which("dpkg-deb"):
+        raise BadInput(f"dpkg-deb is not installed, which unpacks {CJK_FONT_PACKAGE.file}: install dpkg")
     deb = fetch(CJK_FONT_PACKAGE, cache)
     subprocess.run(["dpkg-deb", "-x", str(deb), str(directory / "cjk.part")], check=True)
     font = next((directory / "cjk.part").rglob("*.ttc"))

@@ -69,6 +69,8 @@ class EncodedScenes:
 
     def __init__(self, directory: Path | str, cache: SceneCache | FolderCache) -> None:
         self.directory, self.cache = Path(directory), cache
+        if not (self.directory / "tokens.npy").exists():
+            raise BadInput(f"no tokens in {self.directory}: run the stage encode_tokens first")
         settings = json.loads((self.directory / "settings.json").read_text())
         (h, w), (preview_h, preview_w) = settings["target"], settings["preview"]
         self.target, self.preview = (int(h), int(w)), (int(preview_h), int(preview_w))
