@@ -318,8 +318,8 @@ class MiniTraining:
         if self.start_from:  # the models' own codebook may be the new one already, by an earlier stage
             weights = Checkpoint.open(self.start_from).weights["vision_language_encoder"]
             before_VE = weights.load([CODEBOOK], device=codebook_VE.device, dtype=torch.float32)[CODEBOOK]
-            pair = (torch.nn.functional.normalize(table.float(), dim=-1) for table in (before_VE, codebook_VE))
-            if torch.allclose(*pair, atol=0.01):  # a checkpoint is rounded to bf16
+            was_VE, is_VE = (torch.nn.functional.normalize(table.float(), dim=-1) for table in (before_VE, codebook_VE))
+            if torch.allclose(was_VE, is_VE, atol=0.01):  # a checkpoint is rounded to bf16
                 return
         for k, table_VD in enumerate(tables_VD):
             spell_codes(table_VD[: len(codebook_VE)], codebook_VE, self.seed + k)

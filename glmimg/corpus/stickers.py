@@ -172,7 +172,7 @@ def _extract_fonts(directory: Path, cache: Path) -> None:
                     assert handle is not None
                     (directory / f"{name}.{script}.woff2").write_bytes(handle.read())
     if not shutil.which("dpkg-deb"):
-        raise BadInput(f"dpkg-deb is not installed, which unpacks {CJK_FONT_PACKAGE.file}: install dpkg")
+        raise BadInput(f"dpkg-deb is not installed, which unpacks {CJK_FONT_PACKAGE.name}: install dpkg")
     deb = fetch(CJK_FONT_PACKAGE, cache)
     subprocess.run(["dpkg-deb", "-x", str(deb), str(directory / "cjk.part")], check=True)
     font = next((directory / "cjk.part").rglob("*.ttc"))
