@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from glmimg import ImageToImagePipeline
+from glmimg import ImageToImagePipeline, TextToImagePipeline
+from glmimg.checkpoint import Checkpoint
 from glmimg.errors import BadInput
 from glmimg.image_io import to_pil, to_tensor
 from glmimg.pipelines.result import Event
+from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import TokenGrid
 
 FEW: dict[str, Any] = {"num_inference_steps": 2}
@@ -202,3 +204,23 @@ def test_offloading(pipeline: ImageToImagePipeline, tiny_checkpoint: Path, offlo
     assert result.tokens == expected.tokens
     assert np.abs(pixels(result.images[0]) - pixels(expected.images[0])).max() <= 1
     assert not {"generator", "tokenizer"} & set(saving.stages._loaded)
+
+
+def test_every_forward_is_what_is_compiled(tiny_checkpoint: Path) -> None:
+    """Guided or not, with references or without: `velocity` is the part of the decoder that `compile` compiles."""
+    stages, source = Stages(Checkpoint.open(tiny_checkpoint), "cpu", "fp32"), Image.new("RGB", (64, 64), "red")
+    velocity, calls = stages.decoder.velocity, list[int]()
+
+    def counted(latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(len(latents))
+        return velocity(latents, *rest)
+
+    stages.decoder.velocity = counted  # type: ignore[method-assign]
+    options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3, "config": {"keep_unchanged": 0.0}}
+    for guidance, rows in ((1.0, [1] * 3), (1.5, [1] * 6)):
+        calls.clear()
+        ImageToImagePipeline(stages)("a cat", source, guidance_scale=guidance, **options)
+        assert calls == rows
+        calls.clear()
+        TextToImagePipeline(stages)("a cat", guidance_scale=guidance, **options)
+        assert sum(calls) == len(rows)

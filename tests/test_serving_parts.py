@@ -306,7 +306,7 @@ def test_reading_pictures_keeps_no_cancellation_waiting() -> None:
         if job.images:
             assert go_on.wait(10)
         config = SimpleNamespace(num_inference_steps=1, width=32, height=32)
-        request = SimpleNamespace(config=config, references=(), pictures=1, patches=1)
+        request = SimpleNamespace(config=config, references=(), pictures=1, patches=1, candidates=1)
         return SimpleNamespace(job=job, request=request, new_tokens=1, prompt_tokens=1)
 
     engine = SimpleNamespace(check=check, cancel=cancelled.append, run=lambda job, work: ran.append((job, work.job)))

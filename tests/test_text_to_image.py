@@ -22,7 +22,6 @@ from glmimg.image_io import read_metadata
 from glmimg.pipelines import candidates, text_to_image
 from glmimg.pipelines.best_of import TextVerifier, best_of, normalised, token_bits
 from glmimg.pipelines.result import Event, metadata_tokens
-from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import TokenGrid
 
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2}
@@ -122,7 +121,6 @@ def test_bad_options_raise_before_anything_loads(tiny_checkpoint: Path, options:
 
 def test_bad_places() -> None:
     def opened(**options: Any) -> TextToImagePipeline:
-        from glmimg.checkpoint import Checkpoint
 
         return TextToImagePipeline.from_pretrained(Checkpoint.__new__(Checkpoint), **options)
 
@@ -249,26 +247,6 @@ def test_compiled_decoder_makes_the_same_picture(pipeline: TextToImagePipeline, 
     result = compiled("a cat", **options)
     assert counters["frames"]["ok"], "something was compiled"
     assert np.abs(pixels(result.images[0]) - pixels(expected.images[0])).max() <= 1
-
-
-def test_every_forward_is_what_is_compiled(tiny_checkpoint: Path) -> None:
-    """Guided or not, with references or without: `velocity` is the part of the decoder that `compile` compiles."""
-    stages, source = Stages(Checkpoint.open(tiny_checkpoint), "cpu", "fp32"), Image.new("RGB", (64, 64), "red")
-    velocity, calls = stages.decoder.velocity, list[int]()
-
-    def counted(latents: torch.Tensor, *rest: Any) -> torch.Tensor:
-        calls.append(len(latents))
-        return velocity(latents, *rest)
-
-    stages.decoder.velocity = counted  # type: ignore[method-assign]
-    options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3, "config": {"keep_unchanged": 0.0}}
-    for guidance, rows in ((1.0, [1] * 3), (1.5, [1] * 6)):
-        calls.clear()
-        ImageToImagePipeline(stages)("a cat", source, guidance_scale=guidance, **options)
-        assert calls == rows
-        calls.clear()
-        TextToImagePipeline(stages)("a cat", guidance_scale=guidance, **options)
-        assert sum(calls) == len(rows)
 
 
 def test_negative_prompt_and_token_guidance(pipeline: TextToImagePipeline) -> None:
