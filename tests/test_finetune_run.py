@@ -116,7 +116,8 @@ def test_both_stages_make_an_adapter_that_generate_uses(
     card = (out / "README.md").read_text()
     assert "| generator |" in card and "a folder" not in card
     assert "(generator and decoder), made with" in card and told_place(out) == "discs"
-    assert "base_model" not in card and f"--model {tiny_checkpoint}" in card  # hubs refuse a path there
+    place = os.path.relpath(tiny_checkpoint, out)  # as seen from the card; as base_model hubs refuse a path
+    assert "base_model" not in card and f"--model {place}" in card and (out / place).is_dir()
     assert "<img" in (out / "before-after.html").read_text()
     told = json.loads((out / "data.json").read_text())
     assert told["usable"] == 6 and told["buckets"] and len(told["files"]["disc-1.png"]["crop"]) == 4
