@@ -40,7 +40,7 @@ from PIL import Image
 
 from glmimg.atomic_write import atomic_file
 from glmimg.corpus import drawing
-from glmimg.corpus.captions import article
+from glmimg.corpus.grammar import article
 from glmimg.corpus.packages import Package, fetch
 from glmimg.corpus.sheet import contact_sheet
 from glmimg.corpus.splits import is_held_out_concept

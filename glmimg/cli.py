@@ -4,7 +4,8 @@ A row of COMMANDS names a function `command(parser) -> run`: it adds its flags t
 with the parsed arguments and gives the exit status. Modules are imported when their command is asked for, so that
 `--help` needs no torch.
 
-Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted,
+143 terminated.
 """
 
 from __future__ import annotations
@@ -13,20 +14,17 @@ import argparse
 import gc
 import logging
 import os
-import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from glmimg import __version__
-from glmimg.errors import BadInput, Cancelled, GlmimgError, UnknownName
+from glmimg.errors import BadInput, Cancelled, GlmimgError, UnknownName, out_of_memory
 
 __all__ = ["COMMANDS", "main"]
 
 Run = Callable[[argparse.Namespace], int]
-
-# What devices' errors say, then the processor's.
-_OUT_OF_MEMORY = re.compile("out of memory|tried to allocate|can't allocate memory|not enough memory", re.IGNORECASE)
 
 # name -> (what it does, "module:function"); two words make a group.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -61,25 +59,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         gc.set_threshold(100_000, 50, 50)  # a process of our own: collecting while modules load costs a second
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # what is half-written is cleaned up then as well
+            signal.signal(signal.SIGTERM, _terminated)
     try:
         return _dispatch(arguments)
     except (KeyboardInterrupt, Cancelled) as error:
         print(f"\nglmimg: {error if isinstance(error, Cancelled) else 'stopped'}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(error, _Terminated) else 130
     except BrokenPipeError:  # the reader of stdout went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except GlmimgError as error:
         print(f"glmimg: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
+    except OSError as error:
+        print(f"glmimg: {error}", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        if out_of_memory(error):
             print(
                 f"glmimg: out of memory: try --offload stage, --offload block, or a smaller --size ({error})",
                 file=sys.stderr,
             )
             return 1
         raise
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what batch systems, service managers and `docker stop` send."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _dispatch(arguments: list[str]) -> int:

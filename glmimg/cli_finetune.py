@@ -210,12 +210,12 @@ class _Line:
     """Draws a line of progress for each step on a terminal, elsewhere one now and then."""
 
     def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr is not None and sys.stderr.isatty()
         self._drawn = 0.0
         self._held_out: float | None = None
 
     def __call__(self, step: FineTuneStep) -> None:
-        from glmimg.cli_progress import _bar, _duration
+        from glmimg.cli_progress import _bar, _duration, draw
 
         self._held_out = self._held_out if step.held_out is None else step.held_out
         now, done = time.monotonic(), step.step == step.total
@@ -227,7 +227,6 @@ class _Line:
         text = (
             f"{step.stage:<10}{_bar(step.step, step.total)} {step.step}/{step.total}  loss {step.loss:.4f}{held_out}  "
         )
-        end = "\n" if done or not self.live else ""
-        print(("\r\x1b[K" if self.live else "") + text + left, end=end, file=sys.stderr, flush=True)
+        draw(sys.stderr, text + left, self.live, done or not self.live)
         if done:
             self._held_out = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Bars:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
+        self.live = _live(self.stream)
         self._drawn = 0.0
 
     def __call__(self, event: Event) -> None:
@@ -31,8 +32,7 @@ class Bars:
         self._drawn = time.monotonic()
         line = f"{event.stage:<8}{_bar(event.step, event.total)} {event.step}/{event.total}  "
         line += _duration(event.seconds) if done else f"{_duration(event.eta)} left"
-        start = "\r\x1b[K" if self.live else ""
-        print(start + line, end="\n" if done else "", file=self.stream, flush=True)
+        draw(self.stream, line, self.live, done)
 
 
 class ByteBar:
@@ -44,7 +44,7 @@ class ByteBar:
     def __init__(self, label: str, stream: TextIO | None = None) -> None:
         self.label = label
         self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
+        self.live = _live(self.stream)
         self._started = time.monotonic()
         self._drawn = self._started + PATIENCE
 
@@ -57,7 +57,18 @@ class ByteBar:
         scale, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
         line = f"{self.label:<8}{_bar(done, max(1, total))} {done / scale:.2f}/{total / scale:.2f} {unit}  "
         line += _duration(seconds) if finished else f"{_duration(seconds * (total - done) / max(1, done))} left"
-        print(("\r\x1b[K" if self.live else "") + line, end="\n" if finished else "", file=self.stream, flush=True)
+        draw(self.stream, line, self.live, finished)
+
+
+def draw(stream: TextIO | None, text: str, live: bool, done: bool) -> None:
+    """A line of progress, over the last one on a terminal. No work ends because nobody can read it."""
+    if stream is not None:  # as where standard error is closed
+        with suppress(OSError, ValueError):
+            print(("\r\x1b[K" if live else "") + text, end="\n" if done else "", file=stream, flush=True)
+
+
+def _live(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
 
 
 def _bar(step: int, total: int) -> str:
@@ -84,9 +95,9 @@ class Count:
         now = time.monotonic()
         if done == 1:
             self._started = now
-        long, live = now - self._started > PATIENCE, self.stream.isatty()
+        long, live = now - self._started > PATIENCE, _live(self.stream)
         if not long or not (done == total or (live and now - self._drawn > INTERVAL)):
             return
         self._drawn = now
         text = f"{self.label:<8}{_bar(done, total)} {done}/{total}  {_duration(now - self._started)}"
-        print(("\r\x1b[K" if live else "") + text, end="\n" if done == total else "", file=self.stream, flush=True)
+        draw(self.stream, text, live, done == total)

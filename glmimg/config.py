@@ -7,7 +7,9 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from glmimg.errors import BadInput, UnknownName
@@ -67,6 +69,13 @@ class Config:
             raise BadInput(f"{cls.__name__} needs {', '.join(missing)} as well")
         return cls(**{name: _typed(f"{cls.__name__}.{name}", value, hints[name]) for name, value in values.items()})
 
+    def settle_types(self) -> None:
+        """Of a new one: BadInput for a value of another type; numbers of other libraries become Python's own."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _typed(f"{type(self).__name__}.{field.name}", getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as json knows them: `from_dict(to_dict())` is equal to the original."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self) if field.init}
@@ -94,6 +103,7 @@ class SamplingConfig(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.settle_types()
         low, high = self.guidance_interval
         require(1 <= self.num_inference_steps <= 1000, f"{self.num_inference_steps} steps: use 1 to 1000")
         require(0.0 <= self.guidance_scale <= 100.0, f"guidance {self.guidance_scale}: use 0 to 100 (1 or less is off)")
@@ -119,7 +129,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def check_size(width: int, height: int, *, min_size: int, max_size: int) -> None:
     """BadInput, with the nearest allowed sizes, unless both sides are multiples of 32 within the checkpoint's range."""
     for name, side in (("width", width), ("height", height)):
-        if isinstance(side, bool) or not isinstance(side, int):
+        if isinstance(side, bool) or not isinstance(side, Integral):
             raise BadInput(f"{name} {side!r}: a whole number of pixels is needed")
     if all(side % SIDE == 0 and min_size <= side <= max_size for side in (width, height)):
         return
@@ -158,8 +168,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return tuple(_typed(name, item, kind) for item, kind in zip(value, inner, strict=True))
     elif origin is dict and isinstance(value, Mapping):
         return {key: _typed(f"{name}.{key}", item, inner[1]) for key, item in value.items()}
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+    elif hint is float and isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            return float(value)
+    elif hint is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise BadInput(f"{name} is {value!r}; it must be {getattr(hint, '__name__', hint) if not inner else hint}")

@@ -177,8 +177,9 @@ class Decoder:
         samples = []
         for pictures in references:
             blocks = list(zip(*(self._write(picture) for picture in pictures), strict=True))
-            keys = tuple(torch.cat([k for k, _ in block], 2) for block in blocks)
-            values = tuple(torch.cat([v for _, v in block], 2) for block in blocks)
+            one = len(pictures) == 1
+            keys = tuple(block[0][0] if one else torch.cat([k for k, _ in block], 2) for block in blocks)
+            values = tuple(block[0][1] if one else torch.cat([v for _, v in block], 2) for block in blocks)
             mask_BR = torch.ones(1, keys[0].shape[2], dtype=torch.bool, device=keys[0].device)
             samples.append(ReferenceCache(keys, values, mask_BR))
         return _stack(samples)
@@ -296,7 +297,7 @@ class Decoder:
         joined_BSD = _modulated(x_BPD, shift, scale, text_BTD, text_shift, text_scale)
         q, k, v = self._heads(block.attn1, joined_BSD, conditioning.rotary_SK)
         if written is not None:
-            written.append((k, v))
+            written.append((k.clone(), v.clone()))  # they may be views, which keep the queries as well
         if past is not None:
             k, v = torch.cat([past[0].to(k.dtype), k], 2), torch.cat([past[1].to(v.dtype), v], 2)
         if last:
@@ -387,6 +388,8 @@ def _key_mask(references: ReferenceCache | None, glyph_mask_BT: Tensor, patches:
 
 def _stack(parts: Sequence[ReferenceCache]) -> ReferenceCache:
     """All the parts' samples in order, padded to the longest."""
+    if len(parts) == 1:
+        return parts[0]
     length = max(part.mask_BR.shape[1] for part in parts)
 
     def column(tensors: Sequence[Tensor]) -> Tensor:

@@ -90,7 +90,7 @@ class Schedule:
         mu = shift_of(patches, config)
         # numpy's, as published: torch's own lands on the other side of a whole number now and then
         times = torch.from_numpy(np.linspace(total, 1.0, steps + 1)[:-1]).floor().float()
-        sigmas = torch.cat([_shift(times / total, mu), torch.zeros(1)])
+        sigmas = torch.cat([_shift(times / total, mu), times.new_zeros(1)])
         return cls(sigmas, times - 1)
 
     @property
@@ -105,7 +105,8 @@ def noise_generator(seed: int) -> torch.Generator:
 
 def noise_like(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """fp32 noise (B, *shape) on the CPU, picture by picture from its own generator, so that batch == single."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
+    return torch.stack([torch.randn(tuple(shape), generator=generator, **plain) for generator in generators])
 
 
 def guided(

@@ -7,6 +7,7 @@ also an `ImportError`, so that code which knows nothing of this package can stil
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -17,7 +18,12 @@ __all__ = [
     "GlmimgError",
     "MissingExtra",
     "UnknownName",
+    "out_of_memory",
 ]
+
+
+# What devices' errors say, then the processor's.
+_OUT_OF_MEMORY = re.compile("out of memory|tried to allocate|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class GlmimgError(Exception):
@@ -62,3 +68,9 @@ class MissingExtra(GlmimgError, ImportError):
 
 class Cancelled(GlmimgError):
     """The caller, or Ctrl-C, stopped the work; nothing half-written is left."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the processor, had too little memory left."""
+    words = _OUT_OF_MEMORY.search(str(error)) if isinstance(error, RuntimeError) else None
+    return isinstance(error, MemoryError) or words is not None

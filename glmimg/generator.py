@@ -66,10 +66,13 @@ class TokenGenerator:
     `packed` keeps a transposed copy of the matrices, which streams faster through a CPU (default: for small models).
     `weights="int8"` (bf16 on a CPU only) keeps the matrices in eight bits with a scale per row, faster and a little
     less precise; those of a quantised checkpoint are used as they are. Weights that change afterwards (training,
-    adapters) need a new generator.
+    adapters) need a new generator. `consume` takes the blocks out of the model as it goes, for the model's owner alone:
+    what has been laid out anew is never there twice.
     """
 
-    def __init__(self, model: Any, packed: bool | None = None, weights: str | None = None) -> None:
+    def __init__(
+        self, model: Any, packed: bool | None = None, weights: str | None = None, *, consume: bool = False
+    ) -> None:
         text, config = model.model.language_model, model.config.text_config
         if any(t.is_meta for t in [*text.parameters(), *model.lm_head.parameters(), *model.lm_head.buffers()]):
             raise CheckpointError("the language model is on the meta device: load its weights first")
@@ -100,7 +103,12 @@ class TokenGenerator:
         self._norm_by_parts = on_cpu
         self._norm_scale = math.sqrt(config.hidden_size) if on_cpu else 1.0
         self._floor = torch.tensor(math.sqrt(config.hidden_size * self.eps))
-        self.layers: Iterable[Layer] = [self._layer(layer) for layer in text.layers]
+        layers: list[Layer] = []
+        for layer in text.layers:
+            layers.append(self._layer(layer))
+            if consume:
+                layer.to_empty(device="meta")
+        self.layers: Iterable[Layer] = layers
         self.layer_count: int = config.num_hidden_layers
         self.final_norm = text.norm.weight.detach().float() * self._norm_scale
         self.head = self._head(model.lm_head)
@@ -201,6 +209,7 @@ class TokenGenerator:
         """The stream_BTD after all blocks; keys and values go to `cache`, whose batch may repeat every row."""
         (B, T), (H, K, C) = ids_BT.shape, (self.heads, self.key_heads, self.head_width)
         cos, sin = self._tables(positions_3BT)
+        apart = self.dtype == torch.float32 and self.device.type != "cpu"  # devices' fast kernels for it know no groups
         mask = None
         if mask_BT is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=self.device).tril()
@@ -217,8 +226,10 @@ class TokenGenerator:
                 copies = cache.shape[1] // B
                 cache[2 * k, :, :, :T] = keys.repeat_interleave(copies, 0)
                 cache[2 * k + 1, :, :, :T] = values.repeat_interleave(copies, 0)
+            if apart:
+                keys, values = (part.repeat_interleave(H // K, 1) for part in (keys, values))
             attended = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K
+                queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K and not apart
             )
             attended = attended.transpose(1, 2).reshape(B * T, H * C)
             x = self._mlp(self._added(x, packed_product(attended, *layer.out), layer.norm_attended), layer)

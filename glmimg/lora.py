@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,12 +173,18 @@ def _require_strength(path: str, strength: float, told: object) -> None:
 def open_adapters(wanted: Iterable[str | Path | tuple[str | Path, float]]) -> list[Stacked]:
     """The adapters of "path:strength" texts, paths, or (path, strength) pairs, in order."""
     stacked = []
+    if not isinstance(wanted, Iterable) or isinstance(wanted, (str, Path, bytes, Mapping)):
+        raise BadInput(f"adapters {wanted!r}: give a list, of PATH, PATH:STRENGTH or (path, strength) each")
     for one in wanted:
-        if isinstance(one, tuple):
+        if isinstance(one, (tuple, list)):
+            if len(one) != 2 or isinstance(one[1], bool) or not isinstance(one[1], Real):
+                raise BadInput(f"adapter {one!r}: a pair is a path and a strength, such as ('style', 0.7)")
             name, strength = str(one[0]), float(one[1])
             _require_strength(name, strength, f"{name}:{strength}")
-        else:
+        elif isinstance(one, (str, Path)):
             name, strength = parse_adapter(one) if isinstance(one, str) else (str(one), 1.0)
+        else:
+            raise BadInput(f"adapter {one!r}: give PATH, PATH:STRENGTH or (path, strength)")
         root = _locate(name)
         folders = [root] if (root / CONFIG).is_file() else [root / stage for stage in TARGETS]
         found = [Adapter.open(folder) for folder in folders if folder.is_dir()]
@@ -199,7 +206,7 @@ def save_adapter(
     info: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes one stage's folder, whole or not at all. `groups`: of TARGETS[stage], none for all."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     info = dict(info or {})
     config = {
@@ -224,7 +231,7 @@ def save_adapter(
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(theirs), "glmimg": json.dumps(info)}
     with atomic_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / WEIGHTS).write_bytes(save(tensors, metadata))  # save_file's can be read by their owner alone
+        save_file(tensors, temporary / WEIGHTS, metadata)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _ids(name: str, ids_HW: torch.Tensor, codebook_size: int) -> torch.Tensor:
     low, high = int(ids_HW.min()), int(ids_HW.max())
     if low < 0 or high >= codebook_size:
         raise BadInput(f"{name} ids lie in {low}..{high}; the codebook has ids 0..{codebook_size - 1}")
-    return ids_HW.detach().to("cpu", torch.int64).contiguous()
+    return ids_HW.detach().to("cpu", torch.int64, copy=True).contiguous()  # what the caller does to his is not ours
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,8 +206,11 @@ class TokenGrid:
                     flat = np.frombuffer(base64.b64decode(fields[name]["ids"], validate=True), dtype=dtype)
                     h, w = fields[name]["grid"]
                     grids[name] = torch.from_numpy(flat.astype(np.int64)).view(int(h), int(w))
-            return cls(grids["target"], codebook_size, grids.get("preview"), fields.get("checkpoint"))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            checkpoint = fields.get("checkpoint")
+            if not isinstance(checkpoint, (str, type(None))):
+                raise BadInput(f"a token grid's checkpoint is {checkpoint!r}; it must be text")
+            return cls(grids["target"], codebook_size, grids.get("preview"), checkpoint)
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             if isinstance(error, BadInput):
                 raise
             raise BadInput(f"this is no token grid ({type(error).__name__}: {error})") from error

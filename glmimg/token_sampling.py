@@ -40,6 +40,7 @@ __all__ = [
 
 OnStep = Callable[[int, int, torch.Tensor], None]
 
+_COLD = 1e-6  # temperatures below are as good as none, and would divide beyond numbers
 LIKELY = 256  # as many tokens nearly always hold top_p of the weight
 
 
@@ -100,13 +101,14 @@ def _nucleus_border(weights_BV: torch.Tensor, top_p: float) -> torch.Tensor:
 
 def draw(logits_BV: torch.Tensor, sampling: TokenSampling, uniform_B: torch.Tensor) -> torch.Tensor:
     """One id per row, ids_B: where its number from 0 to 1 falls among the cumulated probabilities."""
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLD:
         return logits_BV.argmax(-1)
-    reached = probabilities(logits_BV, sampling).cumsum(-1)
+    weights = probabilities(logits_BV, sampling)
+    reached = weights.cumsum(-1)
     total = reached[:, -1:]
     # Below the total even after rounding, so that the count ends on a token that has some weight.
     wanted = torch.minimum(uniform_B[:, None] * total, total * (1 - 2**-23))
-    return (reached <= wanted).sum(-1)
+    return ((reached > wanted) & (weights > 0)).int().argmax(-1)  # the first: devices' sums may step back a little
 
 
 def sample(logits_BV: torch.Tensor, sampling: TokenSampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -199,7 +201,9 @@ def generate_tokens(
     some_kept = keep_BN.any(0).tolist()
     lead = int(keep_BN.all(0).long().cumprod(0).sum())  # tokens known for every picture are not drawn one by one
 
-    uniform_BN = torch.stack([torch.rand(N, generator=generator) for generator in generators]).to(model.device)
+    uniform_BN = torch.stack(
+        [torch.rand(N, generator=generator, dtype=torch.float32, device="cpu") for generator in generators]
+    ).to(model.device)
     ids_BN, keep_BN = kept_BN.to(model.device), keep_BN.to(model.device)
     if lead < N:
         sides = [*prompts, *(unconditional or ())] if guided else list(prompts)

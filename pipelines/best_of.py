@@ -9,6 +9,7 @@ Legend: H x W tokens of a grid, N emitted tokens, T sequence, V codebook.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +20,8 @@ from glmimg.errors import BadInput, MissingExtra
 from glmimg.pipelines.image_to_image import ImageToImagePipeline, Picture
 from glmimg.pipelines.result import Reporter, Result
 from glmimg.pipelines.stages import Stages
-from glmimg.pipelines.steps import read_tokens
 from glmimg.prompt import glyph_texts
-from glmimg.token_grid import TOKEN_SIDE, TokenGrid
+from glmimg.token_grid import TokenGrid
 from glmimg.token_sampling import token_bits as bits_of
 
 __all__ = ["LikelihoodVerifier", "TextVerifier", "Verifier", "best_of", "has_text", "normalised", "token_bits"]
@@ -50,7 +50,9 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
     for k, image in enumerate(result.images):
         scores.append(float(verifier(image, prompt)))
         reporter.step((k,), lambda: None)
-    best = max(range(len(scores)), key=scores.__getitem__)  # the first of equals
+    if all(map(math.isnan, scores)):
+        raise BadInput("the verifier gave no number (nan) for any picture")
+    best = max(range(len(scores)), key=lambda k: (not math.isnan(scores[k]), scores[k]))  # the first of equals
     settings = result.settings[best] | {"score": scores[best], "of": count}
     return Result([result.images[best]], [result.tokens[best]], result.timings, [settings])
 
@@ -91,6 +93,7 @@ class TextVerifier:
         return " ".join(found.txts or ())
 
     def __call__(self, picture: Image.Image, prompt: str) -> float:
+        self.require(prompt)
         wanted = " ".join(glyph_texts(prompt))
         words = [normalised(word) for word in wanted.split()]
         seen = normalised(self.read(picture))
@@ -116,9 +119,7 @@ class LikelihoodVerifier:
         if self._ids is None:
             self._ids = [extract(reference).ids_HW for reference in self.references]
         self.stages.enter("generator")
-        # One made here is read as it is: references may not be as long and thin as pictures may.
-        whole = not (picture.width % TOKEN_SIDE or picture.height % TOKEN_SIDE)
-        grid, ids = read_tokens(self.stages, picture) if whole else extract(picture), self._ids
+        grid, ids = extract(picture), self._ids
         with_N, without_N = (token_bits(self.stages, text, grid, ids) for text in (prompt, ""))
         return float((self.weight * without_N - with_N).mean())
 
@@ -127,6 +128,7 @@ class LikelihoodVerifier:
 def token_bits(stages: Stages, prompt: str, grid: TokenGrid, references: Sequence[torch.Tensor] = ()) -> torch.Tensor:
     """Bits_N that the token generator needs for each token of a grid, in the order of emission: with its preview, or
     without one after the tokens of references (ids_HW each)."""
+    grid.require(stages.checkpoint.settings.codebook_size, stages.codebook)
     preview_HW = grid.preview_HW
     preview = None if references or preview_HW is None else (int(preview_HW.shape[0]), int(preview_HW.shape[1]))
     if preview is None and not references:

@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from glmimg import __version__
-from glmimg.atomic_write import atomic_file, clear_leftovers
+from glmimg.atomic_write import atomic_file, clear_leftovers, locked
 from glmimg.backends import Backend, pick_backend
 from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.dataset.checking import Checked, Report
@@ -69,6 +70,8 @@ class FineTunePipeline:
     ) -> None:
         self.checkpoint, self.config, self.backend = checkpoint, config, backend
         self.dtype = backend.resolve_dtype(dtype)
+        if self.dtype == torch.float16:
+            raise BadInput("dtype float16: small gradients would be lost in it; train in bf16 or fp32")
         if config.threads:
             torch.set_num_threads(config.threads)
         self.store = Store(cache or default_store(), checkpoint.hash)
@@ -155,17 +158,31 @@ class FineTunePipeline:
         of each stage are measured first, and `callback` of every step; an exception out of these ends the run where the
         last save left it. Of several processes the first alone calls `callback`.
         """
-        output, config, processes = Path(output), self.config, Processes.current()
+        output, processes = Path(output), Processes.current()
         # 1. What there is to learn from, and whether this is the same run as before.
         report = self.usable(self.check(data, columns, progress=progress), skip_broken)
         train, held_out = self.split(report)
         begun = self._require_place(output, report, resume)
         processes.wait()  # nothing is written before all have looked
         # 2. Whether it can fit, and what it will take.
-        for stage in config.stages:
+        for stage in self.config.stages:
             refuse_what_cannot_fit(stage, self)
         if planned is not None and not begun:
             planned(make_plan(self, train, held_out, progress))
+        busy = f"another process trains into {output}: wait for it, or name another folder"
+        with locked(output / "run" / ".lock", busy) if processes.main else nullcontext():
+            return self._run(output, report, train, held_out, callback, progress)
+
+    def _run(
+        self,
+        output: Path,
+        report: Report,
+        train: Pictures,
+        held_out: Pictures,
+        callback: Callable[[FineTuneStep], None] | None,
+        progress: Progress | None,
+    ) -> FineTuneResult:
+        config, processes = self.config, Processes.current()
         self._record(output, report)
         # 3. What the frozen parts make of the pictures, once; what the model itself makes, if it is not to forget.
         prior = {stage: self.prior(stage) for stage in config.stages}
@@ -387,11 +404,13 @@ def _own_device(place: Backend) -> Backend:
     """Where several processes were launched, each one's device of the kind that was picked."""
     if Processes.current(cpu=not place.has_pinned_memory).count == 1 or not place.has_pinned_memory:
         return place
-    return pick_backend(f"{place.name}:{os.environ.get('LOCAL_RANK', '0')}")
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return pick_backend(f"{place.name}:{rank % place.count()}")  # launchers may show each process its own device alone
 
 
 def _first_held_out(output: Path, stage: str) -> float | None:
     """The held-out loss before the first step, from the log."""
     log = output / "run" / stage / "log.jsonl"
-    first = log.read_text().splitlines()[0] if log.is_file() else "{}"
-    return json.loads(first).get("held_out")
+    with suppress(OSError, ValueError, IndexError):  # a full disk may have torn it
+        return json.loads(log.read_text().splitlines()[0]).get("held_out")
+    return None

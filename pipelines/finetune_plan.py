@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmimg.errors import BadInput, GlmimgError
+from glmimg.errors import BadInput, GlmimgError, out_of_memory
 from glmimg.pipelines.finetune_parts import needed_bytes
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import BatchOrder, Pictures, Progress
@@ -91,7 +91,7 @@ def telling_what_would_fit(stage: str, pipeline: FineTunePipeline) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        if not out_of_memory(error):
             raise
         raise BadInput(
             f"training the {stage} does not fit into the memory of {pipeline.backend.device}. What would take less: "

@@ -121,6 +121,8 @@ def read_samples(folder: Path) -> dict[tuple[str, int], list[Sample]]:
     found: dict[tuple[str, int], list[Sample]] = {}
     for match in sorted(matches, key=lambda match: (match[1] != "generator", int(match[2]), int(match[3]))):
         path = folder / "samples" / match[0]
+        if not path.stat().st_size:  # of a full disk, or a copy that was stopped
+            continue
         found.setdefault((match[1], int(match[2])), []).append(Sample(path, _prompt(path)))
     return found
 

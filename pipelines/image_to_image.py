@@ -16,8 +16,8 @@ from PIL import Image
 
 from glmimg.config import SamplingConfig
 from glmimg.errors import BadInput
-from glmimg.image_io import open_picture, to_pil, to_tensor
-from glmimg.pipelines.opening import PicturePipeline
+from glmimg.image_io import open_picture, to_tensor
+from glmimg.pipelines.opening import PicturePipeline, undisturbed
 from glmimg.pipelines.request import Region, build_prompts, check_prompts, check_request
 from glmimg.pipelines.result import Callback, Clock, Result
 from glmimg.pipelines.steps import (
@@ -30,9 +30,10 @@ from glmimg.pipelines.steps import (
     encode_references,
     hold_unchanged,
     read_tokens,
+    to_pixels,
 )
 from glmimg.semantic_tokenizer import fit_reference
-from glmimg.token_grid import TokenGrid
+from glmimg.token_grid import TOKEN_SIDE, TokenGrid
 
 __all__ = ["ImageToImagePipeline", "Picture"]
 
@@ -44,13 +45,13 @@ References = Picture | Sequence[Picture] | None
 class ImageToImagePipeline(PicturePipeline):
     """Editing and reference pictures on any GLM-Image checkpoint. Opening one reads no weights."""
 
-    @torch.no_grad()
+    @undisturbed
     def __call__(
         self,
         prompt: str | Sequence[str],
         image: References | Sequence[References],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -91,7 +92,8 @@ class ImageToImagePipeline(PicturePipeline):
         )
         request = replace(request, references=tuple(tuple(picture.size for picture in row) for row in pictures))
         blank = [[torch.zeros(picture.height // 32, picture.width // 32).long() for picture in row] for row in pictures]
-        for captions in (request.prompts, [negative_prompt] * len(prompts)):  # too long? told before weights are loaded
+        negative = [request.negative_prompt] * len(prompts)
+        for captions in (request.prompts, negative):  # too long? told before weights are loaded
             build_prompts(stages, request, captions, blank)
         pixels = [[to_tensor([picture])[0] for picture in row] for row in pictures]
         # 1. The references as semantic tokens, and the prompts that hold them.
@@ -101,7 +103,7 @@ class ImageToImagePipeline(PicturePipeline):
                 [stages.tokenizer.tokenize(pixels_3HW[None])[0].cpu() for pixels_3HW in row] for row in pixels
             ]
             inputs = build_prompts(stages, request, request.prompts, references)
-            unconditional = build_prompts(stages, request, [negative_prompt] * len(inputs), references)
+            unconditional = build_prompts(stages, request, negative, references)
             # 2. The layouts: one grid of semantic tokens for each picture.
             grids = draw_tokens(stages, request, inputs, unconditional, callback)
         images: list[Image.Image] = []
@@ -110,26 +112,32 @@ class ImageToImagePipeline(PicturePipeline):
             glyphs = encode_glyphs(stages, request)
             # 3. The references as keys and values that the decoder attends to, and the first as latents to keep.
             paired = [list(zip(row, ids, strict=True)) for row, ids in zip(pixels, references, strict=True)]
-            written = encode_references(stages, paired)
-            on_step, autoencoder = decoder_events(stages, request, callback), stages.autoencoder()
+            stages.autoencoder(encoder=True)
+            on_step, shown = decoder_events(stages, request, callback), None
             for numbers in batches(stages, request):
-                shown = written[numbers[0] // request.copies]
+                of, first_copy = divmod(numbers[0], request.copies)
+                if not first_copy:
+                    shown = None  # one prompt's are in memory at a time
+                    shown = encode_references(stages, paired[of])
                 # 4. What the decoder is told of the picture, and from noise to latents.
                 ids_BHW = torch.stack([grids[k].ids_HW for k in numbers])
                 conditioning = condition(stages, request, numbers, ids_BHW, glyphs, shown)
                 hold = hold_unchanged(stages, request, numbers, conditioning[0], glyphs, shown)
                 latents_BChw = denoise(stages, request, numbers, conditioning, on_step(numbers), hold=hold)
                 # 5. From latents to pixels.
-                images += to_pil(autoencoder.decode(latents_BChw))
+                images += to_pixels(stages, latents_BChw)
         settings = request.settings(stages, "image-to-image")
         for k, values in enumerate(settings):
             values["references"] = [reference_digest(picture) for picture in pictures[k // request.copies]]
         return Result(images, grids, clock.stopped(), settings)
 
-    @torch.no_grad()
+    @undisturbed
     def extract_tokens(self, image: Picture) -> TokenGrid:
-        """The token grid of any picture, fitted to multiples of 32 pixels, with its preview grid."""
-        picture = self._fit(image)
+        """The token grid of any picture, with its preview grid: fitted as a reference is (no longer than 4:1), or as it
+        is if its sides are multiples of 32 that a picture may have."""
+        picture, settings = open_picture(_picture(image)), self.stages.checkpoint.settings
+        whole = all(side % TOKEN_SIDE == 0 and settings.min_size <= side <= settings.max_size for side in picture.size)
+        picture = picture if whole else self._fit(picture)
         self.stages.enter("generator")
         return read_tokens(self.stages, picture)
 
@@ -157,12 +165,16 @@ class ImageToImagePipeline(PicturePipeline):
         return pictures
 
     def _fit(self, image: Picture) -> Image.Image:
-        if not isinstance(image, (str, Path, Image.Image)):
-            raise BadInput(f"a reference is a {type(image).__name__}; give a PIL picture or a path")
-        picture = open_picture(image)
+        picture = open_picture(_picture(image))
         settings = self.stages.checkpoint.settings
         size = fit_reference(*picture.size, settings.min_size, settings.max_size)
         return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _picture(image: Picture) -> Picture:
+    if not isinstance(image, (str, Path, Image.Image)):
+        raise BadInput(f"a reference is a {type(image).__name__}; give a PIL picture or a path")
+    return image
 
 
 def reference_digest(picture: Image.Image) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -17,9 +17,21 @@ from glmimg.pipelines.stages import AdapterName, Stages
 if TYPE_CHECKING:
     from glmimg.backends import Backend
 
-__all__ = ["PicturePipeline"]
+__all__ = ["PicturePipeline", "undisturbed"]
 
 Self = TypeVar("Self", bound="PicturePipeline")
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def undisturbed(call: Call) -> Call:
+    """A method of a pipeline: without gradients, and without what else its caller has set up around it."""
+
+    @wraps(call)
+    def alone(self: Any, *arguments: Any, **named: Any) -> Any:
+        with torch.no_grad(), self.stages.running():
+            return call(self, *arguments, **named)
+
+    return cast(Call, alone)
 
 
 class PicturePipeline:
@@ -53,7 +65,8 @@ class PicturePipeline:
     def defaults(self) -> SamplingConfig:
         """The checkpoint's own size, steps, guidance and token sampling; `dataclasses.replace` gives variants.
 
-        (After a reference picture the result has its size instead.)
+        (After a reference picture the result has its size instead, unless `config` is such a whole SamplingConfig: a
+        dict of some fields leaves the reference's.)
         """
         return default_config(self.stages)
 
@@ -62,5 +75,6 @@ class PicturePipeline:
         self.stages.set_adapters(adapters)
 
     def to_diffusers(self) -> Any:
-        """A diffusers.GlmImagePipeline on this checkpoint."""
+        """A diffusers.GlmImagePipeline on this checkpoint, with the adapters of now: it shares the decoder, which
+        `set_adapters` changes, so it is not to be used after that."""
         return self.stages.to_diffusers()

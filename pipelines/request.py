@@ -5,9 +5,11 @@ Letters: H x W tokens of a grid.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -107,7 +109,7 @@ class Request:
             {
                 "prompt": self.prompt_of(k),
                 "config": dataclasses.replace(self.config, seed=seed).to_dict(),
-                **shared,
+                **copy.deepcopy(shared),
             }
             for k, seed in enumerate(self.seeds)
         ]
@@ -156,7 +158,7 @@ def check_request(
     stages: Stages,
     prompt: str | Sequence[str],
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | None = "",
     num_images_per_prompt: int = 1,
     seed: int | Sequence[int] | None = None,
     tokens: TokenGrid | Sequence[TokenGrid] | None = None,
@@ -185,10 +187,10 @@ def check_request(
     if config is not None and not isinstance(config, SamplingConfig):
         raise BadInput(f"config is a {type(config).__name__}; give a SamplingConfig or a dict of some of its fields")
     grids = _grids(stages, tokens, count)
-    if config is None and default_size is not None:
-        given = {"height": default_size[0], "width": default_size[1]} | given
     if grids is not None and config is None:
         given = {"height": grids[0].height, "width": grids[0].width} | given
+    if config is None and default_size is not None:
+        given = {"height": default_size[0], "width": default_size[1]} | given
     given = (default_config(stages) if config is None else config).to_dict() | given
     settings = stages.checkpoint.settings
     check_size(given["width"], given["height"], min_size=settings.min_size, max_size=settings.max_size)
@@ -196,6 +198,7 @@ def check_request(
     if resolved.sampler not in SAMPLERS:
         raise UnknownName.of("sampler", resolved.sampler, SAMPLERS)
     Schedule.published(resolved.num_inference_steps, 256, settings.scheduler)
+    negative_prompt = "" if negative_prompt is None else negative_prompt
     if not isinstance(negative_prompt, str):
         raise BadInput(f"negative_prompt is a {type(negative_prompt).__name__}; give one string for all pictures")
     _require_text(negative_prompt, "negative_prompt")
@@ -225,7 +228,7 @@ def check_request(
         region_mask(target_grid(resolved.height, resolved.width), region)
     return Request(
         prompts,
-        num_images_per_prompt,
+        int(num_images_per_prompt),
         dataclasses.replace(resolved, seed=seeds[0]),
         seeds,
         negative_prompt,
@@ -248,7 +251,7 @@ def build_prompts(
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _require_count(name: str, value: object) -> None:
@@ -257,7 +260,7 @@ def _require_count(name: str, value: object) -> None:
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
         seeds = list(seed)
         require(len(seeds) == count, f"{len(seeds)} seeds for {count} pictures: give one seed, or one for each picture")
     elif _whole(seed):
@@ -266,12 +269,14 @@ def _seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
         raise BadInput(f"seed {seed!r}: give a whole number, or a list with one for each picture")
     for one in seeds:
         require(_whole(one) and 0 <= one < 2**63, f"seed {one!r}: use whole numbers from 0 to 2^63 - 1")
-    return tuple(seeds)
+    return tuple(map(int, seeds))
 
 
 def _grids(stages: Stages, tokens: TokenGrid | Sequence[TokenGrid] | None, count: int) -> tuple[TokenGrid, ...] | None:
     if tokens is None:
         return None
+    if not isinstance(tokens, (TokenGrid, Sequence)):
+        raise BadInput(f"tokens are a {type(tokens).__name__}; give a TokenGrid, such as result.tokens[0], or a list")
     grids = [tokens] * count if isinstance(tokens, TokenGrid) else list(tokens)
     for grid in grids:
         if not isinstance(grid, TokenGrid):

@@ -75,6 +75,8 @@ class Result:
 
     def save(self, path: str | Path) -> list[Path]:
         """Writes PNGs that carry settings and tokens: `path`, and path-2, path-3... where there are several."""
+        if not Path(path).name:
+            raise BadInput(f"{str(path)!r} names no file: give one, such as picture.png")
         paths = [numbered(path, k + 1) for k in range(len(self.images))]
         for k, target in enumerate(paths):
             save_png(self.images[k], target, picture_metadata(self.settings[k], self.tokens[k]))

@@ -7,9 +7,11 @@ encoder, diffusion transformer, VAE). Text-to-image never asks for the vision to
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,11 +86,32 @@ class Stages:
         if compile and offload == "block":
             raise BadInput("compile=True and offload='block' exclude each other: streamed blocks change their weights")
         self.load_seconds = 0.0
+        self._lock = threading.RLock()
         self._loaded: dict[str, Any] = {}
         self.adapters: list[Stacked] = []
         self._changes: dict[str, Weighted] = {stage: [] for stage in STAGES}
         if adapters:
             self.set_adapters(adapters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also in another process, loads its own weights."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"} | {"_loaded": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a call: autocast and default device of the caller's are off, and streamed blocks serve one thread at a
+        time."""
+        with ExitStack() as around:
+            if torch.get_default_device().type != "cpu":
+                around.enter_context(torch.device("cpu"))
+            for kind in {backend.device.type for backend in self.backends.values()}:
+                around.enter_context(torch.autocast(kind, enabled=False))
+            if self.offload == "block":
+                around.enter_context(self._lock)
+            yield
 
     # What needs no weights.
 
@@ -192,7 +215,8 @@ class Stages:
         self.load_seconds += time.perf_counter() - began
 
     def to_diffusers(self) -> Any:
-        """A diffusers.GlmImagePipeline on these weights; the decoder's parts are shared, not copied."""
+        """A diffusers.GlmImagePipeline on these weights; glyph encoder and decoder are shared, not copied."""
+        self.checkpoint.require_picture_parts()
         if self.offload == "block":
             raise BadInput("to_diffusers needs whole models: open the pipeline with offload='none' or 'stage'")
         places = {str(backend.device) for backend in self.backends.values()}
@@ -207,15 +231,15 @@ class Stages:
         attention = self.backends["decoder"].attention
         if attention != "native":
             self.decoder.model.set_attention_backend(attention)
+        self.release("generator", "tokenizer")  # theirs is the whole model; ours comes back when it is needed
         generator = self.checkpoint.generator(*self._place("generator"), vision=True)
         merge(generator, self._changes["generator"])
-        self.release("generator", "tokenizer")  # theirs is the whole model; ours comes back when it is needed
         return GlmImagePipeline(
             tokenizer=ByT5Tokenizer.from_pretrained(root / "tokenizer"),
             processor=GlmImageProcessor.from_pretrained(root / "processor"),
             text_encoder=self.glyphs.model,
             vision_language_encoder=generator,
-            vae=self.autoencoder(encoder=True).vae,
+            vae=self.checkpoint.vae(*self._place("decoder")),  # theirs takes references in the decoder's own dtype
             transformer=self.decoder.model,
             scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.checkpoint.settings.scheduler),
         )
@@ -240,7 +264,8 @@ class Stages:
             return streamed_generator(self.checkpoint, *place, self._changes["generator"])
         model = self.checkpoint.generator(*self._place("generator"))
         merge(model, self._changes["generator"])
-        generator = TokenGenerator(model, weights="int8" if self.eight_bit_tokens else None)
+        generator = TokenGenerator(model, weights="int8" if self.eight_bit_tokens else None, consume=True)
+        del model
         self.backends["generator"].empty_cache()  # what its matrices were made from would stay with the allocator
         return generator
 
@@ -253,6 +278,7 @@ class Stages:
         model = self.checkpoint.decoder(*self._place("decoder"))
         merge(model, self._changes["decoder"])
         fuse_qkv(model)
+        self.backends["decoder"].empty_cache()
         decoder = Decoder(model)
         if self.compile:
             decoder.velocity = torch.compile(decoder.velocity)  # type: ignore[method-assign]

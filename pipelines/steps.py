@@ -6,6 +6,7 @@ G width of the glyph encoder, h x w latents.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 from PIL import Image
 
+from glmimg.autoencoder import Autoencoder
 from glmimg.decoder import Conditioning, Reference, ReferenceCache
 from glmimg.diffusion import (
     Schedule,
@@ -23,10 +25,11 @@ from glmimg.diffusion import (
     sample,
     training_sigmas,
 )
+from glmimg.errors import out_of_memory
 from glmimg.image_io import to_pil, to_tensor
 from glmimg.pipelines.request import Request
 from glmimg.pipelines.result import Callback, Reporter
-from glmimg.pipelines.stages import Stages
+from glmimg.pipelines.stages import TILE, Stages
 from glmimg.prompt import Prompt, glyph_texts
 from glmimg.token_grid import TOKEN_SIDE, TokenGrid, patch_ids, preview_grid
 from glmimg.token_sampling import generate_tokens
@@ -44,8 +47,11 @@ __all__ = [
     "encode_references",
     "hold_unchanged",
     "read_tokens",
+    "to_pixels",
     "together",
 ]
+
+logger = logging.getLogger(__name__)
 
 PREVIEW_STEPS = 8
 # Where an edit changes nothing is found at this timestep, high enough for the tokens to decide, with so many noises.
@@ -271,30 +277,39 @@ def _token_preview(
         conditioning = condition(stages, request, (k,), preview_HW[None], glyphs)
         steps = min(PREVIEW_STEPS, request.config.num_inference_steps)
         latents_BChw = denoise(stages, request, (k,), conditioning, steps=steps)
-        images += to_pil(stages.autoencoder().decode(latents_BChw))
+        images += to_pixels(stages, latents_BChw)
     return images
 
 
-def encode_references(
-    stages: Stages, references: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
-) -> list[References | None]:
-    """Each prompt's references, (pixels_3HW, ids_HW) each, as the decoder is given them."""
-    if not any(references):
-        return [None for _ in references]
+def encode_references(stages: Stages, pictures: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> References | None:
+    """A prompt's references, (pixels_3HW, ids_HW) each, as the decoder is given them: of the published checkpoint 2 GB
+    for a picture of 1024 x 1024, so those of one prompt at a time."""
+    if not pictures:
+        return None
     device, autoencoder = stages.backends["decoder"].device, stages.autoencoder(encoder=True)
-    written: list[References | None] = []
-    for pictures in references:
-        encoded = [
-            Reference(
-                autoencoder.encode(pixels_3HW[None].to(device))[0],
-                patch_ids(ids_HW[None])[0].to(device),
-                (pixels_3HW.shape[1], pixels_3HW.shape[2]),
-            )
-            for pixels_3HW, ids_HW in pictures
-        ]
-        cache = stages.decoder.write_references([encoded]) if encoded else None
-        written.append(None if cache is None else References(cache, encoded[0], pictures[0][1]))
-    return written
+    encoded = [
+        Reference(
+            autoencoder.encode(pixels_3HW[None].to(device))[0],
+            patch_ids(ids_HW[None])[0].to(device),
+            (pixels_3HW.shape[1], pixels_3HW.shape[2]),
+        )
+        for pixels_3HW, ids_HW in pictures
+    ]
+    return References(stages.decoder.write_references([encoded]), encoded[0], pictures[0][1])
+
+
+def to_pixels(stages: Stages, latents_BChw: torch.Tensor) -> list[Image.Image]:
+    """The pictures; in tiles where they do not fit into memory as a whole, or the work until here would be lost."""
+    autoencoder = stages.autoencoder()
+    try:
+        return to_pil(autoencoder.decode(latents_BChw))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error) or autoencoder.tile is not None:
+            raise
+    logger.warning("pixels are made in tiles of %d: as a whole they do not fit into memory (offload does so too)", TILE)
+    stages.backends["decoder"].empty_cache()
+    tiled = Autoencoder(autoencoder.vae, autoencoder.dtype, TILE)
+    return [image for latents_Chw in latents_BChw for image in to_pil(tiled.decode(latents_Chw[None]))]
 
 
 def read_tokens(stages: Stages, picture: Image.Image) -> TokenGrid:

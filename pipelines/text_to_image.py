@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from glmimg.config import SamplingConfig
-from glmimg.image_io import to_pil
 from glmimg.pipelines.candidates import choose_layouts
-from glmimg.pipelines.opening import PicturePipeline
+from glmimg.pipelines.opening import PicturePipeline, undisturbed
 from glmimg.pipelines.request import Region, build_prompts, check_request
 from glmimg.pipelines.result import Callback, Clock, Event, Result
-from glmimg.pipelines.steps import batches, condition, decoder_events, denoise, draw_tokens, encode_glyphs
+from glmimg.pipelines.steps import batches, condition, decoder_events, denoise, draw_tokens, encode_glyphs, to_pixels
 from glmimg.token_grid import TokenGrid
 
 if TYPE_CHECKING:
@@ -28,12 +27,12 @@ __all__ = ["Event", "Result", "TextToImagePipeline"]
 class TextToImagePipeline(PicturePipeline):
     """Text to image on any GLM-Image checkpoint. Opening one reads no weights; they come when first needed."""
 
-    @torch.no_grad()
+    @undisturbed
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -71,7 +70,7 @@ class TextToImagePipeline(PicturePipeline):
         )
         # 1. The prompts as the token generator reads them: the caption, then the sizes of both grids.
         prompts = build_prompts(stages, request, request.prompts)
-        unconditional = build_prompts(stages, request, [negative_prompt] * len(prompts))
+        unconditional = build_prompts(stages, request, [request.negative_prompt] * len(prompts))
         # 2. The layouts: one grid of semantic tokens for each picture, or the best of several.
         with clock.stage("tokens"):
             if request.samples_tokens:
@@ -85,7 +84,7 @@ class TextToImagePipeline(PicturePipeline):
         images: list[Image.Image] = []
         with clock.stage("decoder"):
             stages.enter("decoder")
-            glyphs, autoencoder = encode_glyphs(stages, request), stages.autoencoder()
+            glyphs, _ = encode_glyphs(stages, request), stages.autoencoder()  # loaded before the bar starts
             on_step = decoder_events(stages, request, callback)
             for pictures in batches(stages, request):
                 # 3. What the decoder is told of each picture besides noise and time.
@@ -94,5 +93,5 @@ class TextToImagePipeline(PicturePipeline):
                 # 4. From noise to latents.
                 latents_BChw = denoise(stages, request, pictures, conditioning, on_step(pictures))
                 # 5. From latents to pixels.
-                images += to_pil(autoencoder.decode(latents_BChw))
+                images += to_pixels(stages, latents_BChw)
         return Result(images, grids, clock.stopped(), request.settings(stages, "text-to-image"))

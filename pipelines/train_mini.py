@@ -112,7 +112,8 @@ class MiniTraining:
 
     def caches(self) -> list[tuple[str, SceneCache | EditCache | FolderCache]]:
         """What is encoded: what is rendered."""
-        names = [n for n in ("scenes_held_out", *self.trained_on, *EDITS) if (self.work / n / "settings.json").exists()]
+        names = [n for n in ("scenes_held_out", *self.trained_on) if (self.work / n / "settings.json").exists()]
+        names += [n for n in EDITS if (self.work / n / "done").exists()]  # last: these begin anew if they are stopped
         caches = (EditCache(self.work / n, self.bank) if n in EDITS else self.scenes(n) for n in names)
         return [(name, cache) for name, cache in zip(names, caches, strict=True) if len(cache)]
 
@@ -153,8 +154,10 @@ class MiniTraining:
         }[stage]
 
     def _measure_latents(self) -> None:
-        from glmimg.training.autoencoder_task import measure_latents
+        from glmimg.training.autoencoder_task import measure_latents, same_encoder
 
+        if same_encoder(self.models["vae"], self.start_from):
+            return
         vae = self.models["vae"].eval()
         mean, std = measure_latents(vae, self.measured_on(), n=128)
         vae.register_to_config(latents_mean=mean, latents_std=std, force_upcast=False)
@@ -201,7 +204,7 @@ class MiniTraining:
                 "folder's state aside) to train what turns latents into pixels, or delete the latents to train it whole"
             )
         held_out = self.scenes("scenes_held_out")
-        task = AutoencoderTask(self.models["vae"], self.looked_at(), held_out, freeze_encoder=frozen)
+        task = AutoencoderTask(self.models["vae"], self.looked_at(), held_out, freeze_encoder=frozen, seed=self.seed)
         self._run("autoencoder", task, recipes.autoencoder(self.minutes["autoencoder"], self.threads))
 
     @cached_property
@@ -237,6 +240,7 @@ class MiniTraining:
             self.looked_at(),
             self.scenes("scenes_held_out"),
             preview=self.preset["generation"]["preview_side"],
+            seed=self.seed,
             **self.tokenizer_data(),
         )
         self._run("tokenizer", task, recipes.tokenizer(self.minutes["tokenizer"], self.threads))
@@ -299,8 +303,8 @@ class MiniTraining:
         """What the text tokenizer learns its merges from."""
         from glmimg.corpus.captions import caption
 
-        sampler = SceneSampler(self.bank, seed=7)
-        return [caption(sampler.sample(i), self.bank, np.random.default_rng((7, i))) for i in range(self.scale.texts)]
+        scenes, draw = SceneSampler(self.bank, seed=7), np.random.default_rng
+        return [caption(scenes.sample(i), self.bank, draw((7, i, 1))) for i in range(self.scale.texts)]
 
     def encoded(self, name: str) -> EncodedScenes:
         return EncodedScenes(self.work / name / "encoded", self.scenes(name))
@@ -340,6 +344,7 @@ class MiniTraining:
             self.encoded("scenes_held_out"),
             edits=self.edits("tokens.npy"),
             edit_share=self.edit_share,
+            seed=self.seed,
         )
         self._run("generator", task, config)
 
@@ -360,6 +365,7 @@ class MiniTraining:
             edits=self.edits("latents.npy"),
             edit_share=self.edit_share,
             word_share=self.word_share,
+            seed=self.seed,
         )
         self._run("decoder", task, recipes.decoder(self.minutes["decoder"], self.threads))
 
@@ -370,7 +376,7 @@ class MiniTraining:
 
         for stage in KEPT:
             self.load(stage)
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, replace=False) as folder:
             write_settings(folder, self.preset, self.bpe())
             for name, module in self.models.items():
                 torch.nn.Module.to(module, "cpu", torch.bfloat16)

@@ -126,7 +126,6 @@ def test_every_backend_fills_in_the_protocol() -> None:
     assert set(NAMES) == set(BACKENDS)
     for name, kind in BACKENDS.items():
         assert issubclass(kind, Backend) and kind.name == name
-        assert kind.distributed in ("gloo", "nccl", "hccl", "xccl")
         reason = kind.unusable()
         assert reason is None or len(reason) > 10
 

@@ -210,7 +210,7 @@ def write_folder(
     target = Path(target)
     require_space(target, contents.nbytes + sum(map(len, contents.files.values())))
     shared = Bytes(progress, contents.nbytes).part
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, replace=False) as folder:
         for path, data in contents.files.items():
             if not (path.endswith(".index.json") and path.partition("/")[0] in contents.tensors):
                 write_synced(folder / path, data)
@@ -248,7 +248,7 @@ def _write_tensors(
 ) -> None:
     plan = {name: tensor.spec for name, tensor in tensors.items()}
     with tensor_writer(
-        file, plan, metadata=metadata, shard_bytes=shard_bytes, shards=shards, progress=progress
+        file, plan, metadata=metadata, shard_bytes=shard_bytes, shards=shards, progress=progress, replace=False
     ) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor.pieces())

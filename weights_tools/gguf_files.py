@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import struct
 import sys
@@ -75,7 +74,7 @@ def write_gguf(
     }
     total = sum(item.nbytes for item in written.values())
     require_space(target, total)
-    with atomic_file(target) as temporary:
+    with atomic_file(target, replace=False) as temporary:
         writer = library.GGUFWriter(temporary, ARCHITECTURES[component])
         try:
             with _told(component):
@@ -94,9 +93,6 @@ def write_gguf(
                 done += item.nbytes
                 if progress:
                     progress(done, total)
-            for stream in writer.fout:
-                stream.flush()
-                os.fsync(stream.fileno())
         finally:
             writer.close()
     sync_folder(target.absolute().parent)

@@ -57,7 +57,7 @@ def init_checkpoint(
     target = Path(directory)
     if os.path.lexists(target):
         raise BadInput(f"{target} exists already: name a folder that does not, or delete it first")
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, replace=False) as folder:
         write_settings(folder, values, train_bpe(training_texts or [_WORDS], values))
         models = build_models(values, seed=seed)
         width = getattr(torch, dtype).itemsize

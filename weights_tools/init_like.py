@@ -68,7 +68,7 @@ def init_like(
     total = sum(spec.nbytes for plan in plans.values() for spec in plan.values())
     require_space(target, total)
     shared = Bytes(progress, total).part
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, replace=False) as folder:
         for path, data in source.files.items():
             if path.startswith(_KEPT):
                 write_synced(folder / path, data)

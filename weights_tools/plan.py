@@ -221,7 +221,7 @@ def _option(
     # Memory of each stage: weights that stay, and what is needed on top of them.
     held_g, held_d = first.generator, second.decoder + second.others
     if offload == "block":
-        held_g += 2 * first.generator_block - first.generator_blocks
+        held_g += 3 * first.generator_block - first.generator_blocks  # one at work, one come, one coming
         held_d += 2 * second.decoder_block - second.decoder_blocks
     else:
         held_g += first.host_copies[0] * (generator == HOST)

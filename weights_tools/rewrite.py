@@ -86,7 +86,7 @@ def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[P
     target = Path(target)
     require_new(target, source)
     require_space(target, needed)
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, replace=False) as folder:
         root = source.root
         for part in (root, *(contained(root, path) for path in sorted(root.iterdir()) if path.is_dir())):
             for pattern in _SETTINGS:

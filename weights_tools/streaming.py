@@ -151,7 +151,12 @@ class TensorReader(WeightFiles):
     def rows(self, name: str, part: slice) -> torch.Tensor:
         """A part of its first dimension, as `row_blocks` gives them, in memory of its own."""
         shape = self.infos[name].shape
-        return self._read(name, (part.stop - part.start, *shape[1:]), part.start) if shape else self.tensor(name)
+        if not shape:
+            return self.tensor(name)
+        first, end, step = part.indices(shape[0])
+        if step != 1:
+            raise BadInput(f"rows {part}: give neighbours, without a step")
+        return self._read(name, (max(0, end - first), *shape[1:]), first)
 
     def _read(self, name: str, shape: tuple[int, ...], first: int = 0) -> torch.Tensor:
         import torch
@@ -254,12 +259,14 @@ def tensor_writer(
     shard_bytes: int | None = None,
     shards: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    replace: bool = True,
 ) -> Iterator[TensorWriter]:
     """Writes `target` (NAME.safetensors) from the tensors that the block gives to the writer.
 
     `metadata` defaults to {"format": "pt"}. With `shard_bytes`, tensors that do not fit into that many bytes go to
     NAME-00001-of-0000N.safetensors with NAME.safetensors.index.json beside them; `shards` (tensor name -> file name)
-    says instead exactly which tensor goes where. GlmimgError if the disk is too full.
+    says instead exactly which tensor goes where. Without `replace`, files that have appeared meanwhile stay
+    (`atomic_file`). GlmimgError if the disk is too full.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
@@ -273,29 +280,22 @@ def tensor_writer(
     files = sorted(names) or [target.name]
     writer = TensorWriter(plan, progress)
     with ExitStack() as stack:
-        temporaries = []
         for file in files:
-            temporary = stack.enter_context(atomic_file(target.parent / file))
+            temporary = stack.enter_context(atomic_file(target.parent / file, replace=replace))
             own = {name: plan[name] for name in names.get(file, ())}
             header, places = _lay_out(own, {"format": "pt"} if metadata is None else metadata)
             writer._places |= {name: (temporary, place) for name, place in places.items()}
             temporary.write_bytes(header)
-            temporaries.append(temporary)
         yield writer
         writer._finish()
-        for temporary in temporaries:
-            with temporary.open("r+b") as stream:
-                os.fsync(stream.fileno())
     if files != [target.name]:
         index = {
             "metadata": {"total_size": sum(spec.nbytes for spec in plan.values())},
             "weight_map": dict(sorted(shards.items())),
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        with atomic_file(target.with_name(target.name + ".index.json")) as temporary, temporary.open("wb") as out:
-            out.write(text.encode())
-            out.flush()
-            os.fsync(out.fileno())
+        with atomic_file(target.with_name(target.name + ".index.json")) as temporary:
+            temporary.write_bytes(text.encode())
     sync_folder(target.parent)
 
 

@@ -40,9 +40,7 @@ class Backend:
     """One device of one kind. Subclasses fill in the class variables and the methods that raise NotImplementedError."""
 
     name: ClassVar[str]
-    distributed: ClassVar[str] = "gloo"  # torch.distributed's backend for collectives between such devices
     attention: ClassVar[str] = "native"  # diffusers' name of the kernels for its pipelines; ours call torch's own
-    supports_float64: ClassVar[bool] = True
     can_compile: ClassVar[bool] = False
     has_pinned_memory: ClassVar[bool] = False
     eight_bit_tokens: ClassVar[bool] = False  # whether bf16 matrices of the token generator are faster in eight bits
@@ -149,6 +147,10 @@ class Accelerator(Backend):
         if not 0 <= self.device.index < self.count():
             names = ", ".join(f"{self.name}:{i}" for i in range(self.count()))
             raise BackendError(f"{self.device}: this machine has {names or f'no {self.name} device'}")
+        try:
+            self.memory()  # of this device alone: asking another takes memory there
+        except (RuntimeError, OSError) as error:
+            raise BackendError(f"{self.device} does not answer: {str(error).splitlines()[0]}") from error
 
     @classmethod
     def module(cls) -> Any:

@@ -14,7 +14,6 @@ __all__ = ["Cuda"]
 
 class Cuda(Accelerator):
     name: ClassVar[str] = "cuda"
-    distributed: ClassVar[str] = "nccl"
     can_compile: ClassVar[bool] = importlib.util.find_spec("triton") is not None
 
     @classmethod
@@ -24,10 +23,14 @@ class Cuda(Accelerator):
         try:
             if not torch.cuda.is_available():
                 return "PyTorch has CUDA or ROCm, but sees no driver or no device: try nvidia-smi or rocm-smi"
-            torch.cuda.mem_get_info(0)
         except (RuntimeError, OSError, AssertionError) as error:
             return f"the device does not answer: {str(error).splitlines()[0]}"
         return None
+
+    def empty_cache(self) -> None:
+        super().empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # pinned memory, which torch keeps as well (2.11)
+            torch.accelerator.empty_host_cache()
 
     def _has_bf16(self) -> bool:
         # Emulated bfloat16 (before Ampere) is slower than float32; float16 overflows in the decoder.

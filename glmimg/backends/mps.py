@@ -14,7 +14,6 @@ __all__ = ["Mps"]
 
 class Mps(Backend):
     name: ClassVar[str] = "mps"
-    supports_float64: ClassVar[bool] = False
 
     def __init__(self, index: int | None = None, reason: str = "asked for") -> None:
         if index not in (None, 0):

@@ -19,9 +19,7 @@ __all__ = ["Npu"]
 
 class Npu(Accelerator):
     name: ClassVar[str] = "npu"
-    distributed: ClassVar[str] = "hccl"
     attention: ClassVar[str] = "_native_npu"
-    supports_float64: ClassVar[bool] = False
 
     @classmethod
     def unusable(cls) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from glmimg.atomic_write import atomic_file, reserve
 from glmimg.corpus.captions import caption
 from glmimg.corpus.edits import Edit, EditSampler
 from glmimg.corpus.scenes import Scene, SceneSampler, draw
@@ -88,21 +89,30 @@ def render(
         raise BadInput(f"{directory} holds a cache of other settings: choose another folder or delete it")
     if not file.exists():
         if keep:
-            np.lib.format.open_memmap(
-                directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=(count, height, width, 3)
-            ).flush()
-        (directory / "done").write_text("0" if keep else str(count))
-        file.write_text(json.dumps(settings))
+            _new_pictures(directory, (count, height, width, 3))
+        _write(directory / "done", "0" if keep else str(count))
+        _write(file, json.dumps(settings))
     cache = SceneCache(directory, bank)
     begun, first = time.monotonic(), len(cache)
     last = begun
     for end in _draw_parts(SceneCache, directory, bank, first, count, workers):
-        (directory / "done").write_text(str(end))
+        _write(directory / "done", str(end))
         if time.monotonic() - last > report:
             last = time.monotonic()
             left = (last - begun) / (end - first) * (count - end)
             print(f"scenes {end}/{count}, {left:.0f} s left", flush=True)
     return cache
+
+
+def _new_pictures(directory: Path, shape: tuple[int, ...]) -> None:
+    file = directory / "pictures.npy"
+    np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape).flush()
+    reserve(file)
+
+
+def _write(file: Path, text: str) -> None:
+    with atomic_file(file) as partial:
+        partial.write_text(text)
 
 
 def _draw_parts(
@@ -224,13 +234,12 @@ def render_edits(
             raise BadInput(f"{directory} holds a cache of other settings: choose another folder or delete it")
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        shape = (2 * count, height, width, 3)
         if keep:
-            np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
-        (directory / "settings.json").write_text(json.dumps(settings))
+            _new_pictures(directory, (2 * count, height, width, 3))
+        _write(directory / "settings.json", json.dumps(settings))
         for _ in _draw_parts(EditCache, directory, bank, 0, count if keep else 0, workers):
             pass
-        (directory / "done").write_text(str(count))
+        _write(directory / "done", str(count))
     return EditCache(directory, bank)
 
 

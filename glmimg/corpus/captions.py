@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from glmimg.corpus.grammar import agreeing, article, is_feminine, number, plural
 from glmimg.corpus.scenes import Scene, Thing
 from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import BACKGROUNDS, COLOURS, LANGUAGE_INDEX, SHAPES, SIGNS, STYLE_NAMES
@@ -25,11 +26,7 @@ _RELATION = {
     "above": ("above", "encima de", "acima de", "上面"),
     "below": ("below", "debajo de", "abaixo de", "下面"),
 }
-_NUMBER = {
-    2: ("two", "dos", "dois", "两个"),
-    3: ("three", "tres", "três", "三个"),
-    4: ("four", "cuatro", "quatro", "四个"),
-}
+_UNQUOTED = str.maketrans("", "", '"“”„«»‘「」')
 _TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 _SAYS = (
     ('that says "{}"', 'with the word "{}"', 'reading "{}"'),
@@ -43,17 +40,13 @@ def pick_language(rng: np.random.Generator) -> str:
     return str(rng.choice(list(LANGUAGE_WEIGHTS), p=list(LANGUAGE_WEIGHTS.values())))
 
 
-def article(noun: str) -> str:
-    """The noun with its "a" or "an"."""
-    return ("an " if noun[:1] in "aeiou" else "a ") + noun
-
-
 def _name(thing: Thing, bank: StickerBank, lang: str, rng: np.random.Generator, *, tagged: bool = True) -> str:
     concept = bank.concepts[thing.concept]
     label = concept.labels.get(lang) or concept.labels["en"]
     tags = concept.tags.get(lang) or []
     if tagged and tags and rng.random() < 0.1:
         label = f"{label}, {tags[int(rng.integers(len(tags)))]}" if lang != "zh" else label
+    label = label.translate(_UNQUOTED)  # what is quoted is to be written
     if thing.tone and lang == "en":
         label += f" with {_TONES[thing.tone]} skin tone"
     return label
@@ -67,7 +60,9 @@ def _noun(
     colour = COLOURS[thing.colour][1][i] if thing.colour else ""
     if thing.kind == "shape":
         shape = SHAPES[thing.shape][i]
-        return f"{colour} {shape}" if i == 0 else f"{colour}{shape}" if i == 3 else f"{shape} {colour}"
+        if i in (0, 3):
+            return f"{colour} {shape}" if i == 0 else f"{colour}{shape}"
+        return f"{shape} {agreeing(colour, is_feminine(shape))}"
     if thing.kind == "sign":
         sign, ink = SIGNS[thing.sign][i], COLOURS[thing.ink][1][i]
         says = str(rng.choice(_SAYS[i])).format(thing.word)
@@ -76,8 +71,8 @@ def _noun(
             return f"{colour} {sign} {says}" + (f" in {ink} letters" if inked else "")
         if i == 3:
             return f"{says}的{colour}{sign}" + (f",{ink}的字" if inked else "")
-        letters = {1: f" en letras de color {ink}", 2: f" em letras de cor {ink}"}[i]
-        return f"{sign} {colour} {says}" + (letters if inked else "")
+        letters = {1: f" en letras de color {ink}", 2: f" em letras de cor {agreeing(ink, True)}"}[i]
+        return f"{sign} {agreeing(colour, is_feminine(sign))} {says}" + (letters if inked else "")
     name = _name(thing, bank, lang, rng, tagged=tagged)
     if not styled and not colour:
         return name
@@ -91,17 +86,9 @@ def _noun(
         return f"{name}的{colour}{style}" if colour else f"{style}{name}"
     joiner = {1: "de", 2: "de"}[i]
     if colour:
-        return f"{style} {colour} {joiner} {name}"
-    return f"{style} {joiner} {name}" if style == styles[0] else f"{name} {style}"
-
-
-def _plural(noun: str) -> str:
-    head, of, rest = noun.partition(" of ")
-    if of and head.split()[-1] in ("render", "sticker", "cartoon", "icon", "silhouette"):
-        return f"{head}s of {rest}"
-    if noun.endswith(("s", "x", "ch", "sh")):
-        return noun + "es"
-    return noun + "s"
+        return f"{style} {agreeing(colour, is_feminine(style))} {joiner} {name}"
+    looks = agreeing(style, style == "plano" and is_feminine(name))  # the others are nouns
+    return f"{style} {joiner} {name}" if style == styles[0] else f"{name} {looks}"
 
 
 def caption(scene: Scene, bank: StickerBank, rng: np.random.Generator, language: str | None = None) -> str:
@@ -143,10 +130,8 @@ def caption(scene: Scene, bank: StickerBank, rng: np.random.Generator, language:
         else:
             text = f"{first} {relation} {second}"
     elif kind == "count":
-        number = _NUMBER[len(things)][i]
-        text = (
-            f"{number} {_plural(nouns[0])}" if i == 0 else f"{number}{nouns[0]}" if i == 3 else f"{number} {nouns[0]}"
-        )
+        count, space = number(len(things), i, i in (1, 2) and is_feminine(nouns[0])), "" if i == 3 else " "
+        text = f"{count}{space}{plural(nouns[0], i)}"
     else:
         last = {0: " and ", 1: " y ", 2: " e ", 3: "和"}[i]
         comma = "、" if i == 3 else ", "
@@ -179,4 +164,4 @@ def _with_background(text: str, background: tuple[str, ...], i: int, rng: np.ran
     return f"{text}{joiner}{ending}"
 
 
-__all__ = ["LANGUAGE_WEIGHTS", "article", "caption", "pick_language"]
+__all__ = ["LANGUAGE_WEIGHTS", "caption", "pick_language"]

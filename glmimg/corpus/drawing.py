@@ -146,11 +146,15 @@ def letter_cells(sign: str, word: str, box: Box) -> list[Box]:
 @lru_cache(maxsize=2048)
 def _letter(font: Path, letter: str, width: int, height: int) -> Image.Image:
     """One letter as an opacity mask of a cell, on the baseline that all letters share, squeezed if it is too wide."""
-    face = _font(font, round(height * 0.84))
+    size, base = height * 0.84, height * 0.84
+    if not letter.isascii():  # room for what stands above and below letters of this cell's height
+        _, top, _, bottom = _font(font, round(size)).getbbox(letter, anchor="ls")
+        size *= min(1.0, base / max(1.0, -top), (height - base) / bottom if bottom > 0 else 1.0)
+    face = _font(font, round(size))
     a, _, c, _ = face.getbbox(letter, anchor="ls")
     wide = max(1, math.ceil(c - a))
     image = Image.new("L", (wide, height))
-    ImageDraw.Draw(image).text((-a, height * 0.84), letter, font=face, fill=255, anchor="ls")
+    ImageDraw.Draw(image).text((-a, base), letter, font=face, fill=255, anchor="ls")
     squeezed = image.resize((min(wide, round(width * 0.92)), height), Image.Resampling.BOX)
     cell = Image.new("L", (width, height))
     cell.paste(squeezed, ((width - squeezed.width) // 2, 0))

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from glmimg.corpus.captions import _PLACE, _noun, article, pick_language
-from glmimg.corpus.scenes import Scene, SceneSampler, Thing, _distance, _square
-from glmimg.corpus.splits import is_held_out_cell, is_held_out_shape
+from glmimg.corpus.captions import _PLACE, _noun, pick_language
+from glmimg.corpus.grammar import article
+from glmimg.corpus.scenes import Scene, SceneSampler, Thing, _distance, _snapped, _square
+from glmimg.corpus.splits import is_held_out_cell, is_held_out_relation, is_held_out_shape
 from glmimg.corpus.stickers import STYLES, StickerBank
 from glmimg.corpus.words import BACKGROUNDS, COLOURS, LANGUAGE_INDEX, SHAPES, SIGNS, STYLE_NAMES
 from glmimg.errors import BadInput, UnknownName
@@ -195,6 +196,10 @@ class EditSampler:
             _distance(COLOURS[new.colour][0], BACKGROUNDS[b][0]) <= 150 for b in scene.background if new.colour
         ):
             return None
+        shapes = [(new if k == at else thing).shape for k, thing in enumerate(scene.things)]
+        relation = scene.layout.partition(":")[2]
+        if self.split == "train" and len(shapes) == 2 and all(shapes) and is_held_out_relation(relation, *shapes):
+            return None
         return self._with(scene, "replace", at, replace(new, box=old.box))
 
     def _word(self, scene: Scene, rng: np.random.Generator) -> Edit | None:
@@ -218,8 +223,9 @@ class EditSampler:
         side, h, w = old.box[2] - old.box[0], scene.height, scene.width
         x = side / 2 + w * 0.04 if "left" in target else w * 0.96 - side / 2 if "right" in target else w / 2
         y = side / 2 + h * 0.04 if "top" in target else h * 0.96 - side / 2 if "bottom" in target else h / 2
-        moved = replace(scene, layout=f"single:{target}", things=(replace(old, box=_square(x, y, side, h, w)),))
-        return Edit("move", scene, moved, 0)
+        moved, box = replace(scene, layout=f"single:{target}"), _square(x, y, side, h, w)
+        box = _snapped(box, moved, self.scenes.grid) if self.scenes.grid else box
+        return Edit("move", scene, replace(moved, things=(replace(old, box=box),)), 0)
 
     @staticmethod
     def _with(scene: Scene, kind: str, at: int, thing: Thing) -> Edit:
@@ -240,26 +246,29 @@ def instruction(edit: Edit, bank: StickerBank, rng: np.random.Generator, languag
         if edit.kind == "style":
             x = STYLE_NAMES[thing.style][i][0]
         elif edit.kind == "colour":
-            x, old = COLOURS[thing.colour][1][i], _bare(edit.source.things[edit.thing], bank, i, lang)
+            x, old = COLOURS[thing.colour][1][i], _bare(edit.source, edit.thing, bank, i, lang, rng)
         elif edit.kind == "add":
             x = _noun(thing, bank, lang, rng, tagged=False)
             relation = edit.target.layout.partition(":")[2]
             place = _PLACE[{"left": "right", "right": "left", "above": "bottom", "below": "top"}[relation]][i]
         elif edit.kind == "replace":
-            x, old = _noun(thing, bank, lang, rng, tagged=False), _bare(edit.source.things[edit.thing], bank, i, lang)
+            x, old = _noun(thing, bank, lang, rng, tagged=False), _bare(edit.source, edit.thing, bank, i, lang, rng)
         elif edit.kind == "word":
             x = thing.word
         else:
-            old, place = _bare(thing, bank, i, lang), _TO_PLACE[edit.target.layout.partition(":")[2]][i]
+            old = _bare(edit.target, edit.thing, bank, i, lang, rng)
+            place = _TO_PLACE[edit.target.layout.partition(":")[2]][i]
     if i == 0 and edit.kind in ("add", "replace"):
         x = article(x)
     return form.format(x=x, old=old, place=place)
 
 
-def _bare(thing: Thing, bank: StickerBank, i: int, lang: str) -> str:
-    """The thing's plain name: `circle`, `sign`, `fox`."""
+def _bare(scene: Scene, at: int, bank: StickerBank, i: int, lang: str, rng: np.random.Generator) -> str:
+    """The thing's plain name: `circle`, `sign`, `fox`; `red circle` where there is another."""
+    thing = scene.things[at]
     if thing.kind == "shape":
-        return SHAPES[thing.shape][i]
+        several = sum(other.shape == thing.shape for other in scene.things) > 1
+        return _noun(thing, bank, lang, rng) if several else SHAPES[thing.shape][i]
     if thing.kind == "sign":
         return SIGNS[thing.sign][i]
     labels = bank.concepts[thing.concept].labels

@@ -15,7 +15,7 @@ import numpy as np
 from glmimg.corpus import drawing
 from glmimg.corpus.drawing import WORD_AREA, letter_cells
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept, is_held_out_relation, is_held_out_shape
-from glmimg.corpus.stickers import STYLES, StickerBank
+from glmimg.corpus.stickers import STYLES, StickerBank, may_be_mirrored
 from glmimg.corpus.words import BACKGROUNDS, COLOURS, COMMON_THINGS, SHAPES, SIGNS, sign_words
 from glmimg.errors import UnknownName
 
@@ -135,6 +135,8 @@ class SceneSampler:
         self.kinds = {"words": (0.0, 0.0, 1.0), "shapes": (0.0, 1.0, 0.0)}.get(split, kinds)
         names = frozenset(names)
         words = words or sign_words(bank.concepts.values(), held_out=split == "words")
+        unseen = sign_words(bank.concepts.values(), held_out=True) if split == "train" else {}
+        self._unseen_words = {word for found in unseen.values() for word in found}
         self.words = {lang: [w for w in some if lang == "zh" or len(w) <= longest] for lang, some in words.items()}
         rows: dict[str, list[int]] = {style: [] for style in STYLES}
         weights: dict[str, list[float]] = {style: [] for style in STYLES}
@@ -182,7 +184,7 @@ class SceneSampler:
         row = int(self._rows[style][np.searchsorted(self._sums[style], rng.random())])
         sticker = self.bank.stickers[row]
         colour = str(rng.choice([c for c in COLOURS if c != "white"])) if style == "silhouette" else ""
-        mirror = bool(rng.random() < 0.15) and self.bank.concepts[sticker.concept].group in ("animals", "travel")
+        mirror = bool(rng.random() < 0.15) and may_be_mirrored(self.bank.concepts[sticker.concept])
         return Thing("sticker", (0, 0, 0, 0), sticker.concept, style, sticker.tone, row, colour=colour, mirror=mirror)
 
     def _style(self, rng: np.random.Generator) -> str:
@@ -242,11 +244,11 @@ class SceneSampler:
         language = str(rng.choice(["en", "es", "pt", "zh"], p=[0.6, 0.14, 0.14, 0.12]))
         word = self.words[language][int(rng.integers(len(self.words[language])))]
         if language != "zh":
-            if (
-                self.split == "train" and rng.random() < self.strings
-            ):  # any string of letters or digits may be asked for
+            if self.split == "train" and rng.random() < self.strings:  # any letters or digits may be asked for
                 letters = "abcdefghijklmnopqrstuvwxyz" if rng.random() < 0.8 else "0123456789"
                 word = "".join(rng.choice(list(letters), size=int(rng.integers(1, 7))))
+                while word in self._unseen_words:
+                    word = "".join(rng.choice(list(letters), size=len(word)))
             case = rng.random()
             word = word.upper() if case < 0.5 else word.capitalize() if case < 0.75 else word
         font = "cjk.ttc" if language == "zh" else self._fonts[int(rng.integers(len(self._fonts)))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from glmimg.atomic_write import reserve
 from glmimg.corpus.packages import CJK_FONT_PACKAGE, FONT_PACKAGES, NAMES_PACKAGE, STICKER_PACKAGES, Package, fetch
 from glmimg.errors import BadInput, MissingExtra
 
@@ -39,6 +41,15 @@ class Concept:
     group: str
     labels: dict[str, str]
     tags: dict[str, list[str]]
+
+
+# Travel's clocks, moons, maps and signs: another thing, or none, in a mirror.
+_ONE_WAY = re.compile(r"o’clock|-thirty|clock|moon|map of|sign\b|tower|statue|information|litter|baggage|customs")
+
+
+def may_be_mirrored(concept: Concept) -> bool:
+    """Whether it is the same thing in a mirror."""
+    return concept.group in ("animals", "travel") and not _ONE_WAY.search(concept.labels["en"])
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,7 @@ def build(directory: Path, cache: Path, *, concepts: int = 0) -> None:
                 jobs.append((picture, {"concept": concept, "style": style, "tone": tone}))
     partial = directory / "bank.npy.part"
     bank = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(jobs), SIDE, SIDE, 4))
+    reserve(partial)
     for row, (picture, _) in enumerate(jobs):
         bank[row] = _rasterise(picture)
     bank.flush()

@@ -29,7 +29,7 @@ from typing import Any
 
 from PIL import Image
 
-from glmimg.errors import BadInput, MissingExtra
+from glmimg.errors import BadInput, MissingExtra, UnknownName
 from glmimg.image_io import open_picture
 
 __all__ = ["COLUMNS", "SUFFIXES", "Dataset", "Example", "Source", "name_caption", "read_dataset"]
@@ -116,6 +116,9 @@ class Dataset:
 def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) -> Dataset:
     """The examples at `place`; BadInput if there are none. `columns`: names other than those of COLUMNS."""
     root, columns = Path(os.path.abspath(os.path.expanduser(place))), dict(columns or {})
+    for role in columns:
+        if role not in COLUMNS:
+            raise UnknownName.of("column", role, COLUMNS)
     if not root.exists():
         raise BadInput(f"{place}: no such folder; give a folder of pictures, or a metadata.jsonl, .csv or .parquet")
     notes: list[str] = []
@@ -212,6 +215,8 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read ({error.strerror})") from error
 
 
 def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glmimg.atomic_write import atomic_file
+from glmimg.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,13 @@ logger = logging.getLogger(__name__)
 
 def default_store() -> Path:
     """$GLMIMG_CACHE, else the user's cache folder."""
-    named = os.environ.get("GLMIMG_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else base / "glmimg" / "encoded"
+    if named := os.environ.get("GLMIMG_CACHE"):
+        return Path(named)
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise BadInput(f"there is no home folder to cache in ({error}): set GLMIMG_CACHE to a folder") from error
+    return base / "glmimg" / "encoded"
 
 
 class Store:

@@ -22,6 +22,7 @@ from glmimg.image_io import to_tensor
 from glmimg.pipelines.best_of import token_bits
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import TokenGrid, patch_ids
+from glmimg.training.decoder_task import TIME_MEAN
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class PipelineModel:
         device = stages.backends["decoder"].device
         x0 = stages.autoencoder(encoder=True).encode(to_tensor([picture]).to(device))
         generator = torch.Generator().manual_seed(seed)
-        timesteps_B = training_timesteps(1, generator)
+        timesteps_B = training_timesteps(1, generator, mean=TIME_MEAN)
         sigmas_B = training_sigmas(timesteps_B, 4 * grid.ids_HW.numel(), settings.scheduler)
         noise = noise_like(tuple(x0.shape[1:]), [generator]).to(device)
         states_BTG, mask_BT = stages.glyphs.encode([glyph_texts(text)])

@@ -19,7 +19,7 @@ _HEADLINES = {
     "layout/trained/mean of tasks": "Layout: mean of count, colour, position, relation, binding",
     "layout/GenEval-style/mean of types": "Layout: GenEval-style mean (own vocabulary)",
     "layout/held-out pairs/all": "Layout: held-out colour and shape pairs, all right",
-    "layout/held-out relations/all": "Layout: held-out relations, all right",
+    "layout/held-out relations/all": "Layout: relations never told that way round, all right",
     "text/trained words/word": "Written words that training showed",
     "text/unseen words up to 6 letters/word": "Written words never shown, up to 6 letters",
     "text/trained words/word (second engine)": "Those that training showed, second engine",

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -37,6 +38,7 @@ from glmimg.evaluation.scoring import Scorers
 from glmimg.evaluation.text import rapidocr_reader
 from glmimg.training.loop import Run, TrainConfig
 from glmimg.training.optimizer import train_only
+from glmimg.training.processes import Processes
 from glmimg.training.record import add_command, checkpoint_record, chunks_record
 
 STAGE = "reinforcement"  # in a checkpoint's training.json
@@ -82,22 +84,38 @@ def _mixed(records: list[Record]) -> list[Record]:
     return [records[k] for k in order]
 
 
-def _same_model(work: Path, checkpoint: Checkpoint) -> None:
-    file = work / STARTED
+def begin(run: Run, checkpoint: Checkpoint, stage: str) -> None:
+    """Goes on with what the work folder holds, or begins with prompts that the checkpoint was not trained by before."""
+    file = run.directory / STARTED
     told = json.loads(file.read_text()).get("hash") if file.exists() else None
     if told not in (None, checkpoint.hash):
         raise BadInput(
-            f"{work} is of a run from checkpoint {told}, and {checkpoint.name} is {checkpoint.hash}: "
+            f"{run.directory} is of a run from checkpoint {told}, and {checkpoint.name} is {checkpoint.hash}: "
             "give that --model to go on, or another --work"
         )
+    if run.resume():
+        print(f"resumed at step {run.step}", file=sys.stderr)
+        return
+    base = checkpoint_record(checkpoint.root, stage)
+    run.position = base["position"]
+    if run.processes.main:
+        file.write_text(json.dumps(base | {"hash": checkpoint.hash}))
 
 
-def _learnt(task: RewardTask, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The weights that learnt, as the checkpoint stores them."""
-    learns = {id(p) for module in task.modules.values() for p in module.parameters() if p.requires_grad}
-    values = {name: p.detach() for name, p in task.model.named_parameters() if id(p) in learns}
-    old = checkpoint.weights["vision_language_encoder"].load(values, device="cpu", dtype=None)
-    return {name: value.to(old[name].dtype) for name, value in values.items()}
+def write_learnt(run: Run, model: Any, checkpoint: Checkpoint, out: Path, stage: str) -> None:
+    """Makes `out` the checkpoint with the generator's weights that learnt (their moving average), as it stores them."""
+    with run.averaged(), atomic_folder(out, replace=False) as folder:
+        learns = {id(p) for module in run.modules.values() for p in module.parameters() if p.requires_grad}
+        values = {name: p.detach() for name, p in model.named_parameters() if id(p) in learns}
+        old = checkpoint.weights["vision_language_encoder"].load(values, device="cpu", dtype=None)
+        values = {name: value.to(old[name].dtype) for name, value in values.items()}
+        shutil.copytree(checkpoint.root, folder, dirs_exist_ok=True)
+        shutil.rmtree(folder / "vision_language_encoder")
+        learnt = SimpleNamespace(state_dict=lambda: values)
+        save_component(folder, "vision_language_encoder", learnt, base=checkpoint)
+        file = folder / "training.json"
+        told = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(told | {stage: chunks_record(run.directory, None)}, indent=1))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
     if not parts:
         raise BadInput(f"--parts is empty: name some of {', '.join(PARTS)}")
     backend = pick_backend(a.device)
+    if Processes.current(cpu=a.device == "cpu").count > 1 and a.device != "cpu":
+        raise BadInput(f"--device {a.device} with several processes: these share processors only")
     config = TrainConfig(
         learning_rate=a.learning_rate,
         batch_size=a.batch_size,
@@ -177,28 +197,14 @@ def main(argv: list[str] | None = None) -> int:
         seed=a.seed,
     )
     train_only(task.modules, a.only)
-    _same_model(a.work, checkpoint)
     run = Run(task, config, a.work)
+    begin(run, checkpoint, STAGE)
     if run.processes.main:
         add_command(a.work, sys.argv[1:] if argv is None else argv)
-    if run.resume():
-        print(f"resumed at step {run.step}", file=sys.stderr)
-    else:  # with prompts that the checkpoint was not reinforced by before
-        base = checkpoint_record(checkpoint.root, STAGE)
-        run.position = base["position"]
-        if run.processes.main:
-            (a.work / STARTED).write_text(json.dumps(base | {"hash": checkpoint.hash}))
     if run.progress() < 1:
         run.train()
     if run.processes.main:
-        with run.averaged(), atomic_folder(a.out) as folder:
-            shutil.copytree(checkpoint.root, folder, dirs_exist_ok=True)
-            shutil.rmtree(folder / "vision_language_encoder")
-            learnt = SimpleNamespace(state_dict=lambda: _learnt(task, checkpoint))
-            save_component(folder, "vision_language_encoder", learnt, base=checkpoint)
-            file = folder / "training.json"
-            told = json.loads(file.read_text()) if file.exists() else {}
-            file.write_text(json.dumps(told | {STAGE: chunks_record(a.work, None)}, indent=1))
+        write_learnt(run, task.model, checkpoint, a.out, STAGE)
         print(a.out)
     return 0
 

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from glmimg.corpus.mini import SQUARE
 from glmimg.corpus.scenes import SceneSampler, draw
 from glmimg.corpus.sheet import contact_sheet
 from glmimg.corpus.stickers import StickerBank
+from glmimg.errors import BadInput
 from glmimg.evaluation import editing
 from glmimg.evaluation.concepts import CROP, Judge
 from glmimg.evaluation.distance import diversity, frechet, nearest, thumbnail
@@ -53,7 +55,11 @@ def run_card(
     many training scenes copies are looked for in (0: none).
     """
     began = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:  # before hours of work
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"cannot write into {folder} ({error.strerror}): name a folder that you may write to") from error
     signs = scorers.reader is not None and any((bank.directory / "fonts").glob("*"))
     records = make_prompts(bank, n, size=model.size, signs=signs)
     pictures: dict[str, Pictures] = {"real": [draw(r.scene, bank) for r in records]}
@@ -254,8 +260,18 @@ def _write(
     *,
     edits: bool,
 ) -> None:
-    sheets = ["edits.png"] if edits else []
-    for part in dict.fromkeys(r.part for r in records):
+    parts = list(dict.fromkeys(r.part for r in records))
+    report["sheets"] = [*(["edits.png"] if edits else []), *(f"{part}.png" for part in parts)]
+    texts = {
+        "report.json": json.dumps(report, indent=1, ensure_ascii=False),
+        "pictures.json": json.dumps(scored, ensure_ascii=False),
+        "report.md": to_markdown(report),
+        "report.html": to_html(report),
+    }
+    for name, text in texts.items():  # before the sheets: a disk that fills up at those may not lose the figures
+        with atomic_file(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+    for part in parts:
         cells: list[np.ndarray] = []
         captions: list[str] = []
         members = [k for k, r in enumerate(records) if r.part == part]
@@ -266,17 +282,6 @@ def _write(
                     cells.append(picture)
                     captions.append(label)
         _sheet(folder / f"{part}.png", cells, captions, bank, 8)
-        sheets.append(f"{part}.png")
-    report["sheets"] = sheets
-    texts = {
-        "report.json": json.dumps(report, indent=1, ensure_ascii=False),
-        "pictures.json": json.dumps(scored, ensure_ascii=False),
-        "report.md": to_markdown(report),
-        "report.html": to_html(report),
-    }
-    for name, text in texts.items():
-        with atomic_file(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
 
 
 def _sheet(path: Path, cells: list[np.ndarray], captions: list[str], bank: StickerBank, columns: int) -> None:

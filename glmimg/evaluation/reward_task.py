@@ -38,7 +38,7 @@ from glmimg.token_sampling import TokenSampling, generate_tokens
 from glmimg.training.encoded import moved
 from glmimg.training.generator_task import GeneratorBatch, emitted_logits, teacher_forced
 
-__all__ = ["Reward", "RewardBatch", "RewardTask", "card_reward"]
+__all__ = ["Reward", "RewardBatch", "RewardTask", "card_reward", "emitted"]
 
 Reward = Callable[[np.ndarray, Record], float]
 _COUNTED = {
@@ -107,6 +107,8 @@ class RewardTask:
         held_out: Sequence[Record] = (),
         seed: int = 0,
     ) -> None:
+        if not records:
+            raise BadInput("no records: give prompts to learn from")
         if samples < 2:
             raise BadInput(f"samples {samples}: give 2 or more, each is measured by the others of its prompt")
         if temperature <= 0:
@@ -168,14 +170,14 @@ class RewardTask:
         sources = [self._source(record) for record in records]
         prompts = [self._prompt(record, source) for record, source in zip(records, sources, strict=True)]
         rows = [prompt for prompt in prompts for _ in range(samples)]
-        seeds = [(self.seed * 2**32 + position + k) % 2**63 for k in range(len(rows))]
+        seeds = [(self.seed * 1_000_003 + position + k) % 2**63 for k in range(len(rows))]  # torch reads 32 bits
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         grids = generate_tokens(self.policy(), prompts, generators, self.sampling)
         rewards = torch.zeros(len(records), samples)
         for k, record in enumerate(records):
             images = self._painted(record, sources[k], grids[k * samples : (k + 1) * samples], **self.options)
             rewards[k] = torch.tensor([self.reward(np.asarray(image), record) for image in images])
-        emitted_BN = torch.stack([_emitted(grid, not edits) for grid in grids])
+        emitted_BN = torch.stack([emitted(grid, not edits) for grid in grids])
         previews = 0 if edits else emitted_BN.shape[1] - grids[0].ids_HW.numel()
         drawn = teacher_forced(rows, emitted_BN, emitted_BN, previews, self.stages.prompts.pad_id)
         before_BTV = self.stages.generator.forward_logits(drawn.ids_BT, drawn.positions_3BT).cpu()
@@ -230,7 +232,7 @@ def _parts(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(record.part for record in records))
 
 
-def _emitted(grid: TokenGrid, with_preview: bool) -> torch.Tensor:
+def emitted(grid: TokenGrid, with_preview: bool) -> torch.Tensor:
     """Ids_N in the order of emission."""
     if not with_preview or grid.preview_HW is None:
         return grid.ids_HW.flatten()

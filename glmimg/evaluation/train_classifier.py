@@ -22,7 +22,7 @@ from PIL import Image
 
 from glmimg.atomic_write import atomic_file
 from glmimg.corpus.scenes import GROUP_WEIGHT, SceneSampler, draw
-from glmimg.corpus.stickers import STYLES, StickerBank
+from glmimg.corpus.stickers import STYLES, StickerBank, may_be_mirrored
 from glmimg.evaluation.concepts import CROP, ConceptNet, Judge, crops_of, default_folder
 from glmimg.evaluation.segment import box_of
 
@@ -47,7 +47,7 @@ class Augmenter:
         self.group = torch.tensor([self.groups.index(bank.concepts[s.concept].group) for s in bank.stickers])
         self.style = torch.tensor([STYLES.index(s.style) for s in bank.stickers])
         self.weights = torch.tensor(weights)
-        self.mirrored = torch.tensor([self.groups[g] in ("animals", "travel") for g in self.group])
+        self.mirrored = torch.tensor([may_be_mirrored(bank.concepts[s.concept]) for s in bank.stickers])
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Crops (B, 3, s, s) in [-1, 1] and the sticker rows (B,) they show."""

@@ -12,10 +12,12 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, locked
 from glmimg.config import Config, require
 from glmimg.errors import BadInput
 from glmimg.serving.settings import Problem
@@ -100,15 +102,23 @@ def add_key(path: str | Path, name: str, **limits: int | None) -> str:
     Limits that are None stay as they were.
     """
     path, key = Path(path), PREFIX + secrets.token_urlsafe(32)
+    with locked(path.with_name(f".{path.name}.lock")):  # of several at once none may be lost
+        _put_key(path, key, name, limits)
+    return key
+
+
+def _put_key(path: Path, key: str, name: str, limits: Mapping[str, int | None]) -> None:
     clients = _read(path) if path.exists() else []
     before = next((one.to_dict() for one in clients if one.name == name), {"name": name})
     given = {limit: value for limit, value in limits.items() if value is not None}
     client = Client.from_dict(before | given | {"sha256": hashlib.sha256(key.encode()).hexdigest()})
     rows = [one.to_dict() for one in clients if one.name != name] + [client.to_dict()]
-    with atomic_file(path) as temporary:
+    owner = path.stat() if path.exists() else None
+    with atomic_file(path, mode=0o600 if owner is None else owner.st_mode & 0o7777) as temporary:
         temporary.write_text(json.dumps({"keys": rows}, indent=2) + "\n", encoding="utf-8")
-    os.chmod(path, 0o600)
-    return key
+        if owner is not None and hasattr(os, "chown"):
+            with suppress(PermissionError):  # as the server's own user it is that already
+                os.chown(temporary, owner.st_uid, owner.st_gid)
 
 
 class Limits:

@@ -15,13 +15,14 @@ from glmimg.serving.settings import ServerSettings
 __all__ = ["build"]
 
 _RAY = {"replicas": 1, "gpus": 0.0, "cpus": 1.0}
-_NOT_HERE = ("host", "port", "root_path", "files")  # Ray listens: serve start --http-host; files: see below
+_NOT_HERE = ("host", "port", "root_path", "files", "usage_file")  # Ray listens; files: see below
 
 
 def build(arguments: dict[str, Any]) -> Any:
     """A Ray Serve application. `arguments` are fields of ServerSettings and `replicas`, `gpus` and `cpus` (of each).
 
-    Urls are refused: the balancer may ask another replica for the picture. Keys, rules and adapters are files that
+    Urls are refused: the balancer may ask another replica for the picture; so is a file of usage, which replicas would
+    write over each other's. Keys, rules and adapters are files that
     every machine needs in the same place. What a machine was making when it died, Ray answers with 500, unless its
     proxies use `glmimg.serving.ray_proxy`.
     """

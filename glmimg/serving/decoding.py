@@ -22,6 +22,7 @@ from glmimg.pipelines.steps import (
     encode_glyphs,
     encode_references,
     hold_unchanged,
+    to_pixels,
 )
 from glmimg.serving.work import Work
 
@@ -68,7 +69,7 @@ def _run(
     if work.glyphs is None:
         work.glyphs = encode_glyphs(stages, request)
     if work.references and work.shown is None:
-        (work.shown,) = encode_references(stages, [list(zip(work.pixels, work.references, strict=True))])
+        work.shown = encode_references(stages, list(zip(work.pixels, work.references, strict=True)))
     conditioning = condition(stages, request, pictures, ids_BHW, work.glyphs, work.shown)
     hold = hold_unchanged(stages, request, pictures, conditioning[0], work.glyphs, work.shown)
 
@@ -78,4 +79,4 @@ def _run(
         told(done, total, lambda: to_pil(stages.autoencoder().preview(x0_BChw)))
 
     latents_BChw = denoise(stages, request, pictures, conditioning, on_step, steps, hold)
-    return to_pil(stages.autoencoder().decode(latents_BChw))
+    return to_pixels(stages, latents_BChw)

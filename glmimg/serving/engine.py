@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from glmimg.errors import BadInput, Cancelled
+from glmimg.errors import BadInput, Cancelled, out_of_memory
 from glmimg.pipelines.stages import Stages
 from glmimg.serving import messages
 from glmimg.serving.decoding import choose, decode, first_look
@@ -105,8 +105,10 @@ class Engine:
 
         `picture_bytes` is what the decoder took at most for a picture of that many patches.
         """
-        self.bytes_per_patch = max(0, picture_bytes) / patches
-        self.budget = USED * self.stages.backends["generator"].memory().free
+        first, second = (self.stages.backends[stage] for stage in ("generator", "decoder"))
+        first.empty_cache()  # what the first pictures needed is free as well
+        self.bytes_per_patch = max(0, picture_bytes) / patches if first.device == second.device else 0.0
+        self.budget = USED * first.memory().free
 
     def taken(self) -> dict[str, dict[str, Any]]:
         """What each job has cost so far, for whoever has to settle it if this process dies."""
@@ -192,7 +194,7 @@ class Engine:
                 self._join(work, numbers)
             except Exception as error:
                 there = 0 if self.batch is None else len(self.batch.drawings)
-                if messages.out_of_memory(error) and work.request.samples_tokens and (there or count > 1):
+                if out_of_memory(error) and work.request.samples_tokens and (there or count > 1):
                     self._free()
                     self.limit = there or count // 2  # as many as were there, and it waits; or fewer of its own
                     self._back(work, numbers)
@@ -325,6 +327,8 @@ class Engine:
             if work.over:
                 self._leave(work)
                 return
+            if self._decoding is not None and self._decoding is not work:
+                self._decoding.shown = None  # large: one request's references are in memory at a time
             self._decoding = work
         try:
             if self.turns:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, out_of_memory
 from glmimg.pipelines.result import picture_metadata
 from glmimg.pipelines.stages import Stages
 from glmimg.serving.jobs import Job
 from glmimg.serving.token_batch import Drawing
 from glmimg.serving.work import Work, picture_file
 
-__all__ = ["cost", "decoder_progress", "ended", "out_of_memory", "partial", "picture", "refusal", "token_progress"]
+__all__ = ["cost", "decoder_progress", "ended", "partial", "picture", "refusal", "token_progress"]
 
 Message = dict[str, Any]
 
@@ -111,11 +111,3 @@ def refusal(job: Job, error: Exception) -> Message:
         message = f"the picture could not be made ({type(error).__name__}): the server's log tells more"
         answer = {"status": 500, "message": message, "code": "generation_failed"}
     return {"type": "refused", "id": job.id, **answer}
-
-
-def out_of_memory(error: Exception) -> bool:
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )

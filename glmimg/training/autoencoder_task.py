@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +20,11 @@ from diffusers.models.upsampling import Upsample2D
 from PIL import Image
 from torch import nn
 
+from glmimg.checkpoint import Checkpoint
 from glmimg.corpus.words import COLOURS
 from glmimg.errors import BadInput
+
+_FIRST = "encoder.conv_in.weight"
 
 
 class Pictures(Protocol):
@@ -223,6 +227,14 @@ class AutoencoderTask:
             for p in pair
         ]
         return contact_sheet(images, columns=6, cell=200)
+
+
+def same_encoder(vae: Any, start_from: Path | None) -> bool:
+    """Whether the encoder is that of the checkpoint still, and so the statistics of its latents."""
+    if start_from is None:
+        return False
+    then = Checkpoint.open(start_from).weights["vae"].load([_FIRST], device="cpu", dtype=torch.float32)[_FIRST]
+    return torch.equal(vae.state_dict()[_FIRST].cpu().float(), then)
 
 
 @torch.no_grad()

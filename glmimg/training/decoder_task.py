@@ -20,6 +20,7 @@ from torch import nn
 
 from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.drawing import letter_cells
+from glmimg.corpus.edits import Edit
 from glmimg.corpus.scenes import Scene
 from glmimg.decoder import Decoder, ReferenceCache
 from glmimg.diffusion import (
@@ -38,6 +39,7 @@ from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from, move
 
 _LATENTS_PER_TOKEN = 4
 _ROWS = 40  # of patches, at most
+TIME_MEAN = 1.3
 _NUMBERS = 16  # of letters before and after one in its word, at most
 _LETTERS, _PARTS = 256, 10  # code points, and which patch of its letter: 4 x 2 of a large one or 2 of a small one
 
@@ -142,7 +144,7 @@ class DecoderTask:
         *,
         crops: Sequence[tuple[int, int]] = CROPS,
         whole: float = 0.2,
-        time_mean: float = 1.3,
+        time_mean: float = TIME_MEAN,
         where: float = 0.1,
         spell: float = 0.1,
         count: float = 1.0,
@@ -248,7 +250,7 @@ class DecoderTask:
         return DecoderBatch(
             latents[:, 1],
             ids[:, 1],
-            [[t.word for t in data.edit(int(k)).target.things if t.word] for k in rows],
+            [_quoted(data.edit(int(k))) for k in rows],
             (h * PIXELS_PER_TOKEN, w * PIXELS_PER_TOKEN),
             torch.tensor([[top, left]]).mul(PIXELS_PER_TOKEN).float().expand(len(rows), 2),
             4 * h * w,
@@ -414,6 +416,11 @@ class DecoderTask:
         for k in rows:
             pictures += [self.held_out.cache.picture(k), to_uint8(drawn[k])]
         return contact_sheet(pictures, columns=8, cell=160)
+
+
+def _quoted(edit: Edit) -> list[str]:
+    """What the instruction quotes: words that stay on a sign are told by its reference alone."""
+    return [thing.word for thing in edit.target.things if thing.word] if edit.kind == "word" else []
 
 
 def to_uint8(pixels_CHW: torch.Tensor) -> np.ndarray:

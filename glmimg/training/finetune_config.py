@@ -81,6 +81,7 @@ class FineTuneConfig(Config):
     threads: int = 0
 
     def __post_init__(self) -> None:
+        self.settle_types()
         for kind, value, choices in (
             ("stage", self.stage, STAGE_CHOICES),
             ("method", self.method, METHODS),
@@ -126,7 +127,11 @@ class FineTuneConfig(Config):
         require(1 <= self.max_aspect <= 4, f"max_aspect {self.max_aspect}: use 1 to 4")
         require(1 < self.diverged <= 1e6, f"diverged {self.diverged}: use more than 1, at most 1e6")
         require(self.clip > 0, f"clip {self.clip}: use more than 0")
-        require((self.prior_weight or 0) >= 0, f"prior_weight {self.prior_weight}: use 0 (off) or more")
+        require(0 <= (self.prior_weight or 0) <= 1000, f"prior_weight {self.prior_weight}: use 0 (off) to 1000")
+        require(max(self.seed, self.sample_seed) < 2**63, f"seed {self.seed}, {self.sample_seed}: use less than 2^63")
+        require((self.sample_steps or 1) <= 1000, f"sample_steps {self.sample_steps}: use 1 to 1000")
+        for name in ("sample_prompts", "prior_prompts"):
+            require(all(text.strip() for text in getattr(self, name)), f"{name}: one of them is empty")
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -116,11 +116,12 @@ class Encoder:
         if checked.example.reference is not None and checked.reference_fit is not None:
             sources.append(("reference_", checked.example.reference, checked.reference_fit))
         for name, source, fit in sources:
-            pixels_13HW = to_tensor([fit.apply(source.open())]).to(self.backend.device)
+            pixels_13HW = to_tensor([fit.apply(source.open())])
             tokenizer = self._part("tokenizer")
             preview = preview_grid(*fit.bucket, self.checkpoint.settings.preview_side)
             found[f"{name}tokens"] = tokenizer.tokenize(pixels_13HW)[0].int().cpu()
             found[f"{name}preview"] = tokenizer.tokenize(pixels_13HW, preview)[0].int().cpu()
+            pixels_13HW = pixels_13HW.to(self.backend.device)
             found[f"{name}latents"] = self._part("autoencoder").encode(pixels_13HW)[0].half().cpu()
         self.store.put(key, found)
         return key

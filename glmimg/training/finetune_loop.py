@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glmimg.atomic_write import atomic_file, clear_leftovers
+from glmimg.atomic_write import atomic_file, clear_leftovers, disk_full
 from glmimg.backends import Backend
 from glmimg.errors import BadInput, Cancelled, CheckpointError, GlmimgError
 from glmimg.training.finetune_config import FineTuneConfig
@@ -145,6 +145,8 @@ class FineTuneLoop:
             self._read()
         if self.processes.main:
             clear_leftovers(self.file)
+            for left in self.folder.glob(".tmp*"):  # safetensors' own
+                left.unlink(missing_ok=True)
             self._cut_log()
         return found
 
@@ -228,7 +230,7 @@ class FineTuneLoop:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             processes.average([p.grad for p in self.parameters.values() if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
         return processes.mean(total), float(norm)
 
     def apply(self, rate: float) -> None:
@@ -374,7 +376,7 @@ class FineTuneLoop:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C finishes the step and saves; a second one stops at once."""
+        """Ctrl-C, or what batch systems and closed terminals send, finishes the step and saves; twice stops at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -384,11 +386,16 @@ class FineTuneLoop:
                 raise KeyboardInterrupt
             self._stop = True
 
-        before = signal.signal(signal.SIGINT, asked)
+        found = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+        before = {name: signal.getsignal(name) for name in found if name is not None}
+        before = {name: old for name, old in before.items() if old is not signal.SIG_IGN}  # as under nohup
+        for name in before:
+            signal.signal(name, asked)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for name, old in before.items():
+                signal.signal(name, old)
 
     def _log(self, row: dict[str, Any]) -> None:
         if not self.processes.main:
@@ -413,10 +420,7 @@ def _disk(write: Callable[[], None]) -> None:
     try:
         write()
     except (SafetensorError, OSError) as error:
-        text = str(error)
-        if any(
-            sign in text for sign in ("No space left", "os error 28", "Disk quota", "File too large", "os error 27")
-        ):
+        if disk_full(error):
             raise GlmimgError(
                 "the disk is full: the last saved state is whole; free some space and --resume"
             ) from error

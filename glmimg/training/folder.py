@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, reserve
 from glmimg.corpus.scenes import Scene, Thing
 from glmimg.dataset.checking import Checked, check_dataset
 from glmimg.dataset.reading import Dataset
@@ -103,6 +103,7 @@ def _write(directory: Path, bucket: tuple[int, int], members: Sequence[Checked])
     directory.mkdir(parents=True, exist_ok=True)
     shape = (len(members), height, width, 3)
     pictures = np.lib.format.open_memmap(directory / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape)
+    reserve(directory / "pictures.npy")
     for k, checked in enumerate(members):
         pictures[k] = np.asarray(checked.fit.apply(checked.example.picture.open()))
     pictures.flush()

@@ -44,7 +44,10 @@ def causal_attention(q_BHTd: torch.Tensor, k_BGTd: torch.Tensor, v_BGTd: torch.T
     """Causal attention (B, H, T, d); H is a multiple of G, and query heads of a group are neighbours."""
     B, H, T, d = q_BHTd.shape
     G = k_BGTd.shape[1]
-    if q_BHTd.device.type != "cpu" or q_BHTd.dtype != torch.bfloat16:
+    if q_BHTd.dtype == torch.float32 and not q_BHTd.is_cpu:  # whose fast kernels for it know no groups
+        k_BGTd, v_BGTd = (part.repeat_interleave(H // G, 1) for part in (k_BGTd, v_BGTd))
+        return F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True)
+    if not q_BHTd.is_cpu or q_BHTd.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True, enable_gqa=G != H)
     scores = (q_BHTd * d**-0.5).reshape(B, G, H // G * T, d) @ k_BGTd.transpose(-1, -2)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)

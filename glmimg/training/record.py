@@ -68,7 +68,7 @@ def cost(checkpoint: Path, watts: float = 0.0) -> dict[str, dict[str, float]]:
 
 
 def _held_out(log: Path) -> dict[str, float]:
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]  # a full disk tears lines
     found = [{k[9:]: v for k, v in row.items() if k.startswith("held_out_")} for row in rows]
     return next((figures for figures in reversed(found) if figures), {})
 

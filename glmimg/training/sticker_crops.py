@@ -13,11 +13,10 @@ from PIL import Image
 
 from glmimg.corpus.scenes import GROUP_WEIGHT
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept
-from glmimg.corpus.stickers import StickerBank
+from glmimg.corpus.stickers import StickerBank, may_be_mirrored
 from glmimg.corpus.words import BACKGROUNDS, COLOURS
 
 SIDE = 80
-_MIRRORED = ("animals", "travel")
 
 
 class StickerCrops:
@@ -40,7 +39,7 @@ class StickerCrops:
         groups = [bank.concepts[s.concept].group for s in stickers]
         weights = [GROUP_WEIGHT[g] * (0.1 if s.tone else 1.0) for s, g in zip(stickers, groups, strict=True)]
         self._sums = np.cumsum(weights) / sum(weights)
-        self._mirrored = np.array([g in _MIRRORED for g in groups])
+        self._mirrored = np.array([may_be_mirrored(bank.concepts[s.concept]) for s in stickers])
         self._silhouette = np.array([s.style == "silhouette" for s in stickers])
 
     def draw(
