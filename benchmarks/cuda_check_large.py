@@ -54,9 +54,8 @@ def write_skeleton(folder: Path, preset: dict[str, Any]) -> None:
     """A checkpoint folder whose weights are holes."""
     from transformers.generation.configuration_utils import GenerationConfig
 
-    from glmimg.checkpoint import COMPONENTS, SECOND_NAME, empty_component
+    from glmimg.checkpoint import COMPONENTS, SECOND_NAME, STEMS, empty_component
     from glmimg.weights_tools.init import train_bpe, write_settings
-    from glmimg.weights_tools.layouts import STEMS
 
     folder.mkdir()
     write_settings(folder, preset, train_bpe([PROMPT], preset))

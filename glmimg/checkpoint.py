@@ -39,6 +39,7 @@ __all__ = [
     "EMBEDDED",
     "PICTURE_PARTS",
     "SECOND_NAME",
+    "STEMS",
     "Checkpoint",
     "CheckpointSettings",
     "empty_component",
@@ -49,6 +50,8 @@ __all__ = [
 EMBEDDED = "embedded"
 # The folders that hold weights.
 COMPONENTS = ("vision_language_encoder", "text_encoder", "transformer", "vae")
+# What the libraries call the weights of each.
+STEMS = dict(zip(COMPONENTS, ("model", "model", "diffusion_pytorch_model", "diffusion_pytorch_model"), strict=True))
 
 _VISION = ("model.visual.", "model.vqmodel.")
 _LANGUAGE = ("model.language_model.", "lm_head.")
@@ -371,11 +374,10 @@ def save_component(
             for file in stored.folder.glob("*.json"):
                 if not file.name.endswith(".index.json"):
                     shutil.copyfile(file, temporary / file.name)
-        stem = "model" if name in ("vision_language_encoder", "text_encoder") else "diffusion_pytorch_model"
         save_torch_state_dict(
             {key: state[key].cpu().contiguous() for key in sorted(state)},
             temporary,
-            filename_pattern=stem + "{suffix}.safetensors",
+            filename_pattern=STEMS[name] + "{suffix}.safetensors",
             max_shard_size=max_shard_size,
             metadata={"format": "pt"},
         )

@@ -147,7 +147,10 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if getattr(arguments, flag):
             settings[name] = getattr(arguments, flag)
     if arguments.prior_prompts:
-        settings["prior_prompts"] = [*(arguments.prior_prompt or ()), *_lines(arguments.prior_prompts)]
+        from glmimg.cli_generate import prompt_lines
+
+        lines = prompt_lines(arguments.prior_prompts, "--prior-prompts ")
+        settings["prior_prompts"] = [*(arguments.prior_prompt or ()), *lines]
     captions = settings.get("captions") or {}
     if not isinstance(captions, dict):
         raise BadInput(f'captions {captions!r}: give an object, such as {{"trigger": "zibble", "dropout": 0.1}}')
@@ -156,17 +159,6 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     if captions:
         settings["captions"] = captions
     return settings
-
-
-def _lines(path: str) -> list[str]:
-    """A file's lines that are not empty; BadInput where there are none."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--prior-prompts {path} cannot be read ({error}): give a text file, a prompt a line") from error
-    if not any(lines):
-        raise BadInput(f"--prior-prompts {path} is empty: write a prompt a line")
-    return list(filter(None, lines))
 
 
 def _told(plan: Plan, pipeline: FineTunePipeline) -> str:

@@ -86,8 +86,8 @@ def _add_options(parser: argparse.ArgumentParser, output: str = "picture.png") -
 
 def _generate(arguments: argparse.Namespace) -> int:
     source = _source(arguments, "text-to-image")
-    prompts = [line for text in arguments.prompt for line in (_lines("-") if text == "-" else [text])]
-    prompts += _lines(arguments.prompts) if arguments.prompts else []
+    prompts = [line for text in arguments.prompt for line in (prompt_lines("-") if text == "-" else [text])]
+    prompts += prompt_lines(arguments.prompts) if arguments.prompts else []
     if source is not None and prompts:
         source["tokens"] = None
     if not prompts:
@@ -287,14 +287,15 @@ def _place(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict
     }
 
 
-def _lines(path: str) -> list[str]:
+def prompt_lines(path: str, flag: str = "") -> list[str]:
+    """The prompts of a text file, or of standard input for "-": a line each, without those that begin with #."""
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read as text ({error})") from error
+        raise BadInput(f"{flag}{path}: cannot be read as text ({error})") from error
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not lines:
-        raise BadInput(f"{'stdin' if path == '-' else path} holds no prompt: write one on each line")
+        raise BadInput(f"{flag}{'stdin' if path == '-' else path} holds no prompt: write one on each line")
     return lines
 
 

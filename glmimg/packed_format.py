@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from glmimg.errors import BadInput
 
-__all__ = ["BITS", "CONFIG_KEY", "FORMAT", "GROUP", "KERNEL_GROUPS", "PACKED", "SCALE", "group_size"]
+__all__ = ["BITS", "CONFIG_KEY", "FORMAT", "GROUP", "KERNEL_GROUPS", "PACKED", "SCALE", "group_size", "parameters"]
 
 BITS = (8, 4)
 GROUP = 64  # columns that share a scale in 4 bits, unless asked otherwise
@@ -25,3 +28,10 @@ def group_size(columns: int, wanted: int = GROUP) -> int:
         raise BadInput(f"group size {wanted}: give 1 or more, such as {GROUP}")
     fitting = [size for size in KERNEL_GROUPS if size <= wanted and columns % size == 0]
     return fitting[0] if fitting else max(size for size in range(1, min(wanted, columns) + 1) if columns % size == 0)
+
+
+def parameters(name: str, dtype: str, shape: Sequence[int]) -> int:
+    """How many weights a tensor stands for: two in a byte where four bits are packed, none for scales."""
+    if name.endswith(SCALE):
+        return 0
+    return math.prod(shape) * (2 if name.endswith(PACKED) and dtype == "U8" else 1)

@@ -121,12 +121,11 @@ def sample(logits_BV: torch.Tensor, sampling: TokenSampling, generators: Sequenc
 class Forced:
     """Tokens that must come out as they are: where `keep_HW` is true, `grid`'s ids are kept and the rest drawn anew.
 
-    The preview grid's tokens are kept where the picture behind them is, unless `keep_preview_HW` says otherwise.
+    The preview grid's tokens are kept where the picture behind them is.
     """
 
     grid: TokenGrid
     keep_HW: torch.Tensor
-    keep_preview_HW: torch.Tensor | None = None
 
     def flat(self, prompt: Prompt, codebook_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids_N and keep_N in the order of emission."""
@@ -143,7 +142,6 @@ class Forced:
                 preview, kept = torch.zeros(prompt.preview, dtype=torch.int64), torch.zeros(prompt.preview).bool()
             else:
                 kept = ~scale_mask(~self.keep_HW, prompt.preview)
-                kept = kept if self.keep_preview_HW is None else self.keep_preview_HW
             if tuple(preview.shape) != prompt.preview or kept.shape != preview.shape:
                 raise BadInput(f"a forced preview grid of {tuple(preview.shape)} does not fit one of {prompt.preview}")
             ids, keep = [preview.flatten(), *ids], [kept.flatten(), *keep]

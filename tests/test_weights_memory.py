@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from glmimg.checkpoint import COMPONENTS, EMBEDDED, Checkpoint
+from glmimg.checkpoint import COMPONENTS, EMBEDDED, STEMS, Checkpoint
 from glmimg.weights_tools.fit import expected_shapes
 from glmimg.weights_tools.init_like import scaled_configs
-from glmimg.weights_tools.layouts import STEMS
 from glmimg.weights_tools.streaming import TensorSpec, _lay_out
 
 pytest.importorskip("resource", reason="no limits of memory here")

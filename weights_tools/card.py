@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from glmimg.atomic_write import atomic_file
 from glmimg.checkpoint import COMPONENTS, EMBEDDED, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
-from glmimg.packed_format import CONFIG_KEY, PACKED, SCALE
+from glmimg.packed_format import CONFIG_KEY, parameters
 from glmimg.weight_files import contained
 from glmimg.weights_tools.rewrite import LINEAGE
 from glmimg.weights_tools.streaming import Progress
@@ -42,13 +41,8 @@ def describe(model: str | Path | Checkpoint, progress: Progress | None = None) -
     components = {}
     for name in COMPONENTS:
         infos = checkpoint.weights[name].infos
-        numbers = 0
-        for tensor, info in infos.items():
-            if not tensor.endswith(SCALE):
-                four = tensor.endswith(PACKED) and info.dtype == "U8"
-                numbers += math.prod(info.shape) * (2 if four else 1)
         components[name] = {
-            "parameters": numbers,
+            "parameters": sum(parameters(tensor, info.dtype, info.shape) for tensor, info in infos.items()),
             "bytes": checkpoint.weights[name].nbytes(),
             "dtypes": sorted({info.dtype for info in infos.values()}),
             "quantization": checkpoint.config(name).get(CONFIG_KEY),

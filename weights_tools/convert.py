@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glmimg.atomic_write import atomic_folder
-from glmimg.checkpoint import PICTURE_PARTS, Checkpoint
+from glmimg.checkpoint import PICTURE_PARTS, STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.weight_files import CODEBOOK
 from glmimg.weights_tools.consistency import clashes
@@ -23,7 +23,6 @@ from glmimg.weights_tools.layouts import (
     DECODER_PREFIX,
     FILE,
     METADATA,
-    STEMS,
     Contents,
     StoredTensor,
     read_contents,

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from glmimg.atomic_write import atomic_folder
-from glmimg.checkpoint import COMPONENTS, empty_component
+from glmimg.checkpoint import COMPONENTS, STEMS, empty_component
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import CONFIG_KEY
 from glmimg.weights_tools.convert import DTYPES, as_json, with_dtype, write_synced
 from glmimg.weights_tools.fit import PARTS, expected_shapes
 from glmimg.weights_tools.inspect import open_headers
-from glmimg.weights_tools.layouts import STEMS
 from glmimg.weights_tools.rewrite import SHARD_BYTES, Bytes
 from glmimg.weights_tools.streaming import (
     PIECE,

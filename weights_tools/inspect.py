@@ -10,7 +10,7 @@ from typing import Any
 
 from glmimg.checkpoint import Checkpoint
 from glmimg.errors import BadInput, CheckpointError
-from glmimg.packed_format import CONFIG_KEY, PACKED, SCALE
+from glmimg.packed_format import CONFIG_KEY, parameters
 from glmimg.weights_tools.layouts import Contents, StoredTensor, class_of, read_contents
 from glmimg.weights_tools.streaming import Progress, TensorSpec, natural_order, torch_dtype
 
@@ -41,7 +41,7 @@ def inspect(
             "class": class_of(config),
             "weights": name in contents.tensors,
             "tensors": len(specs),
-            "parameters": sum(parameters(tensor, spec) for tensor, spec in specs.items()),
+            "parameters": sum(parameters(tensor, spec.dtype, spec.shape) for tensor, spec in specs.items()),
             "bytes": sum(spec.nbytes for spec in specs.values()),
             "dtypes": _by_dtype(specs),
             "quantization": config.get(CONFIG_KEY),
@@ -130,13 +130,6 @@ def open_headers(source: str | Path, *, weights: bool = False) -> Contents:
         return _remote(text)
 
 
-def parameters(name: str, spec: TensorSpec) -> int:
-    """How many weights a tensor stands for: two in a byte where four bits are packed, none for scales."""
-    if name.endswith(SCALE):
-        return 0
-    return math.prod(spec.shape) * (2 if name.endswith(PACKED) and spec.dtype == "U8" else 1)
-
-
 def tree(specs: Mapping[str, TensorSpec], values: Mapping[str, Mapping[str, Any]], depth: int) -> list[dict[str, Any]]:
     """Groups of tensors by the first `depth` levels of their names, numbers told together, in the files' order.
 
@@ -151,7 +144,7 @@ def tree(specs: Mapping[str, TensorSpec], values: Mapping[str, Mapping[str, Any]
                 key, {"name": key, "level": level, "tensors": 0, "parameters": 0, "bytes": 0, "repeats": set()}
             )
             group["tensors"] += 1
-            group["parameters"] += parameters(name, spec)
+            group["parameters"] += parameters(name, spec.dtype, spec.shape)
             group["bytes"] += spec.nbytes
             group["shape"] = list(spec.shape)
             group["repeats"].add(tuple(part for part in name.split(".")[:level] if part.isdecimal()))

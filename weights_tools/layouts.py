@@ -25,7 +25,6 @@ __all__ = [
     "CLASSES",
     "DECODER_PREFIX",
     "FILE",
-    "STEMS",
     "Contents",
     "StoredTensor",
     "class_of",
@@ -41,13 +40,6 @@ CLASSES = {
     "T5EncoderModel": "text_encoder",
     "GlmImageTransformer2DModel": "transformer",
     "AutoencoderKL": "vae",
-}
-# What the libraries call the weights of a component.
-STEMS = {
-    "vision_language_encoder": "model",
-    "text_encoder": "model",
-    "transformer": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
 }
 FILE, METADATA = "file:", "metadata:"
 DECODER_PREFIX = "model.diffusion_model."

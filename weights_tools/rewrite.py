@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glmimg.atomic_write import atomic_folder
-from glmimg.checkpoint import Checkpoint
+from glmimg.checkpoint import STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.weight_files import contained
 from glmimg.weights_tools.streaming import (
@@ -35,7 +35,6 @@ __all__ = [
     "record",
     "require_new",
     "rewritten",
-    "stem",
     "sync_files",
     "write_component",
 ]
@@ -62,11 +61,6 @@ class Bytes:
         """Tells that all is done, where less was to do than thought."""
         if self.progress and self.done < self.total:
             self.progress(self.total, self.total)
-
-
-def stem(component: str) -> str:
-    """What the component's weight files are called."""
-    return "model" if component in ("vision_language_encoder", "text_encoder") else "diffusion_pytorch_model"
 
 
 def require_new(target: str | Path, source: Checkpoint) -> None:
@@ -118,7 +112,7 @@ def write_component(
     progress: Progress | None = None,
 ) -> None:
     """Writes a component's tensors, which `write` gives to the writer, in shards where they are large."""
-    target = folder / component / f"{stem(component)}.safetensors"
+    target = folder / component / f"{STEMS[component]}.safetensors"
     with tensor_writer(target, plan, shard_bytes=SHARD_BYTES, progress=progress) as writer:
         write(writer)
 

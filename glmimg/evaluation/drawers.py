@@ -7,7 +7,6 @@ Legend: B batch, T sequence, N emitted tokens, C latent channels, H x W pixels.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from PIL import Image
 
 from glmimg.diffusion import interpolate, noise_like, training_sigmas, training_timesteps, velocity_target
 from glmimg.image_io import to_tensor
+from glmimg.packed_format import parameters
 from glmimg.pipelines.best_of import token_bits
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import TokenGrid, patch_ids
@@ -153,7 +153,7 @@ class PipelineModel:
         checkpoint = self.stages.checkpoint
         parts = {}
         for name, files in checkpoint.weights.items():
-            numbers = sum(math.prod(info.shape) for info in files.infos.values())
+            numbers = sum(parameters(tensor, info.dtype, info.shape) for tensor, info in files.infos.items())
             parts[name] = {"parameters": numbers, "megabytes": round(files.nbytes() / 1e6, 2)}
         config = self.pictures.defaults.to_dict() | {"height": self.size[0], "width": self.size[1]} | self.options
         seconds = sorted(self.seconds)

@@ -21,7 +21,6 @@ from glmimg.evaluation.prompts import Record
 from glmimg.evaluation.text import Reader, ink_of, names_ink
 from glmimg.evaluation.text import score as text_score
 
-SOURCES = ("model", "real", "tokens", "floor")
 Scores = dict[str, "bool | float"]
 
 

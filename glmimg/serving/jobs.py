@@ -17,9 +17,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FORMATS", "Job"]
-
-FORMATS = ("png", "jpeg", "webp")
+__all__ = ["Job"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from glmimg.errors import BadInput, Cancelled, CheckpointError, GlmimgError
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import BatchOrder, Pictures
 from glmimg.training.finetune_tasks import Learner
+from glmimg.training.loop import open_board
 from glmimg.training.processes import Processes
 
 __all__ = ["REQUESTS", "FineTuneLoop", "FineTuneStep"]
@@ -287,7 +287,7 @@ class FineTuneLoop:
         """
         config, self._ahead = self.config, None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._board = _board(self.folder / "board", self.step) if self.processes.main else None
+        self._board = open_board(self.folder, self.step) if self.processes.main else None
         self.learner.model.train()
         try:
             if self.step == 0:
@@ -425,16 +425,6 @@ def _disk(write: Callable[[], None]) -> None:
                 "the disk is full: the last saved state is whole; free some space and --resume"
             ) from error
         raise
-
-
-def _board(folder: Path, step: int) -> Any:
-    """A TensorBoard writer, or None where that is not installed (extra `train`). It hides what a killed run drew after
-    `step`."""
-    if find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
 
 def _seed(*numbers: int) -> int:

@@ -103,7 +103,7 @@ class Run:
         self.task, self.config, self.directory = task, config, directory
         self.processes = Processes.current()
         directory.mkdir(parents=True, exist_ok=True)
-        self.board = _board(directory) if self.processes.main else None
+        self.board = open_board(directory) if self.processes.main else None
         if self.processes.main:
             (directory / "config.json").write_text(json.dumps(asdict(config), indent=1))
         self.modules = dict(task.modules)
@@ -323,13 +323,14 @@ class _Endless(Sampler[int]):
         return self.positions
 
 
-def _board(directory: Path) -> Any:
-    """A TensorBoard writer, or None where it is not installed (extra `train`)."""
+def open_board(directory: Path, step: int = 0) -> Any:
+    """A TensorBoard writer, or None where it is not installed (extra `train`). It hides what a killed run drew after
+    `step`."""
     if find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(directory / "board"))
+    return SummaryWriter(str(directory / "board"), purge_step=step + 1 if step else 0)
 
 
 class _Swapped:

@@ -6,7 +6,7 @@ Letters: N outputs, K inputs, r rank, R rows of input.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from glmimg.errors import BadInput
 from glmimg.fused_linear import product
-from glmimg.lora import Adapter, Low, row_lengths, target_names
+from glmimg.lora import Low, row_lengths, target_names
 
 __all__ = ["LoraLinear", "attach", "detach", "unchanged"]
 
@@ -124,12 +124,8 @@ def attach(
     dora: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
-    start: Adapter | None = None,
 ) -> dict[str, LoraLinear]:
-    """Freezes the model and puts a LoraLinear in the place of each target; returns them by name.
-
-    `start`: an adapter to go on from; it must have the same layers and rank.
-    """
+    """Freezes the model and puts a LoraLinear in the place of each target; returns them by name."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     layers = {}
@@ -137,26 +133,7 @@ def attach(
         layer = LoraLinear(model.get_submodule(name), rank, alpha, dora=dora, dropout=dropout, generator=generator)
         _put(model, name, layer)
         layers[name] = layer
-    if start is not None:
-        _continue(layers, start)
     return layers
-
-
-@torch.no_grad()
-def _continue(layers: Mapping[str, LoraLinear], start: Adapter) -> None:
-    ours = {n: (tuple(m.lora_A.shape), tuple(m.lora_B.shape), m.magnitude is None, m.scale) for n, m in layers.items()}
-    theirs = {
-        n: (tuple(low.a_rK.shape), tuple(low.b_Nr.shape), low.magnitude_N is None, low.scale)
-        for n, low in start.layers.items()
-    }
-    if ours != theirs:
-        raise BadInput("the adapter to go on from has other layers, rank, alpha or kind: give it the same settings")
-    for name, layer in layers.items():
-        low = start.layers[name]
-        layer.lora_A.copy_(low.a_rK)
-        layer.lora_B.copy_(low.b_Nr)
-        if layer.magnitude is not None and low.magnitude_N is not None:
-            layer.magnitude.copy_(low.magnitude_N)
 
 
 @contextmanager

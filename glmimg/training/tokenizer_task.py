@@ -377,8 +377,3 @@ class _Usage(nn.Module):
 def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Zero, not NaN, when a batch has nothing to say."""
     return F.cross_entropy(logits, target, ignore_index=-100, reduction="sum") / (target >= 0).sum().clamp_min(1)
-
-
-def save_names(bank_directory: Path) -> None:
-    """Make the sentence vectors ahead of training."""
-    Names.of_stickers(StickerBank(bank_directory))
