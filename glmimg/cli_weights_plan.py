@@ -183,6 +183,8 @@ def _machine(arguments: argparse.Namespace) -> Machine:
         speeds = {host + name: value for name, value in measure_machine(backend).items()} | speeds
         if backend.has_pinned_memory and not devices:
             devices = (backend.memory().total,)
+        if backend.has_pinned_memory:
+            speeds["itemsize"] = backend.dtype.itemsize  # 4 on devices before bfloat16
     needed = ["bandwidth", "flops", "link"] if devices else []
     assumed = [name for name in [*needed, "host_bandwidth", "host_flops"] if name not in speeds]
     here = pick_backend("cpu")  # another machine's processor is taken for one with bfloat16

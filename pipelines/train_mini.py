@@ -382,7 +382,7 @@ class MiniTraining:
                 torch.nn.Module.to(module, "cpu", torch.bfloat16)
                 save_component(folder, name, module)
             self.write_attribution(folder)
-            places = [self.work / stage for stage in (*KEPT, "teacher", "reinforcement")]
+            places = [self.work / stage for stage in (*KEPT, "teacher", "reinforcement", "languages")]
             rows = {place.name: chunks_record(place, self.start_from, watts) for place in places}
             kept = {stage: row for stage, row in rows.items() if stage in KEPT or row["steps"]}
             (folder / "training.json").write_text(json.dumps(kept, indent=1))

@@ -221,6 +221,14 @@ def test_the_command_writes_a_checkpoint(
     assert (told["steps"], told["position"]) == (4, 8)
 
 
+def test_another_seed_draws_other_layouts(tiny_checkpoint: Path, bank: StickerBank) -> None:
+    drawn = [_task(tiny_checkpoint, bank, lambda *_: 0.0, samples=2, seed=seed).batch(0, 4).drawn for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0].labels_BN, drawn[1].labels_BN)
+    assert not torch.equal(drawn[0].labels_BN, drawn[2].labels_BN)
+    with pytest.raises(BadInput, match="no records"):
+        RewardTask(None, Stages(Checkpoint.open(tiny_checkpoint), "cpu"), bank, lambda *_: 0.0, [])
+
+
 def test_prompts_hold_nothing_that_is_held_out(bank: StickerBank) -> None:
     records = prompts(bank, 42, 500_000)
     stickers = words = pairs = 0

@@ -38,7 +38,7 @@ RELUCTANCE = {16: 1.0, 8: 1.15, 4: 1.5}
 class Machine:
     """Bytes of each device and of the host, and their speeds: bytes a second of memory and of the link to the devices,
     arithmetic operations a second. `host_itemsize`: bytes of a number there, 4 on a processor without instructions for
-    bfloat16. `watts` of the whole machine, `price` of an hour of it. `assumed` names what is
+    bfloat16; `itemsize`: on the devices, 4 on those before it. `watts` of the whole machine, `price` of an hour of it. `assumed` names what is
     neither stated nor measured. `timed`: of the devices (True) or the host (False), what glmimg.weights_tools.timing
     measured of this very work; it takes the place of what the speeds give."""
 
@@ -50,6 +50,7 @@ class Machine:
     host_bandwidth: float = 30e9
     host_flops: float = 3e11
     host_itemsize: int = 2
+    itemsize: int = 2
     watts: float | None = None
     price: float | None = None
     assumed: tuple[str, ...] = ()
@@ -131,11 +132,13 @@ def options(costs: Costs, machine: Machine, work: Workload) -> list[Option]:
             raise BadInput(f"{name} {getattr(machine, name)}: give a number above 0")
     found = []
     for bits in (16, 8, 4):
+        widths = {False: machine.host_itemsize, True: machine.itemsize}
         versions = {
-            on_device: _Version.of(replace(costs, itemsize=2 if on_device else machine.host_itemsize), work, bits)
-            for on_device in (False, True)
+            on_device: _Version.of(replace(costs, itemsize=width), work, bits) for on_device, width in widths.items()
         }
         for generator, decoder, offload in _placements(len(machine.devices)):
+            if (bits, generator, offload) == (4, HOST, "block"):
+                continue  # processors' 4-bit kernel needs each block laid out anew for every token
             found.append(_option(versions, machine, work, generator, decoder, offload))
     return sorted(found, key=lambda option: (not option.fits, option.total * RELUCTANCE[option.bits], -option.bits))
 
