@@ -38,9 +38,9 @@ RELUCTANCE = {16: 1.0, 8: 1.15, 4: 1.5}
 class Machine:
     """Bytes of each device and of the host, and their speeds: bytes a second of memory and of the link to the devices,
     arithmetic operations a second. `host_itemsize`: bytes of a number there, 4 on a processor without instructions for
-    bfloat16; `itemsize`: on the devices, 4 on those before it. `watts` of the whole machine, `price` of an hour of it. `assumed` names what is
-    neither stated nor measured. `timed`: of the devices (True) or the host (False), what glmimg.weights_tools.timing
-    measured of this very work; it takes the place of what the speeds give."""
+    bfloat16; `itemsize`: on the devices, 4 on those before it. `watts` of the whole machine, `price` of an hour of it.
+    `assumed` names what is neither stated nor measured. `timed`: of the devices (True) or the host (False), what
+    glmimg.weights_tools.timing measured of this very work; it takes the place of what the speeds give."""
 
     devices: tuple[int, ...]
     ram: int
