@@ -43,9 +43,9 @@ def atomic_file(target: str | Path, *, replace: bool = True, mode: int | None = 
         temporary = Path(name)
         try:
             yield temporary
-            _open_to(temporary, 0o666 & ~_umask() if mode is None else mode)  # mkstemp's only their owner can read
             with temporary.open("r+b") as stream:  # or after a power cut the name may lead to an empty file
                 os.fsync(stream.fileno())
+            _open_to(temporary, 0o666 & ~_umask() if mode is None else mode)  # mkstemp's only their owner can read
             if replace or not os.path.lexists(target):
                 os.replace(temporary, target)
             else:
@@ -106,7 +106,10 @@ def locked(file: str | Path, busy: str = "") -> Iterator[None]:
         return
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        stream = open(file, "a")  # noqa: SIM115
+        try:
+            stream = open(file, "a")  # noqa: SIM115
+        except PermissionError:  # another user's, which can be locked all the same
+            stream = open(file)  # noqa: SIM115
     except OSError as error:
         raise BadInput(f"cannot write {file} ({error.strerror}): name a place that you may write to") from error
     with stream:
@@ -135,7 +138,8 @@ def reserve(file: str | Path) -> None:
 
 def _keep(temporary: Path, target: Path) -> None:
     number = 2
-    while os.path.lexists(other := target.with_name(f"{target.stem}-{number}{target.suffix}")):
+    stem, suffix = (target.name, "") if temporary.is_dir() else (target.stem, target.suffix)
+    while os.path.lexists(other := target.with_name(f"{stem}-{number}{suffix}")):
         number += 1
     os.rename(temporary, other)
     raise BadInput(f"{target} has appeared meanwhile and stays as it is: what was made is in {other}")

@@ -5,7 +5,7 @@ with the parsed arguments and gives the exit status. Modules are imported when t
 `--help` needs no torch.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted,
-143 terminated.
+143 terminated (fine-tuning, which saves first: 130).
 """
 
 from __future__ import annotations

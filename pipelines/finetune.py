@@ -170,7 +170,9 @@ class FineTunePipeline:
         if planned is not None and not begun:
             planned(make_plan(self, train, held_out, progress))
         busy = f"another process trains into {output}: wait for it, or name another folder"
-        with locked(output / "run" / ".lock", busy) if processes.main else nullcontext():
+        with locked(output / ".lock", busy) if processes.main else nullcontext():
+            if processes.main and begun != bool(list((output / "run").glob("*/state.safetensors"))):
+                raise BadInput(f"another process has trained into {output} meanwhile: name another folder")
             return self._run(output, report, train, held_out, callback, progress)
 
     def _run(

@@ -25,6 +25,10 @@ from glmimg.corpus.stickers import Concept, StickerBank, may_be_mirrored
         ("bus", "a bus", "buses"),
         ("flat sticker of a fox", "a flat sticker of a fox", "flat stickers of a fox"),
         ("woman with light skin tone", "a woman with light skin tone", "women with light skin tone"),
+        ("3D render of glasses", "a 3D render of glasses", "3D renders of glasses"),
+        ("person lifting weights", "a person lifting weights", "people lifting weights"),
+        ("rhinoceros", "a rhinoceros", "rhinoceroses"),
+        ("snowman without snow", "a snowman without snow", "snowmen without snow"),
     ],
 )
 def test_english(noun: str, one: str, many: str) -> None:
@@ -40,6 +44,10 @@ def test_english(noun: str, one: str, many: str) -> None:
         ("anillo gris", "anillos grises", 1),
         ("círculo rosa", "círculos rosa", 1),
         ("render 3D de zorro", "renders 3D de zorro", 1),
+        ("cara sonriendo con ojos grandes", "caras sonriendo con ojos grandes", 1),
+        ("pan de molde", "panes de molde", 1),
+        ("familia: hombre, niña", "familia: hombre, niña", 1),
+        ("mulher nadando", "mulheres nadando", 2),
         ("coração azul", "corações azuis", 2),
         ("anel marrom", "anéis marrons", 2),
         ("cruz preta", "cruzes pretas", 2),
@@ -62,6 +70,9 @@ def test_gender() -> None:
         "caneca",
         "faixa",
         "flor",
+        "mujer nadando",
+        "mulher: loira",
+        "televisión",
         "canción",
     )
     masculine = (

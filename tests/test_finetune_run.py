@@ -400,7 +400,7 @@ def hear_interrupts() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_from_outside_and_gone_on_with(
     sign: signal.Signals,
     opened: Callable[..., FineTunePipeline],
@@ -425,8 +425,8 @@ def test_killed_from_outside_and_gone_on_with(
             time.sleep(0.1)
         assert main([*command, "--resume"]) == 2, "two may not train into one folder"
         os.kill(run.pid, sign)
-        assert run.wait(60) == (130 if sign == signal.SIGTERM else -signal.SIGKILL)
-        assert run.stderr is not None and ("--resume goes on" in run.stderr.read()) == (sign == signal.SIGTERM)
+        assert run.wait(60) == (-signal.SIGKILL if sign == signal.SIGKILL else 130)
+        assert run.stderr is not None and ("--resume goes on" in run.stderr.read()) == (sign != signal.SIGKILL)
     assert open_adapters([out])[0].stages.keys() == {"generator"}
     assert state(out, "generator")
     killed = losses(out, "generator")

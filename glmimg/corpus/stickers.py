@@ -44,7 +44,7 @@ class Concept:
 
 
 # Travel's clocks, moons, maps and signs: another thing, or none, in a mirror.
-_ONE_WAY = re.compile(r"o’clock|-thirty|clock|moon|map of|sign\b|tower|statue|information|litter|baggage|customs")
+_ONE_WAY = re.compile(r"o’clock|-thirty|clock|watch|moon|\bmap\b|sign\b|tower|statue")
 
 
 def may_be_mirrored(concept: Concept) -> bool:

@@ -84,22 +84,26 @@ def _mixed(records: list[Record]) -> list[Record]:
     return [records[k] for k in order]
 
 
-def begin(run: Run, checkpoint: Checkpoint, stage: str) -> None:
-    """Goes on with what the work folder holds, or begins with prompts that the checkpoint was not trained by before."""
-    file = run.directory / STARTED
+def require_same_model(work: Path, checkpoint: Checkpoint) -> None:
+    """BadInput if the work folder is of a run from another checkpoint."""
+    file = work / STARTED
     told = json.loads(file.read_text()).get("hash") if file.exists() else None
     if told not in (None, checkpoint.hash):
         raise BadInput(
-            f"{run.directory} is of a run from checkpoint {told}, and {checkpoint.name} is {checkpoint.hash}: "
+            f"{work} is of a run from checkpoint {told}, and {checkpoint.name} is {checkpoint.hash}: "
             "give that --model to go on, or another --work"
         )
+
+
+def begin(run: Run, checkpoint: Checkpoint, stage: str) -> None:
+    """Goes on with what the work folder holds, or begins with prompts that the checkpoint was not trained by before."""
     if run.resume():
         print(f"resumed at step {run.step}", file=sys.stderr)
         return
     base = checkpoint_record(checkpoint.root, stage)
     run.position = base["position"]
     if run.processes.main:
-        file.write_text(json.dumps(base | {"hash": checkpoint.hash}))
+        (run.directory / STARTED).write_text(json.dumps(base | {"hash": checkpoint.hash}))
 
 
 def write_learnt(run: Run, model: Any, checkpoint: Checkpoint, out: Path, stage: str) -> None:
@@ -197,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=a.seed,
     )
     train_only(task.modules, a.only)
+    require_same_model(a.work, checkpoint)
     run = Run(task, config, a.work)
     begin(run, checkpoint, STAGE)
     if run.processes.main:

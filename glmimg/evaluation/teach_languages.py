@@ -32,7 +32,7 @@ from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import COLOURS, SHAPES, STYLE_NAMES
 from glmimg.errors import BadInput
-from glmimg.evaluation.reinforce import begin, write_learnt
+from glmimg.evaluation.reinforce import begin, require_same_model, write_learnt
 from glmimg.evaluation.reward_task import emitted
 from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import preview_grid, target_grid
@@ -165,7 +165,8 @@ def _weights(text: str) -> dict[str, float]:
         found = {lang: float(weight) for lang, _, weight in (part.partition("=") for part in text.split(","))}
     except ValueError as error:
         raise BadInput(f"--languages {text!r}: write LANGUAGE=WEIGHT,... such as en=1,es=2") from error
-    if not found or min(found.values()) < 0 or not sum(found.values()) or found.keys() - LANGUAGE_WEIGHTS:
+    good = found and all(0 <= weight < 1e9 for weight in found.values()) and sum(found.values()) > 0
+    if not good or found.keys() - LANGUAGE_WEIGHTS:
         raise BadInput(f"--languages {text!r}: give weights above 0 to some of {', '.join(LANGUAGE_WEIGHTS)}")
     return found
 
@@ -224,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         evaluate_minutes=5.0,
         sheet_minutes=1e9,
     )
+    require_same_model(a.work, checkpoint)
     run = Run(task, config, a.work)
     begin(run, checkpoint, STAGE)
     if run.processes.main:

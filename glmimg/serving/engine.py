@@ -57,6 +57,7 @@ class Engine:
         self._clock = MachineTime()
         self._drawing = False
         self._decoding: Work | None = None
+        self._last: Work | None = None  # whose picture was decoded last
         self._stopping = False
         self._changed = threading.Condition()
         self._files = ThreadPoolExecutor(1, "files")
@@ -327,9 +328,9 @@ class Engine:
             if work.over:
                 self._leave(work)
                 return
-            if self._decoding is not None and self._decoding is not work:
-                self._decoding.shown = None  # large: one request's references are in memory at a time
-            self._decoding = work
+            if self._last is not None and self._last is not work:
+                self._last.shown = None  # large: one request's references are in memory at a time
+            self._decoding = self._last = work
         try:
             if self.turns:
                 self.stages.enter("decoder")

@@ -388,7 +388,7 @@ class FineTuneLoop:
 
         found = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
         before = {name: signal.getsignal(name) for name in found if name is not None}
-        before = {name: old for name, old in before.items() if old is not signal.SIG_IGN}  # as under nohup
+        before = {name: old for name, old in before.items() if old not in (signal.SIG_IGN, None)}  # as under nohup
         for name in before:
             signal.signal(name, asked)
         try:
