@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from glmimg.corpus.grammar import agreeing
 from glmimg.corpus.scenes import Thing
 from glmimg.corpus.words import COLOURS
 from glmimg.errors import MissingExtra
@@ -54,7 +55,8 @@ def score(lines: list[str], word: str) -> dict[str, bool | float]:
 def names_ink(prompt: str, ink: str) -> bool:
     """Whether the prompt, in the words of the corpus' captions, says that the letters are of that colour."""
     english, spanish, portuguese, chinese = COLOURS[ink][1]
-    phrases = f"in {english} letters", f"letras de color {spanish}", f"letras de cor {portuguese}", f"{chinese}的字"
+    told = spanish, agreeing(portuguese, True)
+    phrases = f"in {english} letters", f"letras de color {told[0]}", f"letras de cor {told[1]}", f"{chinese}的字"
     return any(phrase in prompt for phrase in phrases)
 
 
