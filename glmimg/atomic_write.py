@@ -168,6 +168,8 @@ def _exchanged(one: Path, other: Path) -> bool:
 def _beside(target: Path, make: Callable[..., Any]) -> Any:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.lstat(target)  # its own name may be too long, told before the work
         return make(prefix=f".{_short(target.stem)}.", suffix=target.suffix, dir=target.parent)
     except OSError as error:
         if error.errno in _FULL:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,20 +122,13 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def _add(path: Path, who: int) -> None:
-    for k in range(3):
-        add_key(path, f"client {who} {k}")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="locks")
 def test_keys_made_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=_add, args=(tmp_path / "keys.json", who)) for who in range(3)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
+    program = "import sys; from glmimg.serving.auth import add_key; "
+    program += "[add_key(sys.argv[1], f'client {sys.argv[2]} {k}') for k in range(3)]"
+    command = [sys.executable, "-c", program, str(tmp_path / "keys.json")]
+    children = [subprocess.Popen([*command, str(who)], cwd=tmp_path) for who in range(3)]
+    assert [child.wait(120) for child in children] == [0, 0, 0]
     assert len(KeyFile(tmp_path / "keys.json")._clients) == 9
     assert (tmp_path / "keys.json").stat().st_mode & 0o777 == 0o600
 

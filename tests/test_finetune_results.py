@@ -366,7 +366,7 @@ def test_prompts_of_the_prior_come_from_files_or_are_everyday(
     (tmp_path / "config.json").write_text(json.dumps(SMALL | {"steps": 1, "stage": "decoder", "prior_count": 2}))
     flags = ["--model", str(tiny_checkpoint), "--backend", "cpu", "--cache", str(tmp_path / "cache"), "-q"]
     flags += ["--config", str(tmp_path / "config.json"), "-o", str(out), "--prior-weight", "0.5", "--prior-prompts"]
-    for wrong, message in (("", "is empty"), (None, "cannot be read")):
+    for wrong, message in (("", "holds no prompt"), (None, "cannot be read")):
         other = tmp_path / f"other-{wrong}.txt"
         if wrong is not None:
             other.write_text(wrong)
