@@ -400,7 +400,7 @@ def hear_interrupts() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_from_outside_and_gone_on_with(
     sign: signal.Signals,
     opened: Callable[..., FineTunePipeline],

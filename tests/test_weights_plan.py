@@ -179,7 +179,8 @@ def test_calls_can_be_typed(published: Costs) -> None:
 
 
 def test_a_measured_device_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    device: Any = SimpleNamespace(has_pinned_memory=True, memory=lambda: SimpleNamespace(total=24 * GB))
+    memory = SimpleNamespace(total=24 * GB)
+    device: Any = SimpleNamespace(has_pinned_memory=True, memory=lambda: memory, dtype=torch.float32)
     here = pick_backend("cpu")
     monkeypatch.setattr("glmimg.backends.pick_backend", lambda name: here if name == "cpu" else device)
     speeds = {"bandwidth": 1e12, "flops": 1e14, "link": 2e10}
@@ -187,9 +188,18 @@ def test_a_measured_device_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> No
     names = ("bandwidth", "link", "host_bandwidth", "flops", "host_flops", "device", "ram", "watts", "price")
     given: Any = Namespace(**dict.fromkeys(names), measure="xpu")
     found = cli_weights_plan._machine(given)
-    assert found.devices == (24 * GB,) and found.assumed == ("host_bandwidth", "host_flops")
+    assert found.devices == (24 * GB,) and found.assumed == ("host_bandwidth", "host_flops") and found.itemsize == 4
     given.device = ["16GB", "8GB"]
     assert cli_weights_plan._machine(given).devices == (16 * GB, 8 * GB)
+
+
+def test_processors_stream_no_four_bits(published: Costs) -> None:
+    found = options(published, Machine((), 64 * GB), PICTURE)
+    ways = {(one.bits, one.offload) for one in found}
+    assert (8, "block") in ways and (4, "none") in ways and (4, "block") not in ways
+    wide = options(published, Machine((64 * GB,), 64 * GB, itemsize=4), PICTURE)
+    whole = [o for o in wide if (o.bits, o.generator, o.decoder, o.offload) == (16, 0, 0, "none")]
+    assert len(whole) == 1 and whole[0].device_peaks[0] > 60 * GB, "weights of four bytes"
 
 
 def test_nothing_fits(published: Costs) -> None:
