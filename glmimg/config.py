@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -53,7 +54,7 @@ class Config:
         """
         if not isinstance(values, Mapping):
             raise BadInput(f"{cls.__name__} needs an object of names and values, not {type(values).__name__}")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         for name in values:
             if name not in fields:
@@ -71,7 +72,7 @@ class Config:
 
     def settle_types(self) -> None:
         """Of a new one: BadInput for a value of another type; numbers of other libraries become Python's own."""
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(type(self))  # a call has as many of these as pictures
         for field in dataclasses.fields(self):
             value = _typed(f"{type(self).__name__}.{field.name}", getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
@@ -144,6 +145,11 @@ def check_size(width: int, height: int, *, min_size: int, max_size: int) -> None
 def _snap(side: int, bounds: tuple[int, int], up: bool) -> int:
     snapped = (side + (SIDE - 1 if up else 0)) // SIDE * SIDE
     return max(bounds[0], min(bounds[1], snapped))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -122,19 +122,41 @@ def write_learnt(run: Run, model: Any, checkpoint: Checkpoint, out: Path, stage:
         file.write_text(json.dumps(told | {stage: chunks_record(run.directory, None)}, indent=1))
 
 
+def add_flags(parser: argparse.ArgumentParser, *, work: str, minutes: float, learning_rate: float) -> None:
+    """The flags of a program that changes some of a checkpoint's generator."""
+    parser.add_argument("out", type=Path, help="checkpoint folder to write (must not exist)")
+    parser.add_argument("--model", default="embedded", help="checkpoint to start from")
+    parser.add_argument("--bank", type=Path, default=Path("runs/corpus"), help="the corpus' sticker bank")
+    parser.add_argument("--work", type=Path, default=Path(work), help="folder for the training state")
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps, instead of minutes alone")
+    parser.add_argument("--only", default="norm|bias", metavar="PATTERN", help="names of the weights that learn")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--device", default="cpu", help="where everything runs: cpu, cuda, cuda:1, npu ...")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def prepared(a: argparse.Namespace, **more: Any) -> tuple[Backend, TrainConfig]:
+    """Where those flags have it run, and how it trains; BadInput for what cannot be."""
+    if a.out.exists():
+        raise BadInput(f"{a.out} exists: give a folder that does not")
+    backend = pick_backend(a.device)
+    if Processes.current(cpu=a.device == "cpu").count > 1 and a.device != "cpu":
+        raise BadInput(f"--device {a.device} with several processes: these share processors only")
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    told = {name: getattr(a, name) for name in ("learning_rate", "batch_size", "minutes", "steps", "seed", "threads")}
+    fixed = {"warmup": 10, "weight_decay": 0.0, "muon": False, "device": str(backend.device)}
+    return backend, TrainConfig(**told, **fixed, **more)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m glmimg.evaluation.reinforce", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="checkpoint folder to write (must not exist)")
-    parser.add_argument("--model", default="embedded", help="checkpoint to start from")
-    parser.add_argument("--bank", type=Path, default=Path("runs/corpus"), help="the corpus' sticker bank")
+    add_flags(parser, work="runs/reinforce", minutes=60.0, learning_rate=1.5e-3)
     parser.add_argument("--judge", type=Path, help="folder of the concept judge (the card's own)")
-    parser.add_argument("--work", type=Path, default=Path("runs/reinforce"), help="folder for the training state")
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--steps", type=int, default=0, help="optimizer steps, instead of minutes alone")
-    parser.add_argument("--only", default="norm|bias", metavar="PATTERN", help="names of the weights that learn")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--batch-size", type=int, default=64, help="pictures a step and process")
     parser.add_argument("--samples", type=int, default=8, help="pictures of each prompt")
     parser.add_argument("--temperature", type=float, default=0.6, help="of the draw (0.6)")
@@ -144,38 +166,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--edit-share", type=float, default=0.25, help="of the batches (0.25); 0: no edits")
     parser.add_argument("--parts", default=",".join(PARTS), help="of the prompts, comma-separated")
     parser.add_argument("--held-out", type=int, default=60, help="prompts to watch, and half as many edits (60)")
-    parser.add_argument("--device", default="cpu", help="where everything runs: cpu, cuda, cuda:1, npu ...")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
-    if a.out.exists():
-        raise BadInput(f"{a.out} exists: give a folder that does not")
     parts = [part for part in a.parts.split(",") if part]
     for part in parts:
         if part not in PARTS:
             raise UnknownName.of("part", part, PARTS)
     if not parts:
         raise BadInput(f"--parts is empty: name some of {', '.join(PARTS)}")
-    backend = pick_backend(a.device)
-    if Processes.current(cpu=a.device == "cpu").count > 1 and a.device != "cpu":
-        raise BadInput(f"--device {a.device} with several processes: these share processors only")
-    config = TrainConfig(
-        learning_rate=a.learning_rate,
-        batch_size=a.batch_size,
-        minutes=a.minutes,
-        steps=a.steps,
-        warmup=10,
-        weight_decay=0.0,
-        ema=0.9,
-        muon=False,
-        seed=a.seed,
-        threads=a.threads,
-        device=str(backend.device),
-        evaluate_minutes=20.0,
-        sheet_minutes=20.0,
-    )
-    if a.threads:
-        torch.set_num_threads(a.threads)
+    backend, config = prepared(a, ema=0.9, evaluate_minutes=20.0, sheet_minutes=20.0)
     checkpoint, bank = Checkpoint.open(a.model), StickerBank(a.bank)
     scorers = Scorers(bank, Judge.load(a.judge), rapidocr_reader(READ_SIDE))
     model = checkpoint.generator(backend.device, torch.float32, vision=True)

@@ -15,7 +15,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from glmimg.backends import pick_backend
 from glmimg.checkpoint import Checkpoint
 from glmimg.corpus.captions import LANGUAGE_WEIGHTS, caption
 from glmimg.corpus.grammar import agreeing, number, plural
@@ -32,16 +30,15 @@ from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import COLOURS, SHAPES, STYLE_NAMES
 from glmimg.errors import BadInput
-from glmimg.evaluation.reinforce import begin, require_same_model, write_learnt
+from glmimg.evaluation.reinforce import add_flags, begin, prepared, require_same_model, write_learnt
 from glmimg.evaluation.reward_task import emitted
 from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.token_sampling import TokenSampling, generate_tokens
 from glmimg.training.encoded import moved
 from glmimg.training.generator_task import GeneratorBatch, emitted_logits, teacher_forced
-from glmimg.training.loop import Run, TrainConfig
+from glmimg.training.loop import Run
 from glmimg.training.optimizer import train_only
-from glmimg.training.processes import Processes
 from glmimg.training.record import add_command
 
 __all__ = ["LanguageTask", "WordingBatch", "main"]
@@ -177,30 +174,15 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("out", type=Path, help="checkpoint folder to write (must not exist)")
-    parser.add_argument("--model", default="embedded", help="checkpoint to start from")
-    parser.add_argument("--bank", type=Path, default=Path("runs/corpus"), help="the corpus' sticker bank")
-    parser.add_argument("--work", type=Path, default=Path("runs/languages"), help="folder for the training state")
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--steps", type=int, default=0, help="optimizer steps, instead of minutes alone")
+    add_flags(parser, work="runs/languages", minutes=30.0, learning_rate=3e-3)
     parser.add_argument("--languages", default="en=1,es=2,pt=2,zh=1", help="how often each is shown")
     parser.add_argument("--coloured", type=float, default=0.6, help="share of scenes of coloured things (0.6)")
     parser.add_argument("--words", help="comma-separated, whose pieces learn as well (forms of gender and number)")
-    parser.add_argument("--only", default="norm|bias", metavar="PATTERN", help="names of the weights that learn")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=32, help="captions a step and process")
     parser.add_argument("--held-out", type=int, default=32, help="scenes to watch, in each language (32)")
-    parser.add_argument("--device", default="cpu", help="where everything runs: cpu, cuda, cuda:1, npu ...")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
-    if a.out.exists():
-        raise BadInput(f"{a.out} exists: give a folder that does not")
-    languages, backend = _weights(a.languages), pick_backend(a.device)
-    if Processes.current(cpu=a.device == "cpu").count > 1 and a.device != "cpu":
-        raise BadInput(f"--device {a.device} with several processes: these share processors only")
-    if a.threads:
-        torch.set_num_threads(a.threads)
+    languages = _weights(a.languages)
+    backend, config = prepared(a, ema=0.98, evaluate_minutes=5.0, sheet_minutes=1e9)
     checkpoint, bank = Checkpoint.open(a.model), StickerBank(a.bank)
     model = checkpoint.generator(backend.device, torch.float32, vision=True)
     told = {"coloured": a.coloured, "held_out": a.held_out, "seed": a.seed}
@@ -210,21 +192,6 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = task.stages.prompts.tokenizer
     pieces = {piece for word in words for piece in tokenizer.encode(f" {word}", add_special_tokens=False).ids}
     learn_rows(model.model.language_model.embed_tokens.weight, sorted(pieces))
-    config = TrainConfig(
-        learning_rate=a.learning_rate,
-        batch_size=a.batch_size,
-        minutes=a.minutes,
-        steps=a.steps,
-        warmup=10,
-        weight_decay=0.0,
-        ema=0.98,
-        muon=False,
-        seed=a.seed,
-        threads=a.threads,
-        device=str(backend.device),
-        evaluate_minutes=5.0,
-        sheet_minutes=1e9,
-    )
     require_same_model(a.work, checkpoint)
     run = Run(task, config, a.work)
     begin(run, checkpoint, STAGE)
