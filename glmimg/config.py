@@ -6,7 +6,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -147,9 +147,7 @@ def _snap(side: int, bounds: tuple[int, int], up: bool) -> int:
     return max(bounds[0], min(bounds[1], snapped))
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+_hints: Callable[[type], dict[str, Any]] = cache(typing.get_type_hints)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -147,7 +147,7 @@ def prepared(a: argparse.Namespace, **more: Any) -> tuple[Backend, TrainConfig]:
     if a.threads:
         torch.set_num_threads(a.threads)
     told = {name: getattr(a, name) for name in ("learning_rate", "batch_size", "minutes", "steps", "seed", "threads")}
-    fixed = {"warmup": 10, "weight_decay": 0.0, "muon": False, "device": str(backend.device)}
+    fixed: dict[str, Any] = {"warmup": 10, "weight_decay": 0.0, "muon": False, "device": str(backend.device)}
     return backend, TrainConfig(**told, **fixed, **more)
 
 
