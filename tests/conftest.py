@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+    from glmimg.corpus.cache import SceneCache
     from glmimg.corpus.stickers import StickerBank
     from glmimg.evaluation.concepts import Judge
 
@@ -209,3 +210,20 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> StickerBank:
     vectors = np.random.default_rng(0).normal(size=(len(CODES) + 13, 512)).astype(np.float32)
     np.save(folder / "name_vectors.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     return StickerBank(folder)
+
+
+@pytest.fixture(scope="session")
+def scenes(bank: StickerBank, tmp_path_factory: pytest.TempPathFactory) -> SceneCache:
+    """208 scenes of 64x64 pixels, drawn from the bank."""
+    from glmimg.corpus.cache import render
+
+    return render(tmp_path_factory.mktemp("scenes"), bank, 208, seed=3, height=64, width=64)
+
+
+@pytest.fixture
+def models() -> dict[str, Any]:
+    """Freshly drawn tiny models, by component."""
+    from glmimg.presets import PRESETS
+    from glmimg.weights_tools.init import build_models
+
+    return build_models(PRESETS["tiny"], seed=0)

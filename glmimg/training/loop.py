@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from glmimg.atomic_write import atomic_file, clear_leftovers, locked
 from glmimg.errors import BadInput
 from glmimg.training.optimizer import Optimizers, on_grids
 from glmimg.training.processes import Processes
@@ -103,9 +103,7 @@ class Run:
         self.task, self.config, self.directory = task, config, directory
         self.processes = Processes.current()
         directory.mkdir(parents=True, exist_ok=True)
-        self.board = open_board(directory) if self.processes.main else None
-        if self.processes.main:
-            (directory / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        self.board: Any = None  # of TensorBoard, while it trains
         self.modules = dict(task.modules)
         self.optimizers = Optimizers(
             self.modules.values(),
@@ -135,9 +133,8 @@ class Run:
             "elapsed": self.elapsed,
             "rng": self.generator.get_state(),
         }
-        part = self.directory / "state.pt.part"
-        torch.save(state, part)
-        os.replace(part, self.directory / "state.pt")
+        with atomic_file(self.directory / "state.pt") as temporary:
+            torch.save(state, temporary)
 
     def resume(self) -> bool:
         """Continue from state.pt if there is one (tensors only: nothing is unpickled)."""
@@ -219,7 +216,21 @@ class Run:
             picture.save(self.directory / "latest.png")
 
     def train(self, *, until_minutes: float = math.inf) -> None:
-        """Train to the end, or until this call has taken `until_minutes` (a chunk); state is saved either way."""
+        """Train to the end, or until this call has taken `until_minutes` (a chunk); state is saved either way.
+
+        BadInput if another run trains in the same folder.
+        """
+        busy = f"another run trains in {self.directory}: wait for it, or take another folder"
+        with locked(self.directory / ".lock", busy) if self.processes.main else nullcontext():
+            if self.processes.main:
+                clear_leftovers(self.directory / "state.pt")
+                (self.directory / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
+                self.board = open_board(self.directory, self.step)
+            self._train(until_minutes)
+            if self.board:
+                self.board.close()
+
+    def _train(self, until_minutes: float) -> None:
         c = self.config
         if c.threads:
             torch.set_num_threads(c.threads)
