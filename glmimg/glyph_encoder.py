@@ -23,6 +23,7 @@ from glmimg.errors import BadInput
 __all__ = ["MAX_GLYPH_TOKENS", "GlyphEncoder", "glyph_ids"]
 
 MAX_GLYPH_TOKENS = 2048  # of one string, end mark included; the published limit
+MAX_PADDED = 4 * MAX_GLYPH_TOKENS**2  # pairs of places, padding among them, that attention may take at a time
 _PAD, _END, _OFFSET = 0, 1, 3
 
 
@@ -45,20 +46,29 @@ class GlyphEncoder:
     def encode(self, prompts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """States (B, T, G) and mask (B, T), True where a token is real, of each prompt's quoted strings.
 
-        Equal strings are encoded once, whatever the prompts. Padding is on the right.
+        Equal strings are encoded once, whatever the prompts. Padding is on the right; where it would take too much
+        memory, strings of each length are encoded by themselves.
         """
         ids = [[tuple(string) for string in glyph_ids(texts)] for texts in prompts]
-        distinct = {
-            string: i for i, string in enumerate(dict.fromkeys(string for strings in ids for string in strings))
-        }
+        distinct = list(dict.fromkeys(string for strings in ids for string in strings))
         device = self.model.device
-        longest = max(map(len, distinct))
-        ids_NL = torch.tensor([[*string, *[_PAD] * (longest - len(string))] for string in distinct], device=device)
-        lengths_N = torch.tensor([len(string) for string in distinct], device=device)
-        mask_NL = torch.arange(longest, device=device) < lengths_N[:, None]
-        states_NLG = self.model(input_ids=ids_NL, attention_mask=mask_NL.long()).last_hidden_state
-        rows = [[distinct[string] * longest + at for string in strings for at in range(len(string))] for strings in ids]
+        groups, lengths = [distinct], sorted(set(map(len, distinct)))
+        if len(distinct) * lengths[-1] ** 2 > MAX_PADDED:  # one long string among many short ones
+            groups = [[string for string in distinct if len(string) == length] for length in lengths]
+        begin: dict[tuple[int, ...], int] = {}  # where a string's states stand among all
+        found, count = list[Tensor](), 0
+        for group in groups:
+            longest = max(map(len, group))
+            ids_NL = torch.tensor([[*string, *[_PAD] * (longest - len(string))] for string in group], device=device)
+            lengths_N = torch.tensor([len(string) for string in group], device=device)
+            mask_NL = torch.arange(longest, device=device) < lengths_N[:, None]
+            states_NLG = self.model(input_ids=ids_NL, attention_mask=mask_NL.long()).last_hidden_state
+            begin |= {string: count + i * longest for i, string in enumerate(group)}
+            found.append(states_NLG.flatten(0, 1))
+            count += len(group) * longest
+        states = torch.cat(found)
+        rows = [[begin[string] + at for string in strings for at in range(len(string))] for strings in ids]
         most = max(map(len, rows))
         where_BT = torch.tensor([[*row, *[0] * (most - len(row))] for row in rows], device=device)
         mask_BT = torch.tensor([[k < len(row) for k in range(most)] for row in rows], device=device)
-        return states_NLG.flatten(0, 1)[where_BT] * mask_BT[..., None].to(states_NLG.dtype), mask_BT
+        return states[where_BT] * mask_BT[..., None].to(states.dtype), mask_BT

@@ -66,3 +66,21 @@ def test_gradients_reach_the_weights(model: T5EncoderModel) -> None:
     gradient = model.shared.weight.grad
     assert gradient is not None and gradient.abs().sum() > 0
     model.zero_grad()
+
+
+def test_one_long_string_makes_no_short_one_long(model: T5EncoderModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What attention takes grows with the text, not with the longest string times the number of all."""
+    taken, forward = [], model.forward
+
+    def watched(**inputs: torch.Tensor) -> object:
+        count, length = inputs["input_ids"].shape
+        taken.append(count * length**2)
+        return forward(**inputs)
+
+    words = [f"w{k}" * (1 + k % 3) for k in range(40)]
+    prompts, encoder = [["a" * 255, *words], words[:2]], GlyphEncoder(model)
+    padded, _ = encoder.encode(prompts)
+    monkeypatch.setattr("glmimg.glyph_encoder.MAX_PADDED", 4 * 256**2)
+    monkeypatch.setattr(model, "forward", watched)
+    states, _ = encoder.encode(prompts)
+    assert max(taken) <= 4 * 256**2 and (states - padded).abs().max() < 1e-5

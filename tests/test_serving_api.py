@@ -252,6 +252,7 @@ def test_urls_expire_nothing_else_is_served(http: httpx.Client, server: Any) -> 
     reply = http.post("/v1/images/generations", json=PLAIN | {"response_format": "url", "output_format": "webp"})
     url = reply.json()["data"][0]["url"]
     got = httpx.get(url)
+    assert got.headers["cross-origin-resource-policy"] == "cross-origin", "as OpenAI's, in a page of anybody's"
     assert got.headers["content-type"] == "image/webp" and Image.open(io.BytesIO(got.content)).format == "WEBP"
     server.service.files.seconds = -1
     url = http.post("/v1/images/generations", json=PLAIN | {"response_format": "url"}).json()["data"][0]["url"]
@@ -290,6 +291,10 @@ def test_what_a_request_may_not_do(http: httpx.Client) -> None:
     refused(400, "less than or equal to 10", generate(json=PLAIN | {"n": 11}))
     refused(400, "stream", generate(json=PLAIN | {"progress": True}))
     refused(400, "adapter 'x'", generate(json=PLAIN | {"adapters": [{"name": "x"}]}))
+    for named in ({"adapters": [{"name": "x" * 900_000}]}, {"model": "x" * 900_000}):  # to be likened to others
+        long = generate(json=PLAIN | named)
+        refused(400, "at most", long)
+        assert len(long.content) < 2000
     refused(404, "nothing under", http.get("/v1/nothing"))
     refused(405, "another method", http.get("/v1/images/generations"))
     refused(413, "1,048,576 bytes", generate(content=b"x" * (1 << 21)))
@@ -298,6 +303,8 @@ def test_what_a_request_may_not_do(http: httpx.Client) -> None:
     form = {"prompt": "the same"}
     refused(400, "multipart", edit(json=form))
     refused(400, "no image", edit(data=form, files={"x": (None, "y")}))
+    one = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nx\r\n--b--\r\n'
+    refused(400, "prompt", edit(content=one, headers={"Content-Type": "Multipart/Form-Data; boundary=b"}))
     refused(400, "no path or url", edit(data=form | {"image": "/etc/passwd"}, files={"x": (None, "")}))
     refused(400, "PNG, JPEG or WebP", edit(data=form, files={"image": b"hello"}))
     refused(400, "damaged", edit(data=form, files={"image": photo((200, 200))[:150]}))

@@ -138,6 +138,38 @@ def test_a_start_can_be_given_up() -> None:
     assert asyncio.run(scene()) < 3
 
 
+def test_a_frozen_worker_does_not_keep_the_server_from_stopping() -> None:
+    """Not even where it was just being sent more than fits into the pipe."""
+
+    async def scene() -> float:
+        dispatcher = Dispatcher(ServerSettings())
+        await dispatcher.start()
+        os.kill(dispatcher.about["pid"], signal.SIGSTOP)
+        asking = asyncio.create_task(dispatcher.submit(Job("a", images=(bytes(4 << 20),))))
+        await asyncio.sleep(0.2)
+        began = time.monotonic()
+        await asyncio.wait_for(dispatcher.stop(), 30)
+        asking.cancel()
+        assert not dispatcher._process.is_alive()
+        return time.monotonic() - began
+
+    assert asyncio.run(scene()) < 20
+
+
+def test_what_runs_when_the_server_is_stopped_is_booked() -> None:
+    async def scene() -> list[Any]:
+        seen: list[Any] = []
+        dispatcher = Dispatcher(ServerSettings(), watch=lambda name, value: seen.append((name, value)))
+        await dispatcher.start()
+        ticket = await dispatcher.submit(Job("never"))
+        while ticket.job.id not in dispatcher.stats.get("taken", {}):
+            await asyncio.sleep(0.02)
+        await dispatcher.stop()
+        return [(one.job.prompt, cost["drawn"]) for name, value in seen if name == "abandoned" for one, cost in [value]]
+
+    assert asyncio.run(scene()) == [("never", 7)]
+
+
 def test_draining_can_be_hurried_and_leaves_nobody_without_an_answer(play: Any) -> None:
     async def scene(dispatcher: Dispatcher) -> None:
         waiting = [await dispatcher.submit(Job("never")) for _ in range(4)]

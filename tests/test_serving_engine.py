@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,6 +144,73 @@ def test_cancelled_ones_end_and_the_rest_goes_on(started: Any, monkeypatch: pyte
     assert end["type"] == "ended" and end["drawn"] >= 2 and end["steps"] == 0 and end["seconds"] > 0
     assert pictures(seen[stay.id]) == expected
     assert not engine.active and not engine.waiting and not engine.ready
+
+
+def test_a_request_for_several_gets_its_turns(started: Any) -> None:
+    """However many ask for one picture after the other meanwhile."""
+    engine, _ = started()
+    (several,) = jobs(1, n=4)
+    ended: list[str] = []
+    send = engine.send
+
+    def on_sent(message: dict[str, Any]) -> None:
+        send(message)
+        if message["type"] == "ended":
+            ended.append(message["id"])
+            if several.id not in ended and len(ended) < 40:
+                engine.run(jobs(1)[0])
+
+    engine.send = on_sent
+    for job in jobs(3):
+        engine.run(job)
+    engine.run(several)
+    deadline = time.monotonic() + 60
+    while several.id not in ended and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert ended.index(several.id) < 12
+
+
+def test_memory_short_for_adapters_holds_nobody_up(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, run = started()
+    plain, adapted = jobs(2, n=2)
+    expected = pictures(run(plain)[plain.id])
+    calls: list[Any] = []
+
+    def short(adapters: Any) -> None:
+        calls.append(adapters)
+        if len(calls) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(engine.stages, "set_adapters", short)
+    work = engine.check(adapted)
+    work.adapters = (("ink", 1.0, 0),)
+    monkeypatch.setattr(engine, "check", lambda job: work if job is adapted else Engine.check(engine, job))
+    seen = run(adapted, plain)
+    assert len(pictures(seen[adapted.id])) == 2 and pictures(seen[plain.id]) == expected and len(calls) == 3
+
+
+def test_memory_short_while_one_leaves_harms_no_other(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, run = started()
+    stay, go = jobs(2)
+    expected = pictures(run(stay)[stay.id])
+    advance, drop, calls = TokenBatch.advance, TokenBatch.drop, []
+
+    def cancelling(batch: TokenBatch) -> Any:
+        if not calls and len(batch.drawings) == 2:
+            engine.cancel(go.id)
+        return advance(batch)
+
+    def short(batch: TokenBatch, leaving: Any) -> None:
+        if leaving and not calls:
+            calls.append(1)
+            raise MemoryError
+        drop(batch, leaving)
+
+    monkeypatch.setattr(TokenBatch, "advance", cancelling)
+    monkeypatch.setattr(TokenBatch, "drop", short)
+    seen = run(stay, go)
+    assert calls and [message["type"] for message in seen[go.id]] == ["ended"]
+    assert pictures(seen[stay.id]) == expected
 
 
 def test_a_request_too_large_for_the_memory_is_made_in_parts(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ from glmimg.serving.dispatcher import Ticket
 from glmimg.serving.fair_queue import FairQueue
 from glmimg.serving.jobs import Job
 from glmimg.serving.machine_time import MachineTime
-from glmimg.serving.metrics import Ledger, Totals
+from glmimg.serving.metrics import Ledger, Metrics, Totals
+from glmimg.serving.service import Files
 from glmimg.serving.settings import Problem, ServerSettings
 
 
@@ -82,6 +83,43 @@ def test_who_was_away_has_saved_nothing_up() -> None:
     for _ in range(10):
         queue.add(Asked("b"))
     assert [one.client for one in queue.order()][:6] in (["b", "a"] * 3, ["a", "b"] * 3)
+
+
+def test_turns_are_taken_within_a_priority() -> None:
+    """An urgent client's share neither delays nor favours those of another priority."""
+    queue = FairQueue[Asked]()
+    for _ in range(3):
+        queue.add(Asked("ada"))
+    for _ in range(9):
+        queue.add(Asked("boss", priority=1))
+    for _ in range(8):
+        queue.pop()
+    for _ in range(2):
+        queue.add(Asked("bob"))
+    assert [one.client for one in queue.order()] == ["boss", "ada", "bob", "ada", "bob", "ada"]
+    queue = FairQueue[Asked]()
+    for name, priority in (("low", 0), ("first", 1), ("first", 1), ("first", 1)):
+        queue.add(Asked(name, priority=priority))
+    queue.pop()
+    for _ in range(2):
+        queue.add(Asked("second", priority=1))
+    assert [one.client for one in queue.order()][:4] in (["first", "second"] * 2, ["second", "first"] * 2)
+
+
+def test_who_is_told_to_come_back_comes_late_enough() -> None:
+    assert Problem(429, "", retry_after=2.4).headers == {"Retry-After": "3"}
+
+
+def test_pictures_behind_urls_leave_the_memory_when_they_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    files = Files(60, 100)
+    old = files.put(bytes(40), "image/png")
+    now[0] = 61
+    new = files.put(bytes(40), "image/png")
+    assert len(files._files) == 1 and files.get(old) is None and files.get(new) == ("image/png", bytes(40))
+    newer = [files.put(bytes(40), "image/png") for _ in range(2)]
+    assert files.get(new) is None and all(map(files.get, newer)), "no more than there is room for"
 
 
 def test_keys_are_hashed_found_and_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,6 +248,7 @@ def test_usage_outlives_the_server_and_a_full_disk(tmp_path: Path, caplog: pytes
 def test_a_reader_that_takes_nothing_is_let_go() -> None:
     """Its ticket is left, so that nothing more is made for it."""
     left: list[bool] = []
+    metrics = Metrics()
 
     @asynccontextmanager
     async def ticket() -> AsyncIterator[None]:
@@ -221,7 +260,7 @@ def test_a_reader_that_takes_nothing_is_let_go() -> None:
             yield b"data: {}\n\n"
 
     async def scene() -> None:
-        service: Any = SimpleNamespace(settings=ServerSettings(write_timeout=0.1))
+        service: Any = SimpleNamespace(settings=ServerSettings(write_timeout=0.1), metrics=metrics)
         entered = ticket()
         await entered.__aenter__()
 
@@ -235,7 +274,7 @@ def test_a_reader_that_takes_nothing_is_let_go() -> None:
         await asyncio.wait_for(EventStream(service, entered, events())({}, receive, send), 5)
 
     asyncio.run(scene())
-    assert left
+    assert left and b"glmimg_cancelled_total 1.0" in metrics.text()
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
@@ -255,7 +294,7 @@ def test_connections_that_ask_for_nothing_are_closed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(run, "CONNECTIONS", 2)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.sleep(0.8)  # longer than a head may take
+        await asyncio.sleep(0.8 if scope["path"] == "/" else 0)  # longer than a head may take
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
@@ -279,7 +318,11 @@ def test_connections_that_ask_for_nothing_are_closed(monkeypatch: pytest.MonkeyP
         assert await asyncio.wait_for(idle.read(), 5) == b"", "half a head"
         assert (await asyncio.wait_for(read.readline(), 5)).startswith(b"HTTP/1.1 204"), "one that asks is waited for"
         assert b"content" not in await asyncio.wait_for(read.read(), 5), "and closed when nothing more is asked"
-        for writer in (asked, slow, third):
+        read, two = await asyncio.open_connection("127.0.0.1", port)
+        two.write(request.replace(b"/ ", b"/quick ") + request)
+        answers = await asyncio.wait_for(read.read(), 5)
+        assert answers.count(b"HTTP/1.1 204") == 2, "the second was asked before the first was answered"
+        for writer in (asked, slow, third, two):
             writer.close()
         listening.close()
 

@@ -38,6 +38,7 @@ async def answer(service: Service, request: Request, job: Job, body: schemas.Tok
         gone.cancel()
         if not working.done():
             working.cancel()
+            service.metrics.cancelled.inc()
             return Response(status_code=CLIENT_GONE)
         return JSONResponse((await working).model_dump(mode="json", exclude_none=True))
 
@@ -106,8 +107,10 @@ class EventStream(Response):
             await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 await working
-        except asyncio.TimeoutError:
-            pass  # it read nothing for too long; returning without an end closes the connection
+            else:
+                self.service.metrics.cancelled.inc()
+        except asyncio.TimeoutError:  # it read nothing for too long; returning without an end closes the connection
+            self.service.metrics.cancelled.inc()
         finally:
             working.cancel()
             gone.cancel()

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from glmimg.errors import Cancelled, GlmimgError
@@ -91,7 +92,7 @@ class Dispatcher:
         self.state = "starting"
         self.about: Message = {}
         self.stats: Message = {}
-        self.queue = FairQueue()
+        self.queue = FairQueue[Ticket]()
         self.running: dict[str, Ticket] = {}
         self.restarts = 0
         self.failure: GlmimgError | None = None
@@ -145,7 +146,6 @@ class Dispatcher:
             await asyncio.sleep(0.05)
         self._closed = True
         for ticket in [*self.queue.order(), *self.running.values()]:
-            assert isinstance(ticket, Ticket)
             ticket.put(Problem(503, "the server was stopped before the picture was done", "server_stopping", None, 10))
 
     async def stop(self) -> None:
@@ -155,12 +155,15 @@ class Dispatcher:
         loading = self.state == "starting"
         await self.drain(0)
         self.state = "stopped"
+        for ticket in self.running.values():
+            self._abandoned(ticket)
         for task in self._tasks:
             task.cancel()
         process, connection = self._process, self._connection
         if process is not None:
             if not loading:  # it hears nothing before it is up
-                await self._send("stop")
+                with suppress(asyncio.TimeoutError):  # one that reads nothing is killed
+                    await asyncio.wait_for(self._send("stop"), 5)
                 await asyncio.to_thread(process.join, 5)
             if process.is_alive():
                 process.kill()
@@ -223,7 +226,7 @@ class Dispatcher:
     async def submit(self, job: Job, client: str = "", priority: int = 0) -> Ticket:
         """Takes a request in, or raises the Problem that says why not."""
         self._require_up()
-        waiting = self._reserved + sum(ticket.job.n for ticket in self.queue.order())  # type: ignore[attr-defined]
+        waiting = self._reserved + sum(ticket.job.n for ticket in self.queue.order())
         at_work = sum(ticket.job.n for ticket in self.running.values())
         most, ahead = self.settings.max_queue, 2 * self.settings.max_batch
         if job.n > most + ahead:
@@ -284,7 +287,6 @@ class Dispatcher:
         elif ticket.job.id in self.running and ticket.given_up is None:
             ticket.given_up = time.monotonic()
             self._keep(self._send("cancel", ticket.job.id))
-            self.watch("cancelled", 1)
 
     def _pump(self) -> None:
         """Gives the worker as much as it can use: the batch that it draws, and as much again that is decoded.
@@ -296,7 +298,6 @@ class Dispatcher:
             if sum(ticket.job.n for ticket in self.running.values()) >= 2 * self.settings.max_batch:
                 break
             ticket = self.queue.first()
-            assert isinstance(ticket, Ticket)
             if self.running and any(one.retried for one in (ticket, *self.running.values())):
                 break
             self.queue.pop()
@@ -308,7 +309,6 @@ class Dispatcher:
 
     def _tell_positions(self) -> None:
         for place, ticket in enumerate(self.queue.order()):
-            assert isinstance(ticket, Ticket)
             if ticket.job.progress:
                 ticket.put({"type": "position", "position": place + 1})
 
@@ -387,8 +387,7 @@ class Dispatcher:
                 answer.set_exception(Problem(503, "the worker died: try again", "worker_restarted", None, 5))
         for ticket in reversed(self.running.values()):
             if ticket.over:
-                if ticket.job.id in self.stats.get("taken", {}):
-                    self.watch("abandoned", (ticket, self.stats["taken"][ticket.job.id]))
+                self._abandoned(ticket)
                 continue
             if ticket.retried:
                 ticket.put(Problem(500, "the worker died twice while making this picture", "worker_died"))
@@ -399,6 +398,11 @@ class Dispatcher:
         if self.state != "draining" or len(self.queue):
             self._keep(self._restart())
 
+    def _abandoned(self, ticket: Ticket) -> None:
+        """It will not end any more: what it has cost, as far as the worker has told, is booked all the same."""
+        if ticket.job.id in self.stats.get("taken", {}):
+            self.watch("abandoned", (ticket, self.stats["taken"][ticket.job.id]))
+
     async def _restart(self) -> None:
         self._failures += 1
         self.restarts += 1
@@ -408,7 +412,6 @@ class Dispatcher:
             self.state = "failed"
             while len(self.queue):
                 ticket = self.queue.pop()
-                assert isinstance(ticket, Ticket)
                 ticket.put(Problem(503, "the worker cannot be started", "worker_died", None, 30))
             return
         await asyncio.sleep(0 if self._failures == 1 else min(LONGEST_PAUSE, 2.0**self._failures / 4))
@@ -425,7 +428,6 @@ class Dispatcher:
             await asyncio.sleep(0.2)
             now = time.monotonic()
             for ticket in [*self.queue.order(), *self.running.values()]:
-                assert isinstance(ticket, Ticket)
                 if now > ticket.deadline and not ticket.over:
                     seconds = f"{self.settings.timeout:g} seconds"
                     ticket.put(Problem(504, f"the picture was not done within {seconds}", "timeout"))

@@ -57,6 +57,7 @@ class Engine:
         self._clock = MachineTime()
         self._drawing = False
         self._decoding: Work | None = None
+        self._arrived = 0
         self._last: Work | None = None  # whose picture was decoded last
         self._stopping = False
         self._changed = threading.Condition()
@@ -78,6 +79,8 @@ class Engine:
         """`checked` is what `check` gave for this job, if that is still there."""
         work = checked or self.check(job)
         with self._changed:
+            self._arrived += 1
+            work.turn = self._arrived
             self.active[job.id] = work
             self.waiting.append(work)
             self._changed.notify_all()
@@ -160,7 +163,7 @@ class Engine:
         if not self.waiting or (self.turns and not self._drawing and (self.ready or self._decoding)):
             return None
         work = self.waiting[0]
-        if work.adapters != self._adapters and any(other.begun for other in self.active.values()):
+        if work.adapters != self._adapters and any(one.begun for one in self.active.values() if one is not work):
             return None  # other weights: when all that uses these is done
         drawings = [] if self.batch is None else self.batch.drawings
         if not work.request.samples_tokens:
@@ -253,9 +256,12 @@ class Engine:
             self._tell_tokens(batch, work)
         for drawing in done:
             self._drawn(drawing.owner, *_grids([drawing])[0])
-        leaving = [drawing for drawing in batch.drawings if drawing.owner.over]
-        if leaving:
-            batch.drop(leaving)
+        staying = list(batch.drawings)
+        try:
+            batch.drop([drawing for drawing in staying if drawing.owner.over])
+        except Exception as error:  # the cache is laid out anew beside the old one
+            self._break_up(staying, error)
+            return
         with self._changed:
             for drawing in drawings:
                 if drawing.owner.over:
@@ -322,9 +328,9 @@ class Engine:
             self._changed.wait_for(lambda: self._stopping or (self.ready and not (self.turns and self._drawing)))
             if self._stopping:
                 return
-            # Looks first, then whoever has had the fewest pictures so far.
-            best = min(range(len(self.ready)), key=lambda k: (not self.ready[k][2], self.ready[k][0].decoded, k))
-            work, pictures, look = self.ready.pop(best)
+            # Looks first, then whose turn it is: each picture that it had puts a request behind one that came later.
+            turns = [(not look, work.turn + work.decoded, k) for k, (work, _, look) in enumerate(self.ready)]
+            work, pictures, look = self.ready.pop(min(turns)[-1])
             if work.over:
                 self._leave(work)
                 return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 __all__ = ["FairQueue", "Waiting"]
 
@@ -16,28 +16,31 @@ class Waiting(Protocol):
     cost: float
 
 
-class FairQueue:
-    """Start-time fair queueing over clients: a burst of one delays its own requests, not those of others."""
+T = TypeVar("T", bound=Waiting)
+
+
+class FairQueue(Generic[T]):
+    """Start-time fair queueing over the clients of each priority: a burst delays its own client's requests alone."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[int, str], deque[Waiting]] = {}
-        self._had: defaultdict[str, float] = defaultdict(float)  # work done for each client, in units of cost
-        self._floor = 0.0
+        self._waiting: dict[tuple[int, str], deque[T]] = {}
+        self._had: defaultdict[tuple[int, str], float] = defaultdict(float)  # work done for each, in units of cost
+        self._floor: defaultdict[int, float] = defaultdict(float)  # of each priority
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def add(self, ticket: Waiting, *, first: bool = False) -> None:
-        if not any(client == ticket.client for _, client in self._waiting):
-            # Who comes back from a pause has saved nothing up.
-            self._had[ticket.client] = max(self._had[ticket.client], self._floor)
-        line = self._waiting.setdefault((ticket.priority, ticket.client), deque())
+    def add(self, ticket: T, *, first: bool = False) -> None:
+        key = ticket.priority, ticket.client
+        if key not in self._waiting:  # who comes back from a pause has saved nothing up
+            self._had[key] = max(self._had[key], self._floor[ticket.priority])
+        line = self._waiting.setdefault(key, deque())
         if first:
             line.appendleft(ticket)
         else:
             line.append(ticket)
 
-    def remove(self, ticket: Waiting) -> bool:
+    def remove(self, ticket: T) -> bool:
         """Whether it was there."""
         line = self._waiting.get((ticket.priority, ticket.client), deque())
         if ticket not in line:
@@ -47,28 +50,28 @@ class FairQueue:
             del self._waiting[ticket.priority, ticket.client]
         return True
 
-    def first(self) -> Waiting:
+    def first(self) -> T:
         """Whom `pop` would take."""
         return self._waiting[self._next()][0]
 
-    def pop(self) -> Waiting:
+    def pop(self) -> T:
         key = self._next()
         ticket = self._waiting[key].popleft()
         if not self._waiting[key]:
             del self._waiting[key]
-        self._floor = self._had[key[1]]
-        self._had[key[1]] += ticket.cost
-        if not self._waiting:
-            self._had.clear()  # nobody waits: nobody is owed anything, and no name is kept for ever
-            self._floor = 0.0
+        self._floor[key[0]] = self._had[key]
+        self._had[key] += ticket.cost
+        if not self._waiting:  # nobody is owed anything, and no name is kept for ever
+            self._had.clear()
+            self._floor.clear()
         return ticket
 
     def _next(self) -> tuple[int, str]:
-        return min(self._waiting, key=lambda key: (-key[0], self._had[key[1]]))
+        return min(self._waiting, key=lambda key: (-key[0], self._had[key]))
 
-    def order(self) -> list[Waiting]:
+    def order(self) -> list[T]:
         """Everybody in the order in which they would be served if nobody else came."""
-        copy = FairQueue()
+        copy = FairQueue[T]()
         copy._waiting = {key: deque(line) for key, line in self._waiting.items()}
         copy._had = self._had.copy()
         return [copy.pop() for _ in range(len(copy))]

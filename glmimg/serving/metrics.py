@@ -47,8 +47,6 @@ class Metrics:
         """For the dispatcher."""
         if name == "waited":
             self.waited.observe(value)
-        elif name == "cancelled":
-            self.cancelled.inc()
         elif name == "restarted":
             self.restarts.inc()
 

@@ -89,7 +89,7 @@ async def edits(request: Request) -> Response:
     Nested fields (`adapters`, `tokens`, `region`) are JSON text.
     """
     service = _service(request)
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise Problem(400, "send multipart/form-data with the pictures as files: no url is fetched", "invalid_body")
     images: list[bytes] = []
     fields: dict[str, Any] = {}
@@ -170,7 +170,9 @@ async def files(name: str, request: Request) -> Response:
     found = _service(request).files.get(name)
     if found is None:
         raise Problem(404, "no such picture, or its url has expired", "not_found")
-    return Response(found[1], media_type=found[0], headers={"Cache-Control": "private, max-age=3600"})
+    # The url is the whole secret: whoever has it may show the picture on a page of any origin.
+    headers = {"Cache-Control": "private, max-age=3600", "Cross-Origin-Resource-Policy": "cross-origin"}
+    return Response(found[1], media_type=found[0], headers=headers)
 
 
 @router.get("/models", tags=["server"])

@@ -31,14 +31,15 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_head()
+        self._await_head(self.cycle)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._await_head()
+        answered = self.cycle
+        super().on_response_complete()  # which begins with the next one, if that was sent already
+        self._await_head(answered)
 
-    def _await_head(self) -> None:
-        self.loop.call_later(HEAD_SECONDS, self._require_head, self.cycle)
+    def _await_head(self, last: object) -> None:
+        self.loop.call_later(HEAD_SECONDS, self._require_head, last)
 
     def _require_head(self, last: object) -> None:
         if self.cycle is last and not self.transport.is_closing():  # each request has its own

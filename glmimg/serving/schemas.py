@@ -63,14 +63,14 @@ class TokenGridField(Strict):
 
 
 class AdapterUse(Strict):
-    name: str = Field(description="One of GET /v1/adapters.")
+    name: Annotated[str, Field(max_length=255, description="One of GET /v1/adapters.")]
     strength: Annotated[float, Field(ge=-10, le=10)] = 1.0
 
 
 class TokenFields(Strict):
     """What decides the layout."""
 
-    model: str | None = Field(None, description="One of GET /v1/models; the server has a single one.")
+    model: str | None = Field(None, max_length=256, description="One of GET /v1/models; the server has a single one.")
     prompt: Annotated[str, Field(min_length=1, max_length=32000)]
     n: Annotated[int, Field(ge=1, le=10, description="Pictures; the k-th has seed + k.")] | None = 1
     size: Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$")] | None = "auto"

@@ -43,17 +43,20 @@ class Files:
         self._files: OrderedDict[str, tuple[float, str, bytes]] = OrderedDict()
 
     def put(self, data: bytes, kind: str) -> str:
+        self._expire()
         self._files[name := secrets.token_urlsafe(32)] = (time.monotonic() + self.seconds, kind, data)
         while sum(len(file[2]) for file in self._files.values()) > self.memory and len(self._files) > 1:
             self._files.popitem(last=False)
         return name
 
     def get(self, name: str) -> tuple[str, bytes] | None:
-        now = time.monotonic()
-        while self._files and next(iter(self._files.values()))[0] < now:
-            self._files.popitem(last=False)
+        self._expire()
         found = self._files.get(name)
-        return None if found is None or found[0] < now else found[1:]
+        return None if found is None else found[1:]
+
+    def _expire(self) -> None:
+        while self._files and next(iter(self._files.values()))[0] < time.monotonic():
+            self._files.popitem(last=False)
 
 
 class Service:

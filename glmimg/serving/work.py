@@ -59,6 +59,7 @@ class Work:
     looks: dict[int, torch.Tensor] = field(default_factory=dict)  # preview grids of which a picture is wanted
     look: bool = False  # whether the first partial picture is made from the preview grid, or is the chosen draft
     begun: bool = False
+    turn: int = 0  # how many had come when it did
     told: float = 0.0  # when progress was last sent
     again: bool = False  # the batch that it was in broke down once
     over: bool = False  # cancelled or refused: nothing of it is wanted
