@@ -130,7 +130,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
             raise BadInput(f"{arguments.config} cannot be read as json ({error})") from error
         if not isinstance(settings, dict):
             raise BadInput(f"{arguments.config} must hold an object of names and values")
-        for name in ("checkpoint", "dtype", "processes", "device"):  # records of a run, not settings
+        for name in ("checkpoint", "dtype", "processes", "device", "resolved"):  # records of a run, not settings
             settings.pop(name, None)
     for text in arguments.set or ():
         name, equals, value = text.partition("=")

@@ -9,12 +9,12 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from glmimg.atomic_write import atomic_file
@@ -31,12 +31,12 @@ MAX_PIXELS = 80_000_000  # beyond this a small file can be a trap that fills the
 logger = logging.getLogger(__name__)
 
 
-def open_picture(source: str | Path | bytes | BinaryIO | Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB, upright, on white where it is transparent; BadInput if it is none.
+def open_picture(source: str | Path | bytes | BinaryIO | Image.Image, name: str = "") -> Image.Image:
+    """The picture as 8-bit sRGB, upright, on white where it is transparent; BadInput if it is none.
 
-    Of an animation the first frame is taken, with a notice in the log.
+    Of an animation the first frame is taken, with a notice in the log. `name`: what messages call it.
     """
-    image, name = _opened(source)
+    image, name = _opened(source, name)
     try:
         # Pillow keeps the file of an animation open; a stream of the caller's stays as it is.
         with nullcontext() if image is source else image:
@@ -107,10 +107,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _opened(source: str | Path | bytes | BinaryIO | Image.Image) -> tuple[Image.Image, str]:
+def _opened(source: str | Path | bytes | BinaryIO | Image.Image, name: str = "") -> tuple[Image.Image, str]:
+    name = name or (str(source) if isinstance(source, (str, Path)) else "the picture")
     if isinstance(source, Image.Image):
-        return source, "the picture"
-    name = str(source) if isinstance(source, (str, Path)) else "the picture"
+        return source, name
     try:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source), name
     except FileNotFoundError as error:
@@ -130,8 +130,24 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise BadInput(f"{name} holds floating-point pixels, whose white is unknown: save it with 8 or 16 bits first")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip 16-bit grey at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
+    image = _srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _srgb(image: Image.Image) -> Image.Image:
+    """Colours of another space, such as a phone's Display P3, as they are in sRGB; a broken profile counts as none."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    with suppress(OSError, ImageCms.PyCMSError):
+        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(theirs):
+            return image
+        mode = "RGB" if image.mode == "CMYK" else image.mode
+        found = ImageCms.profileToProfile(image, theirs, ImageCms.createProfile("sRGB"), outputMode=mode)
+        return image if found is None else found
+    return image

@@ -244,6 +244,12 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / CONFIG} is damaged ({error!r}): write or download it again") from error
     unknown = [key for key in _REFUSED if config.get(key)]
     unknown += ["bias"] if config.get("bias", "none") != "none" else []
+    start = str(config.get("init_lora_weights")).lower()  # these change the weights below the adapter as well
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise BadInput(
+            f"{folder} began with {start}, which changes the checkpoint's own weights too: save it again in PEFT with "
+            "path_initial_model_for_weight_conversion"
+        )
     if config.get("peft_type", "LORA") != "LORA" or unknown or rank < 1 or not math.isfinite(alpha):
         raise BadInput(
             f"{folder}: {', '.join(unknown) or config.get('peft_type')} is not known here; LoRA and DoRA are"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ from glmimg.atomic_write import atomic_file, clear_leftovers, locked
 from glmimg.backends import Backend, pick_backend
 from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.dataset.checking import Checked, Report
-from glmimg.dataset.reading import Dataset, read_dataset
+from glmimg.dataset.reading import Dataset, read_dataset, shown_name
 from glmimg.dataset.store import Store, default_store
 from glmimg.errors import BadInput
 from glmimg.lora import COMPONENT, Adapter
@@ -36,14 +37,16 @@ from glmimg.pipelines.finetune_parts import StageParts
 from glmimg.pipelines.finetune_plan import Plan, make_plan, refuse_what_cannot_fit, telling_what_would_fit
 from glmimg.pipelines.finetune_samples import Samples
 from glmimg.pipelines.stages import Stages
+from glmimg.token_grid import preview_grid, target_grid
 from glmimg.training.finetune_config import FineTuneConfig, changed_settings
-from glmimg.training.finetune_data import Encoder, Pictures, Progress, survey, views
+from glmimg.training.finetune_data import Encoder, Pictures, Progress, prompt_builder, survey, views
 from glmimg.training.finetune_loop import REQUESTS, FineTuneLoop, FineTuneStep
 from glmimg.training.finetune_prior import OwnLatents, OwnTokens
 from glmimg.training.processes import Processes
 
 __all__ = ["FineTunePipeline", "FineTuneResult"]
 
+logger = logging.getLogger(__name__)
 MIN_TO_HOLD_OUT = 5  # pictures: of fewer every one is needed
 SHOWN = 3
 
@@ -118,6 +121,17 @@ class FineTunePipeline:
             )
         if not report.usable:
             raise BadInput(f"{report.dataset.place} holds no picture that can be trained on")
+        side, settings = self.config.resolution or self.checkpoint.settings.default_size[0], self.checkpoint.settings
+        grids = target_grid(side, side), preview_grid(side, side, settings.preview_side)
+        builder = prompt_builder(self.checkpoint)
+        for prompt in (*self.config.sample_prompts, *self.config.prior, self.config.captions.trigger):
+            builder.build(prompt, *grids)  # refuses what the token generator cannot be told
+        left, notes = len(report.dataset.examples) - len(report.usable), report.dataset.notes
+        if (left or notes) and Processes.current().main:
+            told = [f"{left} pictures cannot be trained on"] * bool(left) + list(notes[:SHOWN])
+            more = f" and {len(notes) - SHOWN} more" * (len(notes) > SHOWN)
+            look = f"glmimg dataset check {shlex.quote(report.dataset.place)}"
+            logger.warning("left out: %s%s; %s tells all", "; ".join(told), more, look)
         return report
 
     def split(self, report: Report) -> tuple[Pictures, Pictures]:
@@ -307,7 +321,10 @@ class FineTunePipeline:
             (output / name).unlink(missing_ok=True)
         for name in (*COMPONENT, "checkpoint", *(f"checkpoint/{part}" for part in COMPONENT.values())):
             clear_leftovers(output / name)
-        for name, told in (("finetune.json", self._settings()), ("data.json", self._data(report))):
+        given = {name: value for name, value in self.config.to_dict().items() if value is None}
+        resolved = {name: value for name, value in self._settings().items() if name in given and value is not None}
+        settings = self._settings() | given | {"resolved": resolved}  # --config of another kind of run has its own
+        for name, told in (("finetune.json", settings), ("data.json", self._data(report))):
             with atomic_file(output / name) as temporary:
                 temporary.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -346,7 +363,7 @@ class FineTunePipeline:
             }
             for checked in report.usable
         }
-        return told | {"place": Path(report.dataset.place).name, "files": pictures}  # the folder is to be shared
+        return told | {"place": shown_name(Path(report.dataset.place)), "files": pictures}  # the folder is to be shared
 
     def _require_place(self, output: Path, report: Report, resume: bool) -> bool:
         """Whether a run is gone on with; BadInput if it would be overwritten, or is another, with what changed."""
@@ -380,6 +397,7 @@ class FineTunePipeline:
         except (OSError, ValueError, KeyError) as error:
             raise BadInput(f"{output} cannot be gone on with ({error}): name another folder") from error
         mine = self._settings()
+        settings |= settings.pop("resolved", {})
         for told in (settings, mine):  # where the checkpoint lies now matters as little as what it runs on
             told["checkpoint"] = told.get("checkpoint", {}).get("hash")
         changed = changed_settings(settings, mine, ("device",))

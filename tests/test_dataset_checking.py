@@ -245,6 +245,14 @@ def test_captions_with_trigger_templates_and_dropout() -> None:
         CaptionRules(dropout=1.0)
 
 
+def test_pictures_without_captions_are_called_by_the_trigger() -> None:
+    assert CaptionRules("zib", ("a photo of {caption}",)).texts(()) == ["zib"]
+    assert CaptionRules("zib", ("a photo of {caption}", "a {trigger} photo")).texts(()) == ["a zib photo"]
+    assert CaptionRules(templates=("a photo of {caption}",)).texts(()) == [""]
+    with pytest.raises(BadInput, match="say which word"):
+        CaptionRules(templates=("a photo of {trigger}, {caption}",))
+
+
 def test_store_survives_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(tmp_path, "owner")
     key = Store.key("a", 1)

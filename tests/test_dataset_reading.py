@@ -42,6 +42,7 @@ def told(dataset: Dataset) -> list[tuple[str, tuple[str, ...]]]:
         ("0001", ""),
         ("3f2504e0-4f89-11d3-9a0c-0305e82c3301", ""),
         ("狐狸_1", "狐狸"),
+        ("cafe\u0301-2", "caf\xe9"),  # as Macs write names
         ("3d printer", "3d printer"),
         ("IMG-20240501-WA0001", ""),
         ("WhatsApp Image 2026-01-02 at 11.33.55", ""),
@@ -227,6 +228,65 @@ def test_parquet(tmp_path: Path) -> None:
         (tmp_path / "data/train-00000.parquet").write_bytes(damaged)
         with pytest.raises(BadInput, match="no parquet file"):
             read_dataset(tmp_path)
+
+
+def test_pictures_in_tables_are_not_kept_in_memory(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    data = [{"image": encoded(colour), "text": "a"} for colour in ("red", "blue", "green")]
+    parquet.write_table(pyarrow.Table.from_pylist(data), tmp_path / "train.parquet")
+    sources = [example.picture for example in read_dataset(tmp_path).examples]
+    assert [source.read() for source in reversed(sources)] == [row["image"] for row in reversed(data)]
+    held = [value for source in sources for value in vars(source).values() if isinstance(value, bytes)]
+    assert not held and sources[1].open().getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_parquet_that_names_files(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    for folder in (tmp_path / "a", tmp_path / "b/train"):
+        picture(folder / "0.png")
+        picture(folder / "1.png")
+        table = pyarrow.Table.from_pylist([{"file_name": "0.png", "text": "a"}])
+        parquet.write_table(table, folder / "metadata.parquet")
+    for root, name in (("a", ""), ("b", "train/")):
+        found = read_dataset(tmp_path / root)
+        assert found.examples[0].picture.open().size == (64, 64)
+        assert found.notes == (f"{name}1.png is not in a parquet file",)
+
+
+def test_references_in_a_table_are_read_or_told(tmp_path: Path) -> None:
+    def table(**fields: Any) -> Dataset:
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"target": "t.png", "instruction": "make it red"} | fields))
+        return read_dataset(tmp_path)
+
+    for name in ("s.png", "t.png"):
+        picture(tmp_path / name)
+    for source in ("s.png", ["s.png"]):
+        (example,) = table(source=source).examples
+        assert example.reference is not None and example.reference.path == tmp_path / "s.png"
+    with pytest.raises(BadInput, match="2 pictures in one column"):
+        table(source=["s.png", "t.png"])
+    (example,) = table(source="s.heic").examples
+    assert example.reference is not None, "it is a picture, if one that cannot be read"
+    found = table(source="a web page")
+    assert found.examples[0].reference is None and any("column source" in note for note in found.notes)
+
+
+def test_links_to_folders_are_told(tmp_path: Path) -> None:
+    picture(tmp_path / "data/a.png")
+    picture(tmp_path / "cats/b.png")
+    (tmp_path / "data/more").symlink_to(tmp_path / "cats")
+    found = read_dataset(tmp_path / "data")
+    assert len(found.examples) == 1 and "more is a link to a folder" in found.notes[0]
+
+
+def test_names_with_accents_in_either_form(tmp_path: Path) -> None:
+    picture(tmp_path / "cafe\u0301.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\ncaf\xe9.png,a cup\n", encoding="utf-8")
+    assert read_dataset(tmp_path).examples[0].picture.open().size == (64, 64)
 
 
 def test_saved_by_datasets(tmp_path: Path) -> None:

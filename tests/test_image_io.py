@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from glmimg.atomic_write import atomic_file, atomic_folder
 from glmimg.errors import BadInput, GlmimgError
@@ -276,3 +276,28 @@ def test_animation_leaves_no_file_open(tmp_path: Path) -> None:
         os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")
     ]
     assert not any(name.endswith("two.gif") for name in held)
+
+
+def test_colours_of_other_spaces_become_srgb() -> None:
+    """A phone's Display P3: what stands there as 234, 51, 35 is sRGB's pure red."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    p3 = {
+        b"rXYZ": (0.51512, 0.24120, -0.00105),
+        b"gXYZ": (0.29198, 0.69225, 0.04189),
+        b"bXYZ": (0.15710, 0.06657, 0.78407),
+    }
+    for k in range(struct.unpack(">I", profile[128:132])[0]):
+        name, start, _ = struct.unpack(">4sII", profile[132 + 12 * k : 144 + 12 * k])
+        if name in p3:
+            numbers = struct.pack(">iii", *(round(value * 65536) for value in p3[name]))
+            profile[start + 8 : start + 20] = numbers
+    named = bytes(profile).replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))
+    for mode in ("RGB", "RGBA"):
+        file = io.BytesIO()
+        Image.new(mode, (8, 8), (234, 51, 35)).save(file, "PNG", icc_profile=named)
+        assert np.abs(np.subtract(open_picture(file.getvalue()).getpixel((3, 3)), (255, 0, 0))).max() <= 3
+    plain = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for same in (plain, b"nonsense"):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (234, 51, 35)).save(file, "PNG", icc_profile=same)
+        assert open_picture(file.getvalue()).getpixel((3, 3)) == (234, 51, 35)

@@ -298,6 +298,16 @@ def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None
             open_adapters([tmp_path / name])
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_change_the_weights_below_are_refused(start: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = Checkpoint.open(tiny_checkpoint).generator()
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], init_lora_weights=start)
+    peft.get_peft_model(model, config).save_pretrained(str(tmp_path))
+    with pytest.raises(BadInput, match="path_initial_model_for_weight_conversion"):
+        open_adapters([tmp_path])
+
+
 def test_adapter_of_another_shape_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

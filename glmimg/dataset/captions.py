@@ -17,7 +17,8 @@ __all__ = ["CaptionRules"]
 
 @dataclass(frozen=True)
 class CaptionRules(Config):
-    """`trigger` stands for {trigger} in the templates, or goes in front where neither they nor the caption have it.
+    """`trigger` stands for {trigger} in the templates, or goes in front where neither they nor the caption have it. A
+    picture without captions is called by the templates without {caption}, or else by the trigger alone.
 
     `dropout` is the share of pictures shown without any text, which guidance needs. The decoder is shown these without
     their tokens as well, and as large a share of the others without their text alone.
@@ -30,6 +31,8 @@ class CaptionRules(Config):
     def __post_init__(self) -> None:
         require(0 <= self.dropout < 1, f"caption dropout {self.dropout}: use 0 to less than 1")
         require(bool(self.templates), "templates: give at least one, such as '{caption}'")
+        named = any("{trigger}" in template for template in self.templates)
+        require(bool(self.trigger) or not named, "templates name {trigger}: say which word that is (--trigger WORD)")
         for template in self.templates:
             fields = template.replace("{caption}", "").replace("{trigger}", "")
             require(
@@ -38,7 +41,8 @@ class CaptionRules(Config):
 
     def texts(self, captions: Sequence[str]) -> list[str]:
         """Every text that a picture with these captions can be shown with, the plainest first."""
-        told = [self._told(template, caption) for template in self.templates for caption in captions or ("",)]
+        templates = self.templates if captions else [one for one in self.templates if "{caption}" not in one] or [""]
+        told = [self._told(template, caption) for template in templates for caption in captions or ("",)]
         return list(dict.fromkeys(told))
 
     def choose(self, captions: Sequence[str], rng: np.random.Generator) -> str:

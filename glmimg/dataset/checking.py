@@ -97,7 +97,7 @@ class Report:
         quoted = sum(any(glyph_texts(c) for c in checked.example.captions) for checked in self.usable)
         sides = [side for checked in self.usable for side in checked.size]
         return {
-            "place": self.dataset.place,
+            "place": self.dataset.place.encode(errors="backslashreplace").decode(),  # as `shown_name`
             "kind": self.dataset.kind,
             "pictures": len(self.dataset.examples),
             "usable": len(self.usable),

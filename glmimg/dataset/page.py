@@ -70,8 +70,8 @@ def write_page(report: Report, path: str | Path) -> None:
     left = len(report.usable) - MOST
     more = f"<p>The first {MOST}; {left} more are not shown.</p>" if left > 0 else ""
     page = (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(report.dataset.place)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(report.dataset.place)}</h1><table>{summary}</table><h2>Sizes</h2><table>{buckets}</table>"
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(told['place'])}</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(told['place'])}</h1><table>{summary}</table><h2>Sizes</h2><table>{buckets}</table>"
         f"<h2>Findings</h2><table>{''.join(rows) or '<tr><td>none</td></tr>'}</table>"
         f'<h2>Pictures</h2><p>What is pale is cut off.</p>{more}<div class="sheet">{"".join(figures)}</div>'
     )

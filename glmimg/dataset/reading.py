@@ -20,8 +20,9 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,12 +30,14 @@ from typing import Any
 
 from PIL import Image
 
+from glmimg.dataset.spool import Spool
 from glmimg.errors import BadInput, MissingExtra, UnknownName
 from glmimg.image_io import open_picture
 
-__all__ = ["COLUMNS", "SUFFIXES", "Dataset", "Example", "Source", "name_caption", "read_dataset"]
+__all__ = ["COLUMNS", "SUFFIXES", "Dataset", "Example", "Source", "name_caption", "read_dataset", "shown_name"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_NOT_READ = {".avif", ".heic", ".heif", ".jfif", ".jxl"}  # pictures all the same
 # What a column may be called, first come first served.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "picture": ("file_name", "image", "picture", "path", "target", "target_image", "edited_image", "output_image"),
@@ -57,16 +60,16 @@ _DIGEST = re.compile(r"[0-9a-f\-]{16,}", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Source:
-    """A picture's bytes: in a file, or in memory. `label` names it in messages."""
+    """A picture's bytes: in a file, or what `data` gives. `label` names it in messages."""
 
     label: str
     path: Path | None = None
-    data: bytes | None = field(default=None, repr=False)
+    data: Callable[[], bytes] | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
         """The encoded picture; BadInput if the file cannot be read."""
         if self.data is not None:
-            return self.data
+            return self.data()
         assert self.path is not None
         try:
             return self.path.read_bytes()
@@ -76,10 +79,7 @@ class Source:
     def open(self) -> Image.Image:
         """The picture, upright RGB; BadInput if it is none."""
         data = self.read()
-        try:
-            return open_picture(data)
-        except BadInput as error:
-            raise BadInput(str(error).replace("the picture", self.label, 1)) from error
+        return open_picture(data, self.label)
 
     def digest(self) -> str:
         """Of the encoded bytes."""
@@ -123,7 +123,7 @@ def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) ->
         raise BadInput(f"{place}: no such folder; give a folder of pictures, or a metadata.jsonl, .csv or .parquet")
     notes: list[str] = []
     if root.is_file():
-        kind, examples = _table(root, root.parent, columns)
+        kind, examples = _table(root, root.parent, columns, notes)
     elif (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         kind, examples = "Hugging Face datasets folder", list(_saved(root, columns, notes))
     else:
@@ -137,9 +137,10 @@ def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) ->
             kind, examples = _tables(deeper, root, columns, notes)
         elif parquet:
             train = _train(parquet, root, notes)
-            notes += [f"{_label(p, root)} is not in a parquet file" for p in _pictures(root)]
             kind = f"{len(train)} parquet files"
-            examples = [example for file in train for example in _parquet(file, root, columns)]
+            examples = [example for file in train for example in _parquet(file, root, columns, notes)]
+            named = _named(examples)
+            notes += [f"{shown_name(p, root)} is not in a parquet file" for p in _pictures(root) if p not in named]
         else:
             kind, examples = _folder(root, notes)
     if not examples:
@@ -156,12 +157,13 @@ def name_caption(stem: str) -> str:
     if not told or (told[0] in _CAMERA and _CAMERA_TOO.issuperset(told)) or _DIGEST.fullmatch(stem):
         return ""
     words = re.sub(r"[\s_\-.+]+", " ", re.sub(r"\s*\(\d+\)$", "", stem))
-    return re.sub(r"\s+\d+$", "", words).strip()
+    # Macs write names decomposed, and nobody types prompts that way
+    return unicodedata.normalize("NFC", re.sub(r"\s+\d+$", "", words).strip())
 
 
-def _label(path: Path, root: Path) -> str:
+def shown_name(path: Path, root: Path | None = None) -> str:
     """What messages and files call it: a name that is no UTF-8 could be neither printed nor written."""
-    return str(path.relative_to(root)).encode(errors="backslashreplace").decode()
+    return (path.name if root is None else str(path.relative_to(root))).encode(errors="backslashreplace").decode()
 
 
 def _pictures(root: Path) -> list[Path]:
@@ -183,22 +185,24 @@ def _visible(root: Path) -> list[Path]:
 
 
 def _unread(root: Path) -> list[str]:
-    """A note for each kind of file that is neither picture nor caption: a phone's own format, films."""
+    """A note for each kind of file that is neither picture nor caption, a phone's own format, films; for links too."""
     kinds: dict[str, list[str]] = defaultdict(list)
-    for path in _visible(root):
+    visible = _visible(root)
+    links = [shown_name(path, root) for path in visible if path.is_symlink() and path.is_dir()]
+    for path in visible:
         kind = path.suffix.lower()
         if path.is_file() and kind not in {*SUFFIXES, ".txt"}:
-            kinds[kind or "nameless"].append(_label(path, root))
+            kinds[kind or "nameless"].append(shown_name(path, root))
     return [
         f"{kind} is not read: {', '.join(paths[:3])}{f' and {len(paths) - 3} more' * (len(paths) > 3)}"
         for kind, paths in kinds.items()
-    ]
+    ] + [f"{link} is a link to a folder and is not followed: name that folder, or copy it" for link in links]
 
 
 def _train(files: list[Path], root: Path, notes: list[str]) -> list[Path]:
     """Those of a train split, where there are any."""
     train = [file for file in files if _TRAIN.search(str(file.relative_to(root)))] or files
-    notes += [f"{_label(file, root)} is not of the train split" for file in files if file not in train]
+    notes += [f"{shown_name(file, root)} is not of the train split" for file in files if file not in train]
     return train
 
 
@@ -228,10 +232,10 @@ def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:
         if captions is None:
             named = name_caption(picture.stem.encode(errors="ignore").decode())
             captions = () if with_text or not named else (named,)
-        examples.append(Example(Source(_label(picture, root), picture), captions))
+        examples.append(Example(Source(shown_name(picture, root), picture), captions))
     stems = {picture.with_suffix("") for picture in pictures}
     notes += [
-        f"{_label(t, root)} has no picture"
+        f"{shown_name(t, root)} has no picture"
         for t in _visible(root)
         if t.suffix.lower() == ".txt" and t.with_suffix("") not in stems
     ]
@@ -245,14 +249,14 @@ def _pairs(root: Path, notes: list[str]) -> list[Example]:
     for target in _pictures(root / "target"):
         source = sources.pop(target.relative_to(root / "target").with_suffix(""), None)
         if source is None:
-            notes.append(f"{_label(target, root)} has no source of that name")
+            notes.append(f"{shown_name(target, root)} has no source of that name")
             continue
         captions = _text_captions(target) or _text_captions(source) or ()
-        label = _label(target, root)
-        examples.append(Example(Source(label, target), captions, Source(_label(source, root), source)))
-    notes += [f"{_label(left, root)} has no target of that name" for left in sources.values()]
+        label = shown_name(target, root)
+        examples.append(Example(Source(label, target), captions, Source(shown_name(source, root), source)))
+    notes += [f"{shown_name(left, root)} has no target of that name" for left in sources.values()]
     apart = [p for p in _pictures(root) if {root / "source", root / "target"}.isdisjoint(p.parents)]
-    notes += [f"{_label(picture, root)} is neither in source nor in target" for picture in apart]
+    notes += [f"{shown_name(picture, root)} is neither in source nor in target" for picture in apart]
     notes += _unread(root)
     return examples
 
@@ -261,20 +265,24 @@ def _tables(found: list[Path], root: Path, columns: Mapping[str, str], notes: li
     """One table for each folder; a row names pictures as seen from its table's folder."""
     first = {folder: min(_TABLES, key=lambda name: folder / name not in found) for folder in {f.parent for f in found}}
     read = _train([file for file in found if file.name == first[file.parent]], root, notes)
-    notes += [f"{_label(f, root)} is not read: {first[f.parent]} is" for f in found if f.name != first[f.parent]]
-    examples = [example for file in read for example in _table(file, root, columns)[1]]
-    kind = _label(read[0], root) if len(read) == 1 else f"{len(read)} metadata files"
-    named = {s.path for e in examples for s in (e.picture, e.reference) if s is not None}
+    notes += [f"{shown_name(f, root)} is not read: {first[f.parent]} is" for f in found if f.name != first[f.parent]]
+    examples = [example for file in read for example in _table(file, root, columns, notes)[1]]
+    kind = shown_name(read[0], root) if len(read) == 1 else f"{len(read)} metadata files"
+    named = _named(examples)
     others = {file.parent for file in found} - {file.parent for file in read}  # of other splits, which were told
     left = [p for p in _pictures(root) if p not in named and others.isdisjoint(p.parents)]
-    notes += [f"{_label(p, root)} is in no row of {kind}" for p in left]
+    notes += [f"{shown_name(p, root)} is in no row of {kind}" for p in left]
     return kind, examples
 
 
-def _table(file: Path, root: Path, columns: Mapping[str, str]) -> tuple[str, list[Example]]:
+def _named(examples: Iterable[Example]) -> set[Path | None]:
+    return {source.path for e in examples for source in (e.picture, e.reference) if source is not None}
+
+
+def _table(file: Path, root: Path, columns: Mapping[str, str], notes: list[str]) -> tuple[str, list[Example]]:
     kind = file.suffix.lower()
     if kind == ".parquet":
-        return "parquet file", list(_parquet(file, root, columns))
+        return "parquet file", list(_parquet(file, root, columns, notes))
     if kind not in (".jsonl", ".csv", ".tsv"):
         raise BadInput(f"{file} is a {kind or 'nameless'} file; .jsonl, .csv, .tsv and .parquet are known, and folders")
     text = _text(file)
@@ -289,7 +297,7 @@ def _table(file: Path, root: Path, columns: Mapping[str, str]) -> tuple[str, lis
             rows, names = list(reader), [name for name in reader.fieldnames or () if name]
         except csv.Error as error:
             raise BadInput(f"{file} is no table that can be read ({error}): save it again") from error
-    return file.name, list(_rows(rows, root, file, columns, names, file.parent))
+    return file.name, list(_rows(rows, root, file, columns, names, notes))
 
 
 def _json_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
@@ -305,7 +313,7 @@ def _json_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _parquet(file: Path, root: Path, columns: Mapping[str, str]) -> Iterator[Example]:
+def _parquet(file: Path, root: Path, columns: Mapping[str, str], notes: list[str]) -> Iterator[Example]:
     if find_spec("pyarrow") is None:
         raise MissingExtra.of("pyarrow", "data", "reading parquet files")
     import pyarrow.parquet as parquet
@@ -313,7 +321,7 @@ def _parquet(file: Path, root: Path, columns: Mapping[str, str]) -> Iterator[Exa
     try:
         opened = parquet.ParquetFile(file)
         rows = (row for batch in opened.iter_batches(64) for row in batch.to_pylist())
-        yield from _rows(rows, root, file, columns, opened.schema_arrow.names)
+        yield from _rows(rows, root, file, columns, opened.schema_arrow.names, notes)
     except (OSError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
@@ -334,7 +342,7 @@ def _saved(root: Path, columns: Mapping[str, str], notes: list[str]) -> Iterator
         for name, feature in loaded.features.items():
             if isinstance(feature, datasets.Image):  # as bytes: decoding and checking is ours
                 loaded = loaded.cast_column(name, datasets.Image(decode=False))
-        yield from _rows(loaded, root, root, columns, list(loaded.features))
+        yield from _rows(loaded, root, root, columns, list(loaded.features), notes)
     except (OSError, ValueError, LookupError, TypeError) as error:
         if isinstance(error, BadInput):
             raise
@@ -347,26 +355,27 @@ def _rows(
     place: Path,
     columns: Mapping[str, str],
     names: Sequence[str],
-    base: Path | None = None,
+    notes: list[str],
 ) -> Iterator[Example]:
-    """`base`: where the rows' paths begin (default: `root`, which none may leave)."""
-    base, found = base or root, _columns(names, place, columns)
+    """The rows' paths begin at the table's folder, and none may leave `root`."""
+    base, found, spool = place.parent if place != root else root, _columns(names, place, columns), Spool()
     guessed = found["reference"] if "reference" not in columns else None
     for number, row in enumerate(rows, 1):
         if guessed and row.get(guessed):  # the first that is filled: "source" is as often where pictures come from
             if not _names_a_picture(row[guessed]):
                 found["reference"] = None
+                notes.append(f"column {guessed} of {place.name} names no pictures, and is not read as references")
             guessed = None
         label = f"{place.name}, row {number}"
-        picture = _source(row.get(found["picture"] or ""), root, label, base)
-        reference = _source(row.get(found["reference"]), root, label, base) if found["reference"] else None
+        picture = _source(row.get(found["picture"] or ""), root, label, base, spool)
+        reference = _source(row.get(found["reference"]), root, label, base, spool) if found["reference"] else None
         if picture is None:
             raise BadInput(f"{label}: its column {found['picture']} is empty: name a picture, or delete the row")
         yield Example(picture, _captions(row.get(found["caption"] or "")), reference)
 
 
 def _names_a_picture(value: Any) -> bool:
-    return not isinstance(value, str) or Path(value).suffix.lower() in SUFFIXES
+    return not isinstance(value, str) or Path(value).suffix.lower() in SUFFIXES | _NOT_READ
 
 
 def _columns(names: Sequence[str], place: Path, columns: Mapping[str, str]) -> dict[str, str | None]:
@@ -391,19 +400,26 @@ def _captions(value: Any) -> tuple[str, ...]:
     return tuple(str(text).strip() for text in texts if str(text).strip())
 
 
-def _source(value: Any, root: Path, label: str, base: Path) -> Source | None:
-    """A path from `base`, or what Hugging Face keeps: {"bytes": ..., "path": ...}."""
+def _source(value: Any, root: Path, label: str, base: Path, spool: Spool) -> Source | None:
+    """A path from `base`, or what Hugging Face keeps: {"bytes": ..., "path": ...}; or a list of one such."""
+    if isinstance(value, (list, tuple)):
+        if len(value) > 1:
+            raise BadInput(f"{label}: {len(value)} pictures in one column, and one is learnt from: make a row for each")
+        value = value[0] if value else None
     if isinstance(value, Mapping):
         name = value.get("path")
         if value.get("bytes"):
-            return Source(f"{label} ({name})" if name else label, data=bytes(value["bytes"]))
+            return Source(f"{label} ({name})" if name else label, data=spool.put(value["bytes"]))
         value = name
     if isinstance(value, (bytes, bytearray)):
-        return Source(label, data=bytes(value))
+        return Source(label, data=spool.put(value))
     if not isinstance(value, str) or not value.strip():
         return None
     # by name alone: the hub's cache and many data sets hold links to pictures elsewhere
     path = Path(os.path.abspath(base / value))
     if root not in path.parents:
         raise BadInput(f"{label}: {value} lies outside {root}; keep a data set's pictures in its folder")
-    return Source(_label(path, root), path)
+    if not path.exists():  # a name with accents may be written in another form than the file's
+        forms = (path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD"))
+        path = next((form for form in forms if form.exists()), path)
+    return Source(shown_name(path, root), path)

@@ -52,7 +52,7 @@ class Files:
     def get(self, name: str) -> tuple[str, bytes] | None:
         self._expire()
         found = self._files.get(name)
-        return None if found is None else found[1:]
+        return None if found is None or found[0] < time.monotonic() else found[1:]
 
     def _expire(self) -> None:
         while self._files and next(iter(self._files.values()))[0] < time.monotonic():

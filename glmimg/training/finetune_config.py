@@ -132,6 +132,8 @@ class FineTuneConfig(Config):
         require((self.sample_steps or 1) <= 1000, f"sample_steps {self.sample_steps}: use 1 to 1000")
         for name in ("sample_prompts", "prior_prompts"):
             require(all(text.strip() for text in getattr(self, name)), f"{name}: one of them is empty")
+        given, count = len(self.prior_prompts), self.prior_count
+        require(given <= count, f"{given} prior prompts for {count} grids: use as many grids, prior_count {given}")
 
     @property
     def stages(self) -> tuple[str, ...]:

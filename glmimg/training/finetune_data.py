@@ -79,10 +79,10 @@ def survey(
 def views(checked: Checked, config: FineTuneConfig) -> list[Checked]:
     """The picture as it is, and `config.views - 1` others, which depend on its content and the seed alone.
 
-    Words that a caption quotes are to be read: such a picture stays as it is.
+    Words that its texts quote are to be read: such a picture stays as it is.
     """
     found = [checked]
-    if any(map(glyph_texts, checked.example.captions)):
+    if any(map(glyph_texts, config.captions.texts(checked.example.captions))):
         return found
     for number in range(1, config.views):
         seed = int(Store.key("view", config.seed, checked.digest, number), 16)
@@ -100,7 +100,7 @@ class Encoder:
         self._parts: dict[str, Any] = {}
 
     def picture_key(self, checked: Checked) -> str:
-        return Store.key("picture/1", self.dtype, checked.digest, checked.fit, checked.reference_fit)
+        return Store.key("picture/2", self.dtype, checked.digest, checked.fit, checked.reference_fit)
 
     def glyph_key(self, words: Sequence[str]) -> str:
         return Store.key("glyphs/1", self.dtype, json.dumps(list(words)))

@@ -307,6 +307,8 @@ class FineTuneLoop:
                         self._average()
                     self.seconds += time.perf_counter() - began
                     self._after_step(loss, rate, norm)
+                if _INTERRUPT in self.processes.union({_INTERRUPT} if self._stop else set()):  # during the last samples
+                    raise Cancelled(f"stopped after the last step of the {self.stage}; --resume goes on")
         finally:
             if self._board is not None:
                 _disk(self._board.close)

@@ -47,8 +47,9 @@ class OwnTokens(Pictures):
         side = config.resolution or encoder.checkpoint.settings.default_size[0]
         fit = Fit((side, side), (side, side), 0, 0)
         examples = []
-        for number in range(min(config.prior_count, cls.most or config.prior_count)):
-            prompt = prompts[number % len(prompts)]
+        count = min(config.prior_count, cls.most or config.prior_count)
+        for number in range(count):  # of more prompts than that, some from everywhere
+            prompt = prompts[number * len(prompts) // count if len(prompts) > count else number % len(prompts)]
             digest = Store.key("own tokens/2", prompt, config.seed + number, config.base_bits)
             examples.append(Checked(Example(Source(digest), (prompt,)), (side, side), fit, None, digest, 0))
         plain = replace(config, captions=CaptionRules(dropout=config.captions.dropout))

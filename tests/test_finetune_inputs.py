@@ -1,0 +1,125 @@
+"""What a fine-tuning is given, and what it says of that before anything is learnt."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from glmimg.cli_finetune import _settings
+from glmimg.dataset.captions import CaptionRules
+from glmimg.errors import BadInput, Cancelled
+from glmimg.pipelines import FineTunePipeline
+from glmimg.pipelines.finetune_samples import Samples
+from glmimg.training.finetune_config import FineTuneConfig
+from glmimg.training.finetune_data import Encoder
+from glmimg.training.finetune_prior import OwnLatents, OwnTokens
+
+SMALL: dict[str, Any] = {"resolution": 64, "batch_size": 2, "rank": 2, "steps": 2, "held_out": 0, "prior_weight": 0}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(3):
+        Image.new("RGB", (64, 64), (80 * k, 90, 200)).save(folder / f"disc {'abc'[k]}.png")
+    return folder
+
+
+def opened(checkpoint: Path, cache: Path, **changes: Any) -> FineTunePipeline:
+    return FineTunePipeline.from_pretrained(checkpoint, "cpu", "fp32", SMALL | changes, cache / "cache")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_prompts": ("<sop> x",)},
+        {"prior_prompts": ("<sop>",), "prior_weight": 1.0},
+        {"captions": CaptionRules("<sop>")},
+    ],
+)
+def test_texts_are_refused_before_anything_is_encoded(
+    changes: dict[str, Any], tiny_checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoder, "_part", lambda *_: pytest.fail("a weight was loaded"))
+    with pytest.raises(BadInput, match="<sop>"):
+        opened(tiny_checkpoint, tmp_path, **changes)(photos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left_out_is_told(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = opened(tiny_checkpoint, tmp_path)
+    pipeline.usable(pipeline.check(photos))
+    assert not caplog.text
+    (photos / "more.heic").write_bytes(b"?")
+    (photos / "broken.png").write_bytes(b"?")
+    pipeline.usable(pipeline.check(photos), skip_broken=True)
+    assert "1 pictures cannot be trained on" in caplog.text and ".heic is not read" in caplog.text
+
+
+def test_interrupted_while_the_last_samples_are_drawn(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next stage does not begin; it does when the run goes on."""
+    draw, stages = Samples.draw, list[str]()
+
+    def interrupted(samples: Samples, stage: str, step: int, *rest: Any) -> None:
+        draw(samples, stage, step, *rest)
+        if (stage, step) == ("generator", 2) and "generator" not in stages:
+            stages.append(stage)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Samples, "draw", interrupted)
+    pipeline, out = opened(tiny_checkpoint, tmp_path, sample_prompts=["a disc"], sample_steps=1), tmp_path / "out"
+    with pytest.raises(Cancelled, match="generator"):
+        pipeline(photos, out)
+    assert not (out / "decoder").exists()
+    pipeline(photos, out, resume=True)
+    assert (out / "decoder").exists()
+
+
+def test_another_method_has_its_own_defaults(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    """Of settings that a run has resolved, --config takes those alone that were given."""
+    import argparse
+
+    from glmimg.cli_finetune import finetune
+
+    opened(tiny_checkpoint, tmp_path, stage="decoder")(photos, tmp_path / "out")
+    told = json.loads((tmp_path / "out/finetune.json").read_text())
+    assert told["resolved"]["learning_rate"] == 5e-4 and told["resolved"]["alpha"] == 2
+    parser = argparse.ArgumentParser()
+    finetune(parser)
+    arguments = parser.parse_args([str(photos), "--config", str(tmp_path / "out/finetune.json"), "--method", "full"])
+    config = FineTuneConfig.from_dict(_settings(arguments))
+    assert config.rate == 2e-5 and config.rank == 2
+
+
+def test_every_prior_prompt_has_its_turn(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    prompts = tuple(f"thing {k}" for k in range(100))
+    with pytest.raises(BadInput, match="prior_count 100"):
+        FineTuneConfig(prior_prompts=prompts, prior_count=99)
+    pipeline = opened(tiny_checkpoint, tmp_path, prior_prompts=prompts, prior_count=100, prior_weight=1.0)
+    shown = [
+        example.example.captions[0] for example in OwnTokens.of(prompts, pipeline.encoder, pipeline.config).examples
+    ]
+    assert shown == list(prompts)
+    fewer = OwnLatents.of(prompts, pipeline.encoder, pipeline.config).examples
+    places = [prompts.index(example.example.captions[0]) for example in fewer]
+    assert len(set(places)) == len(fewer) < 100 and max(places) > 97, "from everywhere"
+
+
+def test_pictures_with_words_in_their_template_stay_as_they_are(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    captions = CaptionRules(templates=('a sign with the word "{caption}"',))
+    for rules, views in ((captions, 1), (CaptionRules(), 3)):
+        pipeline = opened(tiny_checkpoint, tmp_path, captions=rules, views=3, mirror=True)
+        assert len(pipeline.split(pipeline.check(photos))[0]) == 3 * views
