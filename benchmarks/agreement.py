@@ -27,7 +27,7 @@ def prompts() -> list[tuple[str, str, str, str]]:
     """(row, shape, colour, prompt)."""
     found = []
     for shape, names in SHAPES.items():
-        if not is_feminine(names[1]):
+        if not is_feminine(names[1], 1):
             continue
         for colour, (_, looks) in COLOURS.items():
             if not (looks[1].endswith("o") or looks[2].endswith("o")):

@@ -28,7 +28,7 @@ __all__ = ["write_corpus_page"]
 
 def write_corpus_page(bank: StickerBank, path: Path, *, count: int = 60, seed: int = 0, start: int = 0) -> None:
     """One HTML file that needs nothing else: `count` scenes from number `start` on of each kind and of each held-out
-    split, and as many edits. What training shows has seed 0."""
+    split, and as many edits, from seeds that training has its own of."""
     shown: dict[str, dict[str, Any]] = {
         "everything": {},
         "plain": PLAIN,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
-from glmimg.corpus.grammar import agreeing, article, is_feminine, number, plural
+from glmimg.corpus.grammar import agreeing, article, is_feminine, names_several, number, plural
 from glmimg.corpus.scenes import Scene, Thing
-from glmimg.corpus.stickers import StickerBank
+from glmimg.corpus.stickers import Concept, StickerBank
 from glmimg.corpus.words import BACKGROUNDS, COLOURS, LANGUAGE_INDEX, SHAPES, SIGNS, STYLE_NAMES
 
 LANGUAGE_WEIGHTS = {"en": 0.61, "es": 0.13, "pt": 0.13, "zh": 0.13}
@@ -27,6 +29,7 @@ _RELATION = {
     "below": ("below", "debajo de", "abaixo de", "下面"),
 }
 _UNQUOTED = str.maketrans("", "", '"“”„«»‘「」')
+_CALLED = {("star", "pt"): "estrela"}  # where the set's own name tells what is not to be seen
 _TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 _SAYS = (
     ('that says "{}"', 'with the word "{}"', 'reading "{}"'),
@@ -40,20 +43,33 @@ def pick_language(rng: np.random.Generator) -> str:
     return str(rng.choice(list(LANGUAGE_WEIGHTS), p=list(LANGUAGE_WEIGHTS.values())))
 
 
+def label_of(concept: Concept, lang: str) -> str:
+    """Its name, without quotation marks: what is quoted is to be written."""
+    called = _CALLED.get((concept.labels["en"], lang)) or concept.labels.get(lang) or concept.labels["en"]
+    return called.translate(_UNQUOTED)
+
+
 def _name(thing: Thing, bank: StickerBank, lang: str, rng: np.random.Generator, *, tagged: bool = True) -> str:
     concept = bank.concepts[thing.concept]
-    label = concept.labels.get(lang) or concept.labels["en"]
+    label = label_of(concept, lang)
     tags = concept.tags.get(lang) or []
-    if tagged and tags and rng.random() < 0.1:
-        label = f"{label}, {tags[int(rng.integers(len(tags)))]}" if lang != "zh" else label
-    label = label.translate(_UNQUOTED)  # what is quoted is to be written
+    if tagged and rng.random() < 0.1 and tags and lang != "zh":
+        tag = tags[int(rng.spawn(1)[0].integers(len(tags)))]  # of how many it is does not matter to what follows
+        label = f"{label}, {tag.translate(_UNQUOTED)}"
     if thing.tone and lang == "en":
         label += f" with {_TONES[thing.tone]} skin tone"
     return label
 
 
 def _noun(
-    thing: Thing, bank: StickerBank, lang: str, rng: np.random.Generator, *, styled: bool = True, tagged: bool = True
+    thing: Thing,
+    bank: StickerBank,
+    lang: str,
+    rng: np.random.Generator,
+    *,
+    styled: bool = True,
+    tagged: bool = True,
+    counted: bool = False,
 ) -> str:
     """The thing without an article: `flat fox`, `red silhouette of a fox`, `green circle`, `mug that says "hi"`."""
     i = LANGUAGE_INDEX[lang]
@@ -62,7 +78,7 @@ def _noun(
         shape = SHAPES[thing.shape][i]
         if i in (0, 3):
             return f"{colour} {shape}" if i == 0 else f"{colour}{shape}"
-        return f"{shape} {agreeing(colour, is_feminine(shape))}"
+        return f"{shape} {agreeing(colour, is_feminine(shape, i))}"
     if thing.kind == "sign":
         sign, ink = SIGNS[thing.sign][i], COLOURS[thing.ink][1][i]
         says = str(rng.choice(_SAYS[i])).format(thing.word)
@@ -70,25 +86,26 @@ def _noun(
         if i == 0:
             return f"{colour} {sign} {says}" + (f" in {ink} letters" if inked else "")
         if i == 3:
-            return f"{says}的{colour}{sign}" + (f",{ink}的字" if inked else "")
+            return (says.replace("写着", f"用{ink}的字写着") if inked else says) + f"的{colour}{sign}"
         letters = {1: f" en letras de color {ink}", 2: f" em letras de cor {agreeing(ink, True)}"}[i]
-        return f"{sign} {agreeing(colour, is_feminine(sign))} {says}" + (letters if inked else "")
+        return f"{sign} {agreeing(colour, is_feminine(sign, i))} {says}" + (letters if inked else "")
     name = _name(thing, bank, lang, rng, tagged=tagged)
     if not styled and not colour:
         return name
     styles = STYLE_NAMES[thing.style][i]
-    style = styles[0] if rng.random() < 0.6 else styles[-1]
+    several = names_several(name, i)
+    style = styles[0] if rng.random() < 0.6 or (counted and several) else styles[-1]  # three 3D renders of grapes
     if i == 0:
         if colour:
             return f"{colour} {style} of {article(name)}"
         return f"{style} of {article(name)}" if style == styles[0] else f"{style} {name}"
     if i == 3:
-        return f"{name}的{colour}{style}" if colour else f"{style}{name}"
-    joiner = {1: "de", 2: "de"}[i]
+        return f"{name}的{colour}{style}" if colour or style == styles[0] else f"{style}{name}"
     if colour:
-        return f"{style} {agreeing(colour, is_feminine(style))} {joiner} {name}"
-    looks = agreeing(style, style == "plano" and is_feminine(name))  # the others are nouns
-    return f"{style} {joiner} {name}" if style == styles[0] else f"{name} {looks}"
+        return f"{style} {agreeing(colour, is_feminine(style, i))} de {name}"
+    looks = agreeing(style, style == "plano" and is_feminine(name, i))  # the others are nouns
+    looks = plural(looks, i) if several and style in ("plano", "simple") else looks
+    return f"{style} de {name}" if style == styles[0] else f"{name} {looks}"
 
 
 def caption(scene: Scene, bank: StickerBank, rng: np.random.Generator, language: str | None = None) -> str:
@@ -98,11 +115,13 @@ def caption(scene: Scene, bank: StickerBank, rng: np.random.Generator, language:
     things = scene.things
     styled = rng.random() < 0.9
     kind, _, detail = scene.layout.partition(":")
-    nouns = [_noun(t, bank, lang, rng, styled=styled, tagged=kind == "single") for t in things]
+    how = {"styled": styled, "tagged": kind == "single", "counted": kind == "count"}
+    nouns = [_noun(t, bank, lang, rng, **how) for t in things]
     if i == 0:
         nouns_a = [article(n) for n in nouns]
     elif i == 3:
-        nouns_a = [f"一个{n}" if rng.random() < 0.5 else n for n in nouns]
+        apart = rng.spawn(1)[0]  # so that all that follows is told as in other languages
+        nouns_a = [f"一个{n}" if apart.random() < 0.5 else n for n in nouns]
     else:
         nouns_a = nouns
     if kind == "single":
@@ -130,10 +149,11 @@ def caption(scene: Scene, bank: StickerBank, rng: np.random.Generator, language:
         else:
             text = f"{first} {relation} {second}"
     elif kind == "count":
-        count, space = number(len(things), i, i in (1, 2) and is_feminine(nouns[0])), "" if i == 3 else " "
+        count, space = number(len(things), i, i in (1, 2) and is_feminine(nouns[0], i)), "" if i == 3 else " "
         text = f"{count}{space}{plural(nouns[0], i)}"
     else:
-        last = {0: " and ", 1: " y ", 2: " e ", 3: "和"}[i]
+        and_e = re.match(r"h?i(?![aeouéó])", nouns_a[-1], re.IGNORECASE)
+        last = {0: " and ", 1: " e " if and_e else " y ", 2: " e ", 3: "和"}[i]
         comma = "、" if i == 3 else ", "
         text = comma.join(nouns_a[:-1]) + last + nouns_a[-1]
         if kind == "row":

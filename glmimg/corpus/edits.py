@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from glmimg.corpus.captions import _PLACE, _noun, pick_language
-from glmimg.corpus.grammar import article
+from glmimg.corpus.captions import _PLACE, _noun, label_of, pick_language
+from glmimg.corpus.grammar import article, definite
 from glmimg.corpus.scenes import Scene, SceneSampler, Thing, _distance, _snapped, _square
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_relation, is_held_out_shape
 from glmimg.corpus.stickers import STYLES, StickerBank
@@ -38,7 +38,7 @@ _TO_PLACE = {
     "bottom left": ("to the bottom left corner", "abajo a la izquierda", "para o canto inferior esquerdo", "左下角"),
     "bottom right": ("to the bottom right corner", "abajo a la derecha", "para o canto inferior direito", "右下角"),
 }
-# One form per line and language: {x} is the new thing, {old} the old one, {place} where.
+# One form per line and language: {x} is the new thing, {old} the old one, {of} of the old one, {place} where.
 _FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "background": (
         ("change the background to {x}", "make the background {x}", "{x} background instead"),
@@ -54,8 +54,8 @@ _FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple
     ),
     "colour": (
         ("make the {old} {x}", "change the colour of the {old} to {x}"),
-        ("pinta de {x} {old}", "cambia el color de {old} a {x}"),
-        ("pinte de {x} {old}", "mude a cor de {old} para {x}"),
+        ("pinta de {x} {old}", "cambia el color {of} a {x}"),
+        ("pinte de {x} {old}", "mude a cor {of} para {x}"),
         ("把{old}变成{x}", "{old}改为{x}"),
     ),
     "add": (
@@ -147,14 +147,14 @@ class EditSampler:
             s
             for s in STYLES
             if s not in (old.style, "silhouette")
-            and (old.concept, s, 0) in self.bank.row_of
+            and (old.concept, s, old.tone) in self.bank.row_of
             and is_held_out_cell(old.concept, s) == wanted
         ]
         if not styles:
             return None
         style = str(rng.choice(styles))
-        row = self.bank.row_of[(old.concept, style, 0)]
-        return self._with(scene, "style", 0, replace(old, style=style, row=row, tone=0))
+        row = self.bank.row_of[(old.concept, style, old.tone)]
+        return self._with(scene, "style", 0, replace(old, style=style, row=row))
 
     def _colour(self, scene: Scene, rng: np.random.Generator) -> Edit | None:
         choices = [i for i, t in enumerate(scene.things) if t.colour]
@@ -219,12 +219,14 @@ class EditSampler:
         if kind != "single" or place == "centre" or scene.things[0].kind == "sign":
             return None
         old = scene.things[0]
-        target = str(rng.choice([p for p in _TO_PLACE if p != place]))
+        # From a corner not to the side that it lies at already.
+        target = str(rng.choice([p for p in _TO_PLACE if p != place and not set(p.split()) < set(place.split())]))
         side, h, w = old.box[2] - old.box[0], scene.height, scene.width
         x = side / 2 + w * 0.04 if "left" in target else w * 0.96 - side / 2 if "right" in target else w / 2
         y = side / 2 + h * 0.04 if "top" in target else h * 0.96 - side / 2 if "bottom" in target else h / 2
         moved, box = replace(scene, layout=f"single:{target}"), _square(x, y, side, h, w)
-        box = _snapped(box, moved, self.scenes.grid) if self.scenes.grid else box
+        if self.scenes.grid:
+            box = _snapped(box, scene, self.scenes.grid)  # by where it was: as large as then, in the middle too
         return Edit("move", scene, replace(moved, things=(replace(old, box=box),)), 0)
 
     @staticmethod
@@ -260,7 +262,10 @@ def instruction(edit: Edit, bank: StickerBank, rng: np.random.Generator, languag
             place = _TO_PLACE[edit.target.layout.partition(":")[2]][i]
     if i == 0 and edit.kind in ("add", "replace"):
         x = article(x)
-    return form.format(x=x, old=old, place=place)
+    of = f"de {old}"
+    if old and i in (1, 2) and rng.random() < 0.5:  # both are understood
+        old, of = definite(old, i), definite(old, i, of=True)
+    return form.format(x=x, old=old, of=of, place=place)
 
 
 def _bare(scene: Scene, at: int, bank: StickerBank, i: int, lang: str, rng: np.random.Generator) -> str:
@@ -271,8 +276,7 @@ def _bare(scene: Scene, at: int, bank: StickerBank, i: int, lang: str, rng: np.r
         return _noun(thing, bank, lang, rng) if several else SHAPES[thing.shape][i]
     if thing.kind == "sign":
         return SIGNS[thing.sign][i]
-    labels = bank.concepts[thing.concept].labels
-    return labels.get(lang) or labels["en"]
+    return label_of(bank.concepts[thing.concept], lang)
 
 
 __all__ = ["EDIT_WEIGHTS", "Edit", "EditSampler", "instruction"]

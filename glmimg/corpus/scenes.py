@@ -359,8 +359,11 @@ def _snapped(box: tuple[int, int, int, int], scene: Scene, grid: int) -> tuple[i
         if centre:
             most = max(step, min(scene.height, scene.width) - step)
             side = min(max(step, round((end - start) / step) * step), most)
+        elif single:  # so small that there is room on all sides
+            side = min(side, max(grid, min(scene.height, scene.width) - 4 * grid))
         margin = grid if single and length - side >= 2 * grid else 0
-        at = (length - side) // 2 if centre else round(start / grid) * grid
+        at = (start + end - side) / 2 if single else start
+        at = (length - side) // 2 if centre else round(at / grid) * grid
         at = min(max(at, margin), max(0, length - side - margin))
         edges.append((at, min(at + side, length)))
     return edges[0][0], edges[1][0], edges[0][1], edges[1][1]

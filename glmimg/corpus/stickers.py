@@ -44,7 +44,7 @@ class Concept:
 
 
 # Travel's clocks, moons, maps and signs: another thing, or none, in a mirror.
-_ONE_WAY = re.compile(r"o’clock|-thirty|clock|watch|moon|\bmap\b|sign\b|tower|statue")
+_ONE_WAY = re.compile(r"o’clock|-thirty|clock|watch|moon|\bmap\b|sign\b|tower|statue|globe|store|\bbank\b|school")
 
 
 def may_be_mirrored(concept: Concept) -> bool:

@@ -41,6 +41,8 @@ def _templates() -> dict[str, np.ndarray]:
         canvas = np.full((160, 160, 3), 250, dtype=np.float32)
         paste_shape(canvas, shape, "black", (8, 8, 152, 152))
         out[shape] = _framed(regions(canvas[..., 0] < 139)[0])
+    y, x = np.mgrid[:145, :145]
+    out[""] = _framed(regions(np.abs(x - 72) + np.abs(y - 72) <= 72)[0])  # a diamond, which is nearly a cross
     return out
 
 
@@ -120,8 +122,8 @@ def score(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
     """Each task that the scene asks for, right or wrong; a task that it does not ask for is absent.
 
     count: as many shapes; colour: the same colours; position: one shape in the named place; relation: both shapes
-    there, the first on the named side of the second; binding: the same (colour, shape) pairs where pairs could be
-    mixed up; object: the named shapes; background: its plain colour; all: everything asked for at once.
+    there, the first on the named side of the second; row: side by side; binding: the same (colour, shape) pairs where
+    pairs could be mixed up; object: the named shapes; background: its plain colour; all: everything asked for at once.
     """
     found, things = find_shapes(picture), scene.things
     kind, _, detail = scene.layout.partition(":")
@@ -138,6 +140,9 @@ def score(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
         out["relation"] = Counter(seen) == Counter(wanted) and (
             relation_of(found[seen.index(wanted[0])].centre, found[seen.index(wanted[1])].centre) == detail
         )
+    if kind == "row" and found:
+        xs, ys = zip(*(f.centre for f in found), strict=True)
+        out["row"] = max(ys) - min(ys) < 0.15 and max(xs) - min(xs) > 0.4
     if len({c for c, _ in wanted}) > 1 and len({s for _, s in wanted}) > 1:
         out["binding"] = Counter(seen) == Counter(wanted)
     out["all"] = all(out.values())

@@ -21,7 +21,7 @@ from glmimg.corpus.grammar import agreeing
 from glmimg.corpus.scenes import Thing
 from glmimg.corpus.words import COLOURS
 from glmimg.errors import MissingExtra
-from glmimg.evaluation.segment import nearest_name
+from glmimg.evaluation.segment import nearest_name, regions
 
 Reader = Callable[[Image.Image], list[str]]
 READ_SIDE = 512  # the shorter side that pictures are enlarged to before reading
@@ -62,12 +62,14 @@ def names_ink(prompt: str, ink: str) -> bool:
 
 def ink_of(picture: np.ndarray, sign: Thing) -> str:
     """The colour of the letters of a picture (h, w, 3) uint8, "" for none: of what stands out most from the sign's own
-    colour in the middle of its box."""
-    left, top, right, bottom = sign.box
-    across, down = (right - left) // 4, (bottom - top) // 4
-    middle = picture[top + down : bottom - down, left + across : right - across].reshape(-1, 3).astype(np.float32)
+    colour in the middle of the largest part that has it, or else of where the sign should be."""
     palette = {name: rgb for name, (rgb, _) in COLOURS.items()}
-    away = np.abs(middle - np.array(palette[sign.colour])).sum(-1)
+    away = np.abs(picture.astype(np.float32) - np.array(palette[sign.colour])).sum(-1)
+    boards = regions(away < 60, min_area=away.size // 50)
+    left, top, right, bottom = max(boards, key=lambda board: board.area).box if boards else sign.box
+    across, down = (right - left) // 4, (bottom - top) // 4
+    part = slice(top + down, bottom - down), slice(left + across, right - across)
+    middle, away = picture[part].reshape(-1, 3).astype(np.float32), away[part].ravel()
     if not 8 <= (away > 100).sum() < 0.9 * len(away):  # no letters, or no sign
         return ""
     most = middle[away >= np.quantile(away[away > 100], 0.7)]
