@@ -106,6 +106,7 @@ class CheckpointSettings:
         decoder = _json(root / "transformer/config.json")
         vae = _json(root / "vae/config.json")
         generation = _json(root / "vision_language_encoder/generation_config.json")
+        generation = {name: value for name, value in generation.items() if value is not None}  # null is silence
         scheduler = _json(root / "scheduler/scheduler_config.json")
         try:
             text = language["text_config"]
@@ -127,7 +128,7 @@ class CheckpointSettings:
                 temperature=generation.get("temperature", 1.0),
                 top_p=generation.get("top_p", 1.0),
                 # transformers' generate applies 50 where the file is silent, as the published one is
-                top_k=generation.get("top_k", 50) or 0,
+                top_k=generation.get("top_k", 50),
                 token_guidance=generation.get("token_guidance", 1.0),
                 token_candidates=generation.get("token_candidates", 1),
                 keep_unchanged=generation.get("keep_unchanged", 0.0),
@@ -135,8 +136,8 @@ class CheckpointSettings:
                 min_size=generation.get("min_size", 512),
                 max_size=generation.get("max_size", 2048),
                 latent_channels=channels,
-                latents_mean=tuple(vae.get("latents_mean") or [0.0] * channels),
-                latents_std=tuple(vae.get("latents_std") or [1.0] * channels),
+                latents_mean=tuple(vae.get("latents_mean") or ()),
+                latents_std=tuple(vae.get("latents_std") or ()),
                 vae_scale=2 ** (len(vae["block_out_channels"]) - 1),
                 patch_size=decoder["patch_size"],
                 scheduler={key: value for key, value in scheduler.items() if not key.startswith("_")},

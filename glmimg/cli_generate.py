@@ -80,7 +80,7 @@ def _add_options(parser: argparse.ArgumentParser, output: str = "picture.png") -
     )
     run.add_argument("--backend", default="auto", help="cpu, cuda, cuda:1, npu, xpu, mps, or generator=...,decoder=...")
     run.add_argument("--dtype", help="bf16 or fp32 (default: what the device is best at)")
-    run.add_argument("--offload", default="none", help="none, stage or block: the less memory, the slower")
+    run.add_argument("--offload", help="none (default), stage or block: the less memory, the slower")
     run.add_argument("--compile", action="store_true", help="compile the decoder; pays for many pictures of one size")
 
 
@@ -103,13 +103,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     from glmimg.pipelines.text_to_image import TextToImagePipeline
 
     pipeline = _opened(TextToImagePipeline, arguments, source)
+    layouts = _check_all(pipeline.stages, prompts, seed, arguments.best_of or arguments.n, options)
     report = _Report(arguments, count)
     options["callback"] = report.event
     if arguments.best_of is not None:
         return _add_best(report, pipeline, prompts, seed=seed, **options)
-    together = max(1, CHUNK // arguments.n)
+    together = max(1, CHUNK // (arguments.n * layouts))
     for start in range(0, len(prompts), together):
-        for numbers in _runs(arguments.n):
+        for numbers in _runs(arguments.n, layouts):
             chunk = prompts[start : start + together]
             seeds = [seed + k for _ in chunk for k in numbers]
             report.add(pipeline(chunk, seed=seeds, num_images_per_prompt=len(numbers), **options))
@@ -140,7 +141,7 @@ def _edit(arguments: argparse.Namespace) -> int:
     options["callback"] = report.event
     if arguments.best_of is not None:
         return _add_best(report, pipeline, [prompt], image=images, seed=seed, **options)
-    for numbers in _runs(arguments.n):
+    for numbers in _runs(arguments.n, 1):
         seeds = [seed + k for k in numbers]
         report.add(pipeline(prompt, images, seed=seeds, num_images_per_prompt=len(numbers), **options))
     return 0
@@ -156,9 +157,21 @@ def _add_best(report: _Report, pipeline: Any, prompts: list[str], **options: Any
     return 0
 
 
-def _runs(count: int) -> list[range]:
+def _check_all(stages: Any, prompts: list[str], seed: int, count: int, options: dict[str, Any]) -> int:
+    """Refuses what the last of many prompts would be refused for; the layouts that are drawn for each picture."""
+    from glmimg.pipelines.request import build_prompts, check_request
+
+    for prompt in prompts:
+        seeds = [seed, seed + count - 1]
+        request = check_request(stages, prompt, seed=seeds[:count], num_images_per_prompt=min(count, 2), **options)
+        build_prompts(stages, request, [prompt, request.negative_prompt])
+    return request.candidates
+
+
+def _runs(count: int, layouts: int) -> list[range]:
     """The numbers of a prompt's pictures, as many at a time as go into one call."""
-    return [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+    together = max(1, CHUNK // layouts)
+    return [range(first, min(first + together, count)) for first in range(0, count, together)]
 
 
 def _opened(kind: Any, arguments: argparse.Namespace, source: dict[str, Any] | None) -> Any:
@@ -281,7 +294,7 @@ def _place(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict
         "model": model or "embedded",
         "backend": parse_backend(arguments.backend),
         "dtype": arguments.dtype,
-        "offload": arguments.offload,
+        "offload": arguments.offload or (source or {}).get("offload", "none"),
         "compile": arguments.compile,
         "adapters": adapters,
     }

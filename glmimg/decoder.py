@@ -226,7 +226,9 @@ class Decoder:
         """
         joined = join([with_prompt, without]) if batched and without is not None else None
 
-        def predict(latents_BCHW: Tensor, timestep: float, both: bool) -> tuple[Tensor, Tensor | None]:
+        def predict(latents_BCHW: Tensor, time: float, both: bool) -> tuple[Tensor, Tensor | None]:
+            # A number would be part of what is compiled, which would be compiled anew at every step.
+            timestep = torch.full((), time, dtype=torch.float32, device=latents_BCHW.device)
             if not both:
                 return self.velocity(latents_BCHW, timestep, with_prompt), None
             if without is None:

@@ -12,7 +12,7 @@ weights' dtype. No state is kept here: a `Decoding` holds what one run needs, so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.fused_linear import lay_out, runs
-from glmimg.packed_linear import PackedEmbedding, PackedLinear, joined, packed_product, quantize, ready
+from glmimg.packed_linear import PackedEmbedding, PackedLinear, joined, packed_product, packed_rows, quantize, ready
 from glmimg.positions import rotary_tables
 
 __all__ = ["Decoding", "Layer", "TokenGenerator"]
@@ -30,6 +30,7 @@ __all__ = ["Decoding", "Layer", "TokenGenerator"]
 PACK_BELOW = 256 << 20  # bytes of weights up to which a second, transposed copy is worth its memory
 
 Matrix = tuple[Any, ...]  # what packed_product takes after its input
+Product = Callable[..., torch.Tensor]
 
 
 class Layer(NamedTuple):
@@ -102,7 +103,7 @@ class TokenGenerator:
         # so that the norm weights carry the square root of the width.
         self._norm_by_parts = on_cpu
         self._norm_scale = math.sqrt(config.hidden_size) if on_cpu else 1.0
-        self._floor = torch.tensor(math.sqrt(config.hidden_size * self.eps))
+        self._floor = torch.tensor(math.sqrt(config.hidden_size * self.eps), dtype=torch.float32)
         layers: list[Layer] = []
         for layer in text.layers:
             layers.append(self._layer(layer))
@@ -184,12 +185,12 @@ class TokenGenerator:
             return torch.addcmul(x, change / torch.hypot(length, self._floor), weight)
         return x + F.rms_norm(change.float(), weight.shape, weight, self.eps)
 
-    def _mlp(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-        gate, up = packed_product(self._normed(x, layer.norm_mlp), *layer.gate_up).chunk(2, dim=-1)
-        return self._added(x, packed_product(F.silu(gate).mul_(up), *layer.down), layer.norm_done)
+    def _mlp(self, x: torch.Tensor, layer: Layer, product: Product = packed_product) -> torch.Tensor:
+        gate, up = product(self._normed(x, layer.norm_mlp), *layer.gate_up).chunk(2, dim=-1)
+        return self._added(x, product(F.silu(gate).mul_(up), *layer.down), layer.norm_done)
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        return packed_product(self._normed(x, self.final_norm), *self.head).float()
+    def _logits(self, x: torch.Tensor, product: Product = packed_product) -> torch.Tensor:
+        return product(self._normed(x, self.final_norm), *self.head).float()
 
     def _tables(self, positions_3BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines_BT1C over a whole head, so that rotated = x*cos + x[partners]*sin."""
@@ -200,23 +201,16 @@ class TokenGenerator:
         return cos[:, :, None].to(self.dtype), sin[:, :, None].to(self.dtype)
 
     def _sequence(
-        self,
-        ids_BT: torch.Tensor,
-        positions_3BT: torch.Tensor,
-        mask_BT: torch.Tensor | None,
-        cache: torch.Tensor | None = None,
+        self, ids_BT: torch.Tensor, positions_3BT: torch.Tensor, cache: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The stream_BTD after all blocks; keys and values go to `cache`, whose batch may repeat every row."""
         (B, T), (H, K, C) = ids_BT.shape, (self.heads, self.key_heads, self.head_width)
         cos, sin = self._tables(positions_3BT)
         apart = self.dtype == torch.float32 and self.device.type != "cpu"  # devices' fast kernels for it know no groups
-        mask = None
-        if mask_BT is not None:
-            causal = torch.ones(T, T, dtype=torch.bool, device=self.device).tril()
-            itself = torch.eye(T, dtype=torch.bool, device=self.device)  # padding sees itself: no empty softmax
-            mask = ((causal & mask_BT[:, None]) | itself)[:, None]
         x = self.embed(ids_BT).float().flatten(0, 1)
-        for k, layer in enumerate(self.layers):
+        k = -1  # not by enumerate, which would hold a streamed block until there is a third
+        for layer in self.layers:
+            k += 1
             qkv = packed_product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
             partners = qkv.index_select(1, self._partners).view(B, T, H + K, C)
             qkv = qkv.view(B, T, H + 2 * K, C)
@@ -228,22 +222,19 @@ class TokenGenerator:
                 cache[2 * k + 1, :, :, :T] = values.repeat_interleave(copies, 0)
             if apart:
                 keys, values = (part.repeat_interleave(H // K, 1) for part in (keys, values))
-            attended = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K and not apart
-            )
+            grouped = H != K and not apart
+            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
             attended = attended.transpose(1, 2).reshape(B * T, H * C)
             x = self._mlp(self._added(x, packed_product(attended, *layer.out), layer.norm_attended), layer)
+            del layer
         return x.view(B, T, -1)
 
     # What the loops call.
 
     @torch.inference_mode()
-    def forward_logits(
-        self, ids_BT: torch.Tensor, positions_3BT: torch.Tensor, mask_BT: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Teacher-forced logits_BTV (fp32) of whole sequences; mask_BT is false at padding."""
-        mask_BT = None if mask_BT is None else mask_BT.to(self.device)
-        x_BTD = self._sequence(ids_BT.to(self.device), positions_3BT, mask_BT)
+    def forward_logits(self, ids_BT: torch.Tensor, positions_3BT: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced logits_BTV (fp32) of whole sequences without padding in front."""
+        x_BTD = self._sequence(ids_BT.to(self.device), positions_3BT)
         return self._logits(x_BTD.flatten(0, 1)).unflatten(0, ids_BT.shape)
 
     @torch.inference_mode()
@@ -270,7 +261,7 @@ class TokenGenerator:
         for b, length in enumerate(lengths):  # one by one: company would change how a prompt rounds
             prompt, own = slice(T - length, T), slice(b * copies, (b + 1) * copies)
             place = cache[:, own, :, prompt]
-            x_1TD = self._sequence(ids_BT[b : b + 1, prompt], positions_3BT[:, b : b + 1, prompt], None, place)
+            x_1TD = self._sequence(ids_BT[b : b + 1, prompt], positions_3BT[:, b : b + 1, prompt], place)
             first_logits.append(self._logits(x_1TD[:, -1]))
         tables = self._tables(following_3BN)
         cos, sin = (table.transpose(0, 1).repeat_interleave(copies, 1) for table in tables)
@@ -294,8 +285,10 @@ class TokenGenerator:
         mask = None if state.mask_B11S is None else state.mask_B11S[..., : at + 1]
         slots, filled = state.cache[:, :, :, at].unbind(0), state.cache[:, :, :, : at + 1].unbind(0)
         x = self.embed(ids_B).float()
-        for k, layer in enumerate(self.layers):
-            qkv = packed_product(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
+        k = -1
+        for layer in self.layers:
+            k += 1
+            qkv = packed_rows(self._normed(x, layer.norm_in), *layer.qkv).add_(layer.qkv_bias)
             partners = qkv.index_select(1, self._partners).view(B, H + K, C)
             qkv = qkv.view(B, H + 2 * K, C)
             qk = torch.addcmul(qkv[:, : H + K] * cos, partners, sin)
@@ -307,6 +300,7 @@ class TokenGenerator:
                 attended = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
             else:
                 attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-            x = self._added(x, packed_product(attended.reshape(B, H * C), *layer.out), layer.norm_attended)
-            x = self._mlp(x, layer)
-        return self._logits(x)
+            x = self._added(x, packed_rows(attended.reshape(B, H * C), *layer.out), layer.norm_attended)
+            x = self._mlp(x, layer, packed_rows)
+            del layer
+        return self._logits(x, packed_rows)

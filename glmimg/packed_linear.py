@@ -30,6 +30,7 @@ __all__ = [
     "dequantize",
     "joined",
     "packed_product",
+    "packed_rows",
     "quantize",
     "ready",
     "use_packed",
@@ -201,6 +202,14 @@ def packed_product(x_RK: Tensor, matrix: Tensor, *rest: Any) -> Tensor:
         if x_RK.dtype != torch.float16:  # whose range the unscaled sums may leave
             return product(x_RK, matrix.to(x_RK.dtype)).mul_(rest[0])  # scaling the result touches less memory
     return torch.mm(x_RK, dequantize(matrix, rest[0], x_RK.dtype).T)
+
+
+def packed_rows(x_RK: Tensor, matrix: Tensor, *rest: Any) -> Tensor:
+    """The same for rows that must come out as they would alone, however many there are: more than the kernel for eight
+    bits takes would be rounded otherwise."""
+    if x_RK.shape[0] <= _FEW_ROWS or matrix.dtype != torch.int8 or not x_RK.is_cpu:
+        return packed_product(x_RK, matrix, *rest)
+    return torch.cat([packed_product(part, matrix, *rest) for part in x_RK.split(_FEW_ROWS)])
 
 
 def _kernel_takes(matrix: Tensor) -> bool:

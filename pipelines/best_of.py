@@ -27,6 +27,7 @@ from glmimg.token_sampling import token_bits as bits_of
 __all__ = ["LikelihoodVerifier", "TextVerifier", "Verifier", "best_of", "has_text", "normalised", "token_bits"]
 
 Verifier = Callable[[Image.Image, str], float]
+TOGETHER = 8  # pictures at a time
 
 
 def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = None, **options: Any) -> Result:
@@ -45,7 +46,7 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
         verifier = TextVerifier() if has_text(prompt) else LikelihoodVerifier(pipeline.stages, references=references)
     if isinstance(verifier, TextVerifier):
         verifier.require(prompt)
-    result = pipeline(prompt, num_images_per_prompt=count, **options)
+    result = _drawn(pipeline, prompt, count, options)
     reporter, scores = Reporter(options.get("callback"), "judge", count), []
     for k, image in enumerate(result.images):
         scores.append(float(verifier(image, prompt)))
@@ -57,9 +58,25 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
     return Result([result.images[best]], [result.tokens[best]], result.timings, [settings])
 
 
+def _drawn(pipeline: Any, prompt: str, count: int, options: dict[str, Any]) -> Result:
+    """All of them, a few at a time where each one's seed follows from the first."""
+    seed, tokens = options.pop("seed", None), options.get("tokens")
+    if count <= TOGETHER or isinstance(seed, (list, tuple)) or isinstance(tokens, (list, tuple)):
+        return pipeline(prompt, num_images_per_prompt=count, seed=seed, **options)
+    parts: list[Result] = []
+    for start in range(0, count, TOGETHER):
+        if start:
+            seed = [parts[0].settings[0]["config"]["seed"] + k for k in range(start, min(start + TOGETHER, count))]
+        parts.append(pipeline(prompt, num_images_per_prompt=min(TOGETHER, count - start), seed=seed, **options))
+    timings = {name: sum(part.timings[name] for part in parts) for name in parts[0].timings}
+    images = [image for part in parts for image in part.images]
+    grids = [grid for part in parts for grid in part.tokens]
+    return Result(images, grids, timings, [one for part in parts for one in part.settings])
+
+
 def has_text(prompt: str) -> bool:
-    """Whether something in the prompt is quoted, so that it can be read in a picture."""
-    return bool("".join(glyph_texts(prompt)).strip())
+    """Whether something in the prompt is quoted, so that it can be read in a picture; an apostrophe quotes nothing."""
+    return bool("".join(glyph_texts(prompt, "words")).strip())
 
 
 def normalised(text: str) -> str:
@@ -94,7 +111,7 @@ class TextVerifier:
 
     def __call__(self, picture: Image.Image, prompt: str) -> float:
         self.require(prompt)
-        wanted = " ".join(glyph_texts(prompt))
+        wanted = " ".join(glyph_texts(prompt, "words"))
         words = [normalised(word) for word in wanted.split()]
         seen = normalised(self.read(picture))
         accuracy = sum(word in seen for word in words) / len(words)
@@ -116,11 +133,12 @@ class LikelihoodVerifier:
 
     def __call__(self, picture: Image.Image, prompt: str) -> float:
         extract = ImageToImagePipeline(self.stages).extract_tokens
-        if self._ids is None:
-            self._ids = [extract(reference).ids_HW for reference in self.references]
-        self.stages.enter("generator")
-        grid, ids = extract(picture), self._ids
-        with_N, without_N = (token_bits(self.stages, text, grid, ids) for text in (prompt, ""))
+        with torch.no_grad(), self.stages.running():
+            if self._ids is None:
+                self._ids = [extract(reference).ids_HW for reference in self.references]
+            self.stages.enter("generator")
+            grid, ids = extract(picture), self._ids
+            with_N, without_N = (token_bits(self.stages, text, grid, ids) for text in (prompt, ""))
         return float((self.weight * without_N - with_N).mean())
 
 
@@ -133,4 +151,5 @@ def token_bits(stages: Stages, prompt: str, grid: TokenGrid, references: Sequenc
     preview = None if references or preview_HW is None else (int(preview_HW.shape[0]), int(preview_HW.shape[1]))
     if preview is None and not references:
         raise BadInput("this grid has no preview, as those of edits: extract_tokens of its picture gives one")
-    return bits_of(stages.generator, stages.prompts.build(prompt, grid.grid, preview, references), grid)
+    with stages.running():
+        return bits_of(stages.generator, stages.prompts.build(prompt, grid.grid, preview, references), grid)

@@ -1,7 +1,8 @@
 """Several layouts of a picture: each is painted as a draft in few steps, and the one that fits the prompt best is kept.
 
 The drafts are read back by the semantic tokenizer, because the tokens that were drawn tell little about themselves:
-what the generator took for likely once it finds likely again. What the decoder makes of them it judges much better.
+what the generator took for likely once it finds likely again. What the decoder makes of them it judges much better, and
+best by the preview grid alone, where a draft's want of detail does not show (docs/report-card.md has the figures).
 
 Letters: B batch, H x W tokens of a grid, h x w latents.
 """
@@ -36,8 +37,8 @@ def choose_layouts(
     layouts: Sequence[Sequence[TokenGrid]],
     callback: Callback | None = None,
 ) -> list[TokenGrid]:
-    """For each of those pictures that one of its layouts of which the draft saves the token generator the most bits if
-    it is told the prompt. `sides` has each prompt's with the caption and without."""
+    """For each of those pictures that one of its layouts of which the draft's preview grid saves the token generator
+    the most bits if it is told the prompt. `sides` has each prompt's with the caption and without."""
     config = replace(request.config, num_inference_steps=DRAFT_STEPS, guidance_scale=1.0, sampler="euler")
     draft = replace(request, config=config)
     reporter, numbers = Reporter(callback, "drafts", 2 * sum(map(len, layouts))), tuple(pictures)
@@ -60,7 +61,8 @@ def choose_layouts(
         for image in images:
             grid = read_tokens(stages, image)
             told, untold = (token_bits(stages.generator, side, grid) for side in sides[k // request.copies])
-            saved.append(float((untold - told).sum()))
+            preview = 0 if grid.preview_HW is None else grid.preview_HW.numel()
+            saved.append(float((untold - told)[: preview or None].sum()))
             if len(saved) == len(images):
                 chosen.append(saved.index(max(saved)))
             reporter.step(numbers, look)

@@ -70,10 +70,12 @@ class PicturePipeline:
         """
         return default_config(self.stages)
 
+    @undisturbed
     def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
         """Exchanges the adapters of the loaded pipeline; an empty list takes them out."""
         self.stages.set_adapters(adapters)
 
+    @undisturbed
     def to_diffusers(self) -> Any:
         """A diffusers.GlmImagePipeline on this checkpoint, with the adapters of now: it shares the decoder, which
         `set_adapters` changes, so it is not to be used after that."""

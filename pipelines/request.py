@@ -100,6 +100,7 @@ class Request:
             "negative_prompt": self.negative_prompt,
             "checkpoint": {"name": checkpoint.name, "hash": checkpoint.hash},
             "dtype": stages.precisions,
+            "offload": stages.offload,  # the VAE works in tiles then
             "backend": {stage: str(backend.device) for stage, backend in stages.backends.items()},
             "region": None if self.region is None else list(self.region),
         }

@@ -102,14 +102,14 @@ class Stages:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around a call: autocast and default device of the caller's are off, and streamed blocks serve one thread at a
-        time."""
+        """Around a call: autocast and default device of the caller's are off, and where memory holds one stage or block
+        alone, one thread is served at a time."""
         with ExitStack() as around:
             if torch.get_default_device().type != "cpu":
                 around.enter_context(torch.device("cpu"))
             for kind in {backend.device.type for backend in self.backends.values()}:
                 around.enter_context(torch.autocast(kind, enabled=False))
-            if self.offload == "block":
+            if self.offload != "none":
                 around.enter_context(self._lock)
             yield
 
@@ -250,11 +250,12 @@ class Stages:
         return self.backends[stage].device, self.dtypes[stage]
 
     def _part(self, name: str, load: Callable[[], Part]) -> Part:
-        if name not in self._loaded:
-            began = time.perf_counter()
-            self._loaded[name] = load()
-            self.load_seconds += time.perf_counter() - began
-        return self._loaded[name]
+        with self._lock:  # of several threads one loads it
+            if name not in self._loaded:
+                began = time.perf_counter()
+                self._loaded[name] = load()
+                self.load_seconds += time.perf_counter() - began
+            return self._loaded[name]
 
     def _load_generator(self) -> TokenGenerator:
         if self.offload == "block":

@@ -29,7 +29,7 @@ def start_models(preset: Preset, seed: int, checkpoint: Path | None) -> dict[str
         return models
     tower = models["vision_language_encoder"].model.visual
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         start_autoencoder(models["vae"])
         start_generator(models["vision_language_encoder"])
         start_decoder(models["transformer"])

@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from glmimg import ImageToImagePipeline, TextToImagePipeline
+from glmimg import Checkpoint, ImageToImagePipeline, TextToImagePipeline
+from glmimg.generator import TokenGenerator
+from glmimg.packed_linear import packed_rows
 from glmimg.pipelines.result import Result
 
 # Of different lengths, with none, one and two quoted texts, so that both stages pad.
@@ -54,6 +56,22 @@ def test_in_low_precision(tiny_checkpoint: Path, dtype: str | None) -> None:
     batch = pipeline(PROMPTS, num_images_per_prompt=2, seed=11, **SIZE)
     for k in (0, 3, 4, 7):
         same(batch, k, pipeline(PROMPTS[k // 2], seed=11 + k, **SIZE))
+
+
+def test_eight_bits_however_many_rows(tiny_checkpoint: Path) -> None:
+    """More than torch's kernel for eight bits takes at a time: all are rounded as the few are."""
+    generator = TokenGenerator(Checkpoint.open(tiny_checkpoint).generator("cpu", torch.bfloat16), weights="int8")
+    seeds = torch.Generator().manual_seed(0)
+    x = torch.randn(40, generator.embed.weight.shape[1], generator=seeds)
+    layer = next(iter(generator.layers))
+    together = packed_rows(x.bfloat16(), *layer.qkv)
+    parts = torch.cat([packed_rows(part, *layer.qkv) for part in x.bfloat16().split(8)])
+    assert layer.qkv[0].dtype == torch.int8 and torch.equal(together, parts)
+    pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="bf16")
+    pipeline.stages._loaded["generator"] = generator
+    batch = pipeline("a cat", num_images_per_prompt=20, seed=3, **SIZE)
+    few = pipeline("a cat", num_images_per_prompt=4, seed=3, **SIZE)
+    assert batch.tokens[:4] == few.tokens
 
 
 def test_token_guidance_and_regions(tiny_checkpoint: Path) -> None:

@@ -336,3 +336,20 @@ def test_opened_checkpoint_is_handed_back(tiny_checkpoint: Path) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
     assert Checkpoint.open(checkpoint) is checkpoint
     assert checkpoint.name == str(tiny_checkpoint)
+
+
+def test_null_in_generation_config_is_silence(tiny_copy: Path) -> None:
+    """As in transformers, which applies a top_k of 50 then."""
+    file = tiny_copy / "vision_language_encoder/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"top_k": None, "temperature": None}))
+    settings = Checkpoint.open(tiny_copy).settings
+    assert settings.top_k == 50 and settings.temperature == 1.0
+
+
+def test_a_vae_without_statistics_is_refused_on_opening(tiny_copy: Path) -> None:
+    file = tiny_copy / "vae/config.json"
+    config = json.loads(file.read_text())
+    del config["latents_mean"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="latents_mean and latents_std need 16 values"):
+        Checkpoint.open(tiny_copy)

@@ -224,6 +224,17 @@ def test_a_picture_from_elsewhere_asks_for_its_parts(small: list[str], capsys: p
     assert "'ink': say with --adapter FOLDER:0.5" in capsys.readouterr().err
 
 
+def test_the_last_of_many_prompts_is_looked_at_before_the_first_picture(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\n" * 9 + "a <sop> cat\n")
+    assert main(["generate", "--prompts", "prompts.txt", *small, "-q"]) == 2
+    assert "<sop>" in capsys.readouterr().err and not list(tmp_path.glob("*.png"))
+    assert main(["generate", "a cat", "-n", "10", "--seed", str(2**63 - 8), *small, "-q"]) == 2
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_many_prompts_in_one_loading(
     small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from glmimg.errors import BadInput, UnknownName, out_of_memory
 from glmimg.lora import open_adapters
 from glmimg.pipelines import steps
 from glmimg.pipelines.best_of import best_of, token_bits
-from glmimg.pipelines.stages import TILE
+from glmimg.pipelines.stages import TILE, Stages
 from glmimg.token_grid import TokenGrid
 from glmimg.token_sampling import TokenSampling, draw
 from glmimg.training.finetune_config import FineTuneConfig
@@ -147,6 +148,23 @@ def test_threads_share_streamed_blocks(tiny_checkpoint: Path, pipeline: TextToIm
         assert np.abs(pixels(result.images[0]) - pixels(pipeline("a cat", seed=seed, **SMALL).images[0])).max() <= 1
 
 
+def test_threads_load_weights_once(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where one stage alone fits into memory, one is served at a time."""
+    load, loaded = Stages._load_generator, list[Stages]()
+
+    def slowly(stages: Stages) -> Any:
+        loaded.append(stages)
+        time.sleep(0.2)
+        return load(stages)
+
+    monkeypatch.setattr(Stages, "_load_generator", slowly)
+    for offload in ("none", "stage"):
+        shared = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32", offload=offload)
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(lambda seed, shared=shared: shared("a cat", seed=seed, **SMALL), range(4)))
+        assert len(made) == 4 and (offload == "stage" or loaded == [shared.stages])
+
+
 def test_what_is_set_up_around_a_call_changes_nothing(pipeline: TextToImagePipeline) -> None:
     @contextmanager
     def doubles() -> Any:
@@ -157,9 +175,12 @@ def test_what_is_set_up_around_a_call_changes_nothing(pipeline: TextToImagePipel
             torch.set_default_dtype(torch.float32)
 
     before = pipeline("a cat", **SMALL)
+    best = best_of(pipeline, "a cat", 2, **SMALL).settings[0]["score"]
     for around in (torch.autocast("cpu", torch.bfloat16), torch.device("meta"), doubles()):
         with around:
             result = pipeline("a cat", **SMALL)
+            assert best_of(pipeline, "a cat", 2, **SMALL).settings[0]["score"] == best
+            pipeline.set_adapters([])
         assert result.tokens == before.tokens
         assert (pixels(result.images[0]) == pixels(before.images[0])).all(), around
 

@@ -99,7 +99,7 @@ def build_models(preset: Preset, *, seed: int = 0) -> dict[str, Any]:
 
     # The libraries initialise from torch's global stream: it is borrowed and put back.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         models: dict[str, Any] = {
             "vision_language_encoder": GlmImageForConditionalGeneration(
                 GlmImageConfig(**preset["vision_language_encoder"])

@@ -95,7 +95,7 @@ def _random(
     model = empty_component(component, config)
     room = torch.empty(max(_count(module) for module in model.modules()))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for path, module in model.named_modules():
             empty = dict(module.named_parameters(recurse=False))
             begin = 0

@@ -170,7 +170,7 @@ class DecoderTask:
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
         width = self.decoder.heads * self.decoder.head_dim
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.where, self.spell = nn.Linear(width, 2 * (_ROWS + 2)), nn.Linear(width, _LETTERS + _PARTS)
             self.count = nn.Linear(int(transformer.config.text_embed_dim), 2 * _NUMBERS)
         self.device = transformer.device

@@ -66,7 +66,7 @@ class TeacherTask:
         self.name_of = torch.tensor([number[s.concept] for s in bank.stickers])
         self.style_of = torch.tensor([STYLES.index(s.style) for s in bank.stickers])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.teacher = Teacher(len(number)).to(self.device)
         self.modules: Mapping[str, nn.Module] = {"teacher": self.teacher}
 

@@ -186,7 +186,7 @@ class TokenizerTask:
         self.name_vectors_LE = self.names.vectors_LE.to(self.device)
         width, kinds = visual.config.hidden_size, len(names.keys)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             reader = Reader(vq.config.embed_dim, width, 2, visual.config.num_heads, tokenizer.patch, 512, 8, kinds)
         self.reader = reader.to(self.device)
         self.codebook = vq.quantize.embedding.weight

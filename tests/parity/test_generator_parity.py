@@ -98,9 +98,10 @@ def test_positions_and_logits(model: GlmImageForConditionalGeneration, lengths: 
 
         whole = torch.cat([ids, forced[:, :-1]], dim=1)
         whole_positions = torch.cat([positions, steps[..., :-1]], dim=-1)
-        whole_mask = torch.cat([mask, torch.ones(B, N - 1, dtype=torch.bool)], dim=1)
-        logits = generator.forward_logits(whole, whole_positions, whole_mask)
-        torch.testing.assert_close(logits[:, T - 1 :], expected_logits, atol=1e-4, rtol=0)
+        for b, length in enumerate(mask.sum(1).tolist()):  # each without its padding
+            own = slice(T - length, None)
+            logits = generator.forward_logits(whole[b : b + 1, own], whole_positions[:, b : b + 1, own])
+            torch.testing.assert_close(logits[0, -N:], expected_logits[b], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
