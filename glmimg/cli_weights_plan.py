@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 Run = Callable[[argparse.Namespace], int]
+SIDES = (("min", 512), ("max", 2048))  # where a checkpoint says nothing
 
 
 def plan(parser: argparse.ArgumentParser) -> Run:
@@ -60,6 +62,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from glmimg.config import check_size
     from glmimg.config import parse_size as picture_size
     from glmimg.errors import BadInput
     from glmimg.weights_tools.costs import costs_of
@@ -74,10 +77,13 @@ def _plan(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise BadInput(f"plan: {name} {value}: give 1 or more")
     for name in ("watts", "price"):
-        if (getattr(arguments, name) or 0) < 0:
-            raise BadInput(f"plan: {name} {getattr(arguments, name)}: give 0 or more")
+        value = getattr(arguments, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise BadInput(f"plan: {name} {value}: give 0 or more")
     costs = costs_of(arguments.model)
     width, height = picture_size(arguments.size) if arguments.size else costs.default_size[::-1]
+    least, most = (int(costs.configs["generation"].get(f"{end}_size") or usual) for end, usual in SIDES)
+    check_size(width, height, min_size=least, max_size=most)
     machine = _machine(arguments)
     kind = None
     if arguments.measure:

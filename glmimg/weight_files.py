@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -168,15 +169,16 @@ class WeightFiles:
         return ((file, some) for (file, _), some in parts.items())
 
     def fingerprint(self) -> bytes:
-        """A digest of every tensor's name, dtype, shape and 256 bytes from its middle: fast, yet training moves it."""
+        """A digest of every tensor's name, dtype, shape and 256 bytes from its middle: fast, yet training moves it, and
+        how tensors are shared out into files does not."""
         digest = hashlib.sha256()
-        for file in self.files:
-            with file.open("rb") as stream:
-                for name, info in sorted(self.infos.items()):
-                    if info.file == file:
-                        stream.seek((info.begin + info.end) // 2)
-                        digest.update(f"{name} {info.dtype} {info.shape}".encode())
-                        digest.update(stream.read(min(256, info.end - (info.begin + info.end) // 2)))
+        with ExitStack() as opened:
+            streams = {file: opened.enter_context(file.open("rb")) for file in self.files}
+            for name, info in sorted(self.infos.items()):
+                middle = (info.begin + info.end) // 2
+                streams[info.file].seek(middle)
+                digest.update(f"{name} {info.dtype} {info.shape}".encode())
+                digest.update(streams[info.file].read(min(256, info.end - middle)))
         return digest.digest()
 
 

@@ -255,3 +255,28 @@ def test_metadata_of_weight_files_survives(tiny_copy: Path, tmp_path: Path) -> N
     convert(tmp_path / "one.safetensors", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(tiny_copy)
     assert json.loads(read_contents(tmp_path / "one.safetensors").files["vae/config.json"])["latent_channels"] == 16
+
+
+def test_float8_is_a_float(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """As others publish decoders: cast with all else, and averaged instead of left out."""
+    from glmimg.weights_tools.merge import average_checkpoints
+
+    small, file = tmp_path / "small", tmp_path / "small/transformer/diffusion_pytorch_model.safetensors"
+    shutil.copytree(tiny_checkpoint, small)
+    values = load_file(file)
+    matrices = [name for name, value in values.items() if value.dim() == 2]
+    save_file(values | {name: values[name].to(torch.float8_e4m3fn) for name in matrices}, file, {"format": "pt"})
+    convert(small, tmp_path / "cast", dtype="bfloat16")
+    assert {info.dtype for info in Checkpoint.open(tmp_path / "cast").weights["transformer"].infos.values()} == {"BF16"}
+    for k, (base, other) in enumerate(((small, tiny_checkpoint), (tiny_checkpoint, small))):
+        parts = [(base, 1.0), (other, 1.0)]
+        result = average_checkpoints(base, tmp_path / f"mean{k}", parts, components=["transformer"])
+        mean = load_file(tmp_path / f"mean{k}/transformer/diffusion_pytorch_model.safetensors")
+        name = matrices[0]
+        wanted = (values[name].float() + values[name].to(torch.float8_e4m3fn).float()) / 2
+        assert result is not None and (mean[name].float() - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+def test_shards_do_not_change_the_hash(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    convert(tiny_checkpoint, tmp_path / "shards", shard_bytes=100_000)
+    assert Checkpoint.open(tmp_path / "shards").hash == Checkpoint.open(tiny_checkpoint).hash

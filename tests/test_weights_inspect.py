@@ -121,7 +121,10 @@ def test_stats(tiny_copy: Path) -> None:
     assert calls[-1] == (report["bytes"], report["bytes"])
 
 
-def test_a_hub_id_needs_headers_only(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_hub_id_needs_headers_only(
+    sharded: bool, tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import HfApi
 
     from glmimg.weight_files import read_header
@@ -129,6 +132,10 @@ def test_a_hub_id_needs_headers_only(tiny_copy: Path, monkeypatch: pytest.Monkey
     def offline(*args: Any, **options: Any) -> str:
         raise OSError("no network here")
 
+    if sharded:  # as the published one is
+        convert(tiny_copy, tmp_path / "shards", shard_bytes=100_000)
+        tiny_copy = tmp_path / "shards"
+        assert list(tiny_copy.rglob("*.index.json"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match="hf download owner/name"):
         inspect("owner/name")
@@ -150,6 +157,9 @@ def test_a_hub_id_needs_headers_only(tiny_copy: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo: [*files, "README.md"])
     monkeypatch.setattr(HfApi, "parse_safetensors_file_metadata", header)
     report = inspect("owner/name")
+    here = inspect(tiny_copy)["components"]  # settings alone, of which diffusers' name no dtype
+    told = {name: (part["parameters"], part["bytes"]) for name, part in here.items()}
+    assert told == {name: (part["parameters"], part["bytes"]) for name, part in full["components"].items()}
     assert report["layout"] == "folder on the hub"
     assert report["components"] == full["components"]
 

@@ -23,7 +23,9 @@ from glmimg.pipelines import stages, steps
 from glmimg.weight_files import WeightFiles
 from glmimg.weights_tools import costs as costs_module
 from glmimg.weights_tools import plan as plan_module
+from glmimg.weights_tools.convert import convert
 from glmimg.weights_tools.costs import Costs, Workload, costs_of
+from glmimg.weights_tools.init import init_checkpoint
 from glmimg.weights_tools.plan import Machine, choose_option, measure_machine, options
 from glmimg.weights_tools.plan_check import rows
 from glmimg.weights_tools.quantize import quantize_checkpoint
@@ -113,7 +115,15 @@ def test_choice_grows_with_the_memory(published: Costs) -> None:
         best = choose_option(options(published, Machine((size * GB,), 64 * GB), PICTURE))
         assert best.fits and best.device_peaks[0] <= size * GB and best.ram <= 64 * GB
         found[size] = (best.bits, best.offload)
-    assert found[80] == (16, "none") and found[24] == (16, "stage") and found[16][0] == 8 and found[12][0] == 4
+    assert found[80] == (16, "none") and found[24] == (16, "stage") and found[16][0] == found[12][0] == 4
+    slower = Machine((16 * GB,), 64 * GB, four_bit_kernel=False)  # weights are unpacked at every step there
+    assert choose_option(options(published, slower, PICTURE)).bits == 8
+    for offload, faster in (("none", True), ("block", False)):
+        with_kernel, without = (
+            next(o for o in options(published, one, PICTURE) if (o.bits, o.offload, o.generator) == (4, offload, 0))
+            for one in (Machine((80 * GB,), 64 * GB), Machine((80 * GB,), 64 * GB, four_bit_kernel=False))
+        )
+        assert (with_kernel.seconds["tokens"] < without.seconds["tokens"] / 10) == faster
     two = choose_option(options(published, Machine((32 * GB, 24 * GB), 64 * GB), PICTURE))
     assert {two.generator, two.decoder} == {0, 1} and two.bits == 16 and two.moved == 0
 
@@ -127,7 +137,7 @@ def test_options_cost_what_they_do(published: Costs) -> None:
     weights = published.weights("vision_language_encoder") + published.weights("transformer")
     assert stage.moved == weights + published.weights("text_encoder") + published.vae_bytes()
     blocks = (published.blocks("vision_language_encoder", 16), published.blocks("transformer", 16))
-    assert block.moved == blocks[0] * 1280 + blocks[1] * 50 and block.ram == sum(blocks) + plan_module.PROCESS
+    assert block.moved == blocks[0] * 1280 + blocks[1] * 50 and block.ram == max(blocks) + plan_module.PROCESS
     assert by[4, "none"].weights < by[8, "none"].weights < none.weights
     assert none.watt_hours == pytest.approx(0.1 * none.total) and none.cost == pytest.approx(0.002 * none.total)
     guided, plain = (
@@ -246,3 +256,33 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.strip().endswith("TextToImagePipeline.from_pretrained('zai-org/GLM-Image')") and "assumed" not in out
     assert main([*start, "--device", "1GB", "--ram", "2GB"]) == 2
     assert "nothing fits" in capsys.readouterr().err
+
+
+def test_a_folder_called_as_a_preset_is_that_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mini", "glm-image"):
+        init_checkpoint(tmp_path / name, "tiny")
+        assert costs_of(name).weights("transformer") == costs_of("tiny").weights("transformer"), name
+
+
+@pytest.mark.parametrize(
+    "flags", [["--price", "nan"], ["--watts", "inf"], ["--price", "-1"], ["--size", "4096x4096"], ["--size", "32x64"]]
+)
+def test_what_cannot_be_planned(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "plan", "glm-image", "--device", "80GB", "--ram", "128GB", *flags]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_calls_of_presets_and_files_can_be_run(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    convert(tiny_checkpoint, tmp_path / "one.safetensors", to="single")
+    for model in ("tiny", "one.safetensors"):
+        option = next(
+            o for o in options(costs_of(model), Machine((), 4 * GB), Workload(64, 64, 1, 2, True)) if o.bits == 8
+        )
+        *commands, call = option.calls(model)
+        for command in commands:
+            assert main(command.split()[1:]) == 0, command
+        assert eval(call, {"TextToImagePipeline": TextToImagePipeline}).stages.checkpoint.weights

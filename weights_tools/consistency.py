@@ -71,8 +71,9 @@ def _channels(contents: Contents, decoder: dict[str, Any], vae: dict[str, Any]) 
         decoder__out_channels=decoder["out_channels"],
     )
     for key in ("latents_mean", "latents_std"):
-        if vae.get(key) is not None and len(vae[key]) != vae["latent_channels"]:
-            yield f"vae: {key} has {len(vae[key])} values for {vae['latent_channels']} channels"
+        found = len(vae.get(key) or ())
+        if found != vae["latent_channels"]:
+            yield f"vae: {key} has {found} values for {vae['latent_channels']} channels"
 
 
 @_needs(GENERATOR, "transformer", "vae")

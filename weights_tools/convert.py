@@ -52,7 +52,7 @@ __all__ = [
 LAYOUTS = ("folder", "single", "decoder", "gguf")
 # Our word for a dtype -> the file format's.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_FLOATS = ("F64", "F32", "BF16", "F16")
+_FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 _INLINE = 64 << 10  # larger files become tensors of bytes: a header is read whole by every program that opens the file
 _PLAIN = {"format": "pt"}
 

@@ -263,9 +263,10 @@ def costs_of(source: str | Path) -> Costs:
     """Of a preset, the published model ("glm-image" or its hub id), the embedded one, or whatever `weights inspect`
     reads: a folder's config.json files will do, of another hub id only settings and headers are fetched."""
     text = str(source)
-    if text in NAMES:
+    folder = os.path.isdir(os.path.expanduser(text))  # which that name then means everywhere
+    if text in NAMES and not folder:
         return _costs("zai-org/GLM-Image", PUBLISHED)
-    if text in PRESETS:
+    if text in PRESETS and not folder:
         return _costs(text, PRESETS[text])
     if text.count("/") == 0 and text != EMBEDDED and not os.path.exists(text):
         raise UnknownName.of("model", text, [*PRESETS, *NAMES, EMBEDDED])

@@ -21,7 +21,7 @@ from glmimg.errors import BadInput, CheckpointError, MissingExtra
 from glmimg.packed_format import CONFIG_KEY
 from glmimg.weights_tools.fit import PARTS, TEXT_TO_IMAGE, is_pruned
 from glmimg.weights_tools.layouts import Contents, StoredTensor
-from glmimg.weights_tools.packing_plan import PACKABLE
+from glmimg.weights_tools.packing_plan import EIGHT_ONLY, PACKABLE
 from glmimg.weights_tools.streaming import (
     PIECE,
     Buffer,
@@ -54,7 +54,8 @@ def write_gguf(
     quantized: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes one component. `quantized` packs the layers that `glmimg weights quantize` would pack, in that type."""
+    """Writes one component. `quantized` packs the layers that `glmimg weights quantize` would pack, in that type; those
+    of the vision tower, which picks ids by nearest neighbour, never in less than eight bits."""
     library = _library()
     if component not in ARCHITECTURES or component not in contents.tensors:
         held = [name for name in ARCHITECTURES if name in contents.tensors]
@@ -70,7 +71,8 @@ def write_gguf(
         raise BadInput(f"tensor {long[0]!r} has a longer name than GGUF's {_LONGEST} bytes")
     packed = _packed_layers(component, tensors) if quantized else set()
     written = {
-        name: _Tensor(library, tensor, quantized if name in packed else None) for name, tensor in tensors.items()
+        name: _Tensor(library, tensor, _type(name, quantized) if name in packed else None)
+        for name, tensor in tensors.items()
     }
     total = sum(item.nbytes for item in written.values())
     require_space(target, total)
@@ -157,6 +159,10 @@ def _quantized(library: Any, tensor: StoredTensor, kind: Any, block: int) -> Ite
 
     for piece in tensor.cast("F32").pieces():
         yield library.quants.quantize(numpy.frombuffer(piece, numpy.float32).reshape(-1, block), kind).tobytes()
+
+
+def _type(name: str, quantized: str | None) -> str | None:
+    return "q8_0" if EIGHT_ONLY.fullmatch(name.removesuffix(".weight")) else quantized
 
 
 def _packed_layers(component: str, tensors: dict[str, StoredTensor]) -> set[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from glmimg.checkpoint import Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import CONFIG_KEY, parameters
-from glmimg.weights_tools.layouts import Contents, StoredTensor, class_of, read_contents
+from glmimg.weights_tools.layouts import Contents, StoredTensor, class_of, read_contents, small_files
 from glmimg.weights_tools.streaming import Progress, TensorSpec, natural_order, torch_dtype
 
 __all__ = ["as_text", "default_size", "finite", "inspect", "open_headers", "parameters", "tree", "value_stats"]
@@ -29,13 +29,15 @@ def inspect(
     """
     contents = open_headers(source, weights=stats)
     values = value_stats(contents, progress) if stats else {}
+    configs = [contents.config(name) for name in contents.components]
+    usual = next((config[key] for config in configs for key in ("dtype", "torch_dtype") if config.get(key)), None)
     components = {}
     for name in dict.fromkeys([*contents.components, *contents.tensors]):
         config = contents.config(name) if name in contents.components else {}
         if name in contents.tensors:
             specs = {tensor: stored.spec for tensor, stored in contents.tensors[name].items()}
         else:
-            specs = _from_config(name, config)
+            specs = _from_config(name, config, usual)
         own = values.get(name, {})
         components[name] = {
             "class": class_of(config),
@@ -209,10 +211,11 @@ def _by_dtype(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _from_config(component: str, config: Mapping[str, Any]) -> dict[str, TensorSpec]:
+def _from_config(component: str, config: Mapping[str, Any], usual: str | None = None) -> dict[str, TensorSpec]:
+    """`usual`: the dtype where the config names none, as diffusers' never do."""
     from glmimg.weights_tools.fit import expected_shapes
 
-    word = config.get("dtype") or config.get("torch_dtype")
+    word = config.get("dtype") or config.get("torch_dtype") or usual
     dtype = {"bfloat16": "BF16", "float16": "F16"}.get(str(word), "F32")
     return {name: TensorSpec(dtype, shape) for name, shape in expected_shapes(component, config).items()}
 
@@ -280,8 +283,7 @@ def _remote(hub_id: str) -> Contents:
             f"Reason: {reason}\n"
             f"Download it where there is a network (hf download {hub_id} --local-dir DIR) and pass that folder."
         ) from error
-    contents = read_contents(root, weights=False)
-    contents.layout = "folder on the hub"
+    contents = Contents("folder on the hub", {}, small_files(root, ""))
     for name, header in headers.items():
         component = name.partition("/")[0]
         if component in contents.components:

@@ -32,6 +32,7 @@ __all__ = [
     "read_contents",
     "read_folder",
     "safe_path",
+    "small_files",
 ]
 
 # The class in a component's config.json -> the component.
@@ -150,12 +151,12 @@ def read_contents(source: str | Path, *, weights: bool = True) -> Contents:
 def read_folder(root: Path, *, weights: bool = True, problems: list[str] | None = None) -> Contents:
     """A checkpoint folder or one component's. With `problems`, damaged parts are told there instead of raised."""
     own = "" if (root / "model_index.json").exists() else _lone_component(root)
-    files = _small_files(root, own)
+    files = small_files(root, own)
     contents = Contents(f"folder of {own}" if own else "folder", {}, files)
     for component in contents.components:
         folder = root if own else contained(root, root / component)
-        if not weights and not any(folder.glob("*.safetensors*")):
-            continue
+        if not weights and not any(folder.glob("*.safetensors")):
+            continue  # an index alone tells what the weights would be
         try:
             reader = TensorReader(folder)
             contents.index(component)
@@ -200,7 +201,7 @@ def _lone_component(root: Path) -> str:
     return component_of(json_object(path.read_bytes(), path)) or ""
 
 
-def _small_files(root: Path, own: str) -> dict[str, bytes]:
+def small_files(root: Path, own: str) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     places = [(own, root)] if own else [("", root), *((entry.name, entry) for entry in sorted(root.iterdir()))]
     for prefix, folder in places:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _BLOCK = 1 << 22  # numbers worked on at a time
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 Model = str | Path | Checkpoint
 # Gives the new values of some rows of a tensor from those of the base, and the rows' numbers.
 Change = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -129,7 +129,7 @@ def average_checkpoints(
         def mean(own: torch.Tensor, part: slice) -> torch.Tensor:
             result = torch.zeros(own.shape)
             for other, weight in others:
-                result.add_(other[component].rows(name, part), alpha=weight)
+                result.add_(other[component].rows(name, part).float(), alpha=weight)
             return result
 
         return mean
@@ -169,7 +169,7 @@ def slerp_checkpoints(
         def arc(own: torch.Tensor, part: slice) -> torch.Tensor:
             a, b = both(part)
             share_a, share_b = shares()
-            return (a.float() * share_a).add_(b, alpha=share_b)
+            return (a.float() * share_a).add_(b.float(), alpha=share_b)
 
         return arc
 

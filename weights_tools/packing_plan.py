@@ -16,7 +16,7 @@ from typing import NamedTuple
 from glmimg.errors import BadInput
 from glmimg.packed_format import group_size
 
-__all__ = ["PACKABLE", "REST", "Choice", "Unit", "choose", "packed_nbytes", "require_possible", "units"]
+__all__ = ["EIGHT_ONLY", "PACKABLE", "REST", "Choice", "Unit", "choose", "packed_nbytes", "require_possible", "units"]
 
 # Component -> the linear layers that are multiplied often enough, and are robust enough, to be packed.
 PACKABLE = {
@@ -36,7 +36,7 @@ REST = {
 # Single weights of these are thirty times larger than the others: in 8 bits they alone take 20 dB off a picture, so
 # they are packed only with a rest of 4 bits, where much else is lost too.
 _UPSAMPLERS = re.compile(r"decoder\.up_blocks\.\d+\.upsamplers\..*")
-_EIGHT_ONLY = re.compile(r"model\.visual\..*")
+EIGHT_ONLY = re.compile(r"model\.visual\..*")
 _FUSED = re.compile(r"\b(?:[qkv]_proj|to_[qkv]|SelfAttention\.[qkv])$")
 _SCALE_BYTES = {"F32": 4, "F64": 4}  # of a scale for a weight of that dtype; 2 for any other
 _DTYPE_BYTES = {"F32": 4, "F64": 8}
@@ -95,7 +95,7 @@ def units(
         name = next(iter(layers))
         even = all(columns % 2 == 0 for _, columns in layers.values())
         least = low if usual.fullmatch(name) else rest
-        allowed = (8,) if least == 8 or not even or component == "vae" or _EIGHT_ONLY.fullmatch(name) else (8, 4)
+        allowed = (8,) if least == 8 or not even or component == "vae" or EIGHT_ONLY.fullmatch(name) else (8, 4)
         kept = sum(rows * columns for rows, columns in layers.values()) * _DTYPE_BYTES.get(dtypes[key], 2)
         found.append(Unit(key, component, dtypes[key], layers, allowed, kept))
     return found

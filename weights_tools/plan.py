@@ -6,12 +6,15 @@ the larger of what memory traffic, arithmetic, calls of the device and the link 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from glmimg.errors import BadInput
+from glmimg.presets import PRESETS
 from glmimg.weights_tools.costs import Costs, Workload
 
 if TYPE_CHECKING:
@@ -38,7 +41,8 @@ RELUCTANCE = {16: 1.0, 8: 1.15, 4: 1.5}
 class Machine:
     """Bytes of each device and of the host, and their speeds: bytes a second of memory and of the link to the devices,
     arithmetic operations a second. `host_itemsize`: bytes of a number there, 4 on a processor without instructions for
-    bfloat16; `itemsize`: on the devices, 4 on those before it. `watts` of the whole machine, `price` of an hour of it.
+    bfloat16; `itemsize`: on the devices, 4 on those before it; `four_bit_kernel`: whether they multiply by weights in 4
+    bits as they are. `watts` of the whole machine, `price` of an hour of it.
     `assumed` names what is neither stated nor measured. `timed`: of the devices (True) or the host (False), what
     glmimg.weights_tools.timing measured of this very work; it takes the place of what the speeds give."""
 
@@ -51,6 +55,7 @@ class Machine:
     host_flops: float = 3e11
     host_itemsize: int = 2
     itemsize: int = 2
+    four_bit_kernel: bool = True
     watts: float | None = None
     price: float | None = None
     assumed: tuple[str, ...] = ()
@@ -105,6 +110,11 @@ class Option:
     def calls(self, model: str, kind: str | None = None) -> list[str]:
         """The commands and the from_pretrained call that run it; `kind` is the devices' name, such as doctor prints."""
         lines, name = [], model
+        if model in PRESETS and not os.path.isdir(model):
+            lines.append(f"glmimg weights init {quote(model)} --preset {quote(model)}")
+        elif os.path.isfile(os.path.expanduser(model)):
+            lines.append(f"glmimg weights convert {quote(model)} {quote(Path(model).stem)}")
+            name = model = Path(model).stem
         if self.bits < 16:
             name = f"{model.rstrip('/').rsplit('/', 1)[-1].lower()}-int{self.bits}"
             lines.append(f"glmimg weights quantize {quote(model)} {quote(name)} --bits {self.bits}")
@@ -249,7 +259,7 @@ def _option(
         (decoder, second.decoder_blocks, work.steps * work.pictures),
     ):
         if place != HOST and offload == "block":
-            pinned, moved = pinned + blocks, moved + blocks * runs
+            pinned, moved = max(pinned, blocks), moved + blocks * runs  # the stages take turns
     if offload == "stage" and decoder != HOST:
         moved = held_g + held_d
     device_peaks = tuple(peaks[k] + CONTEXT if k in peaks else 0 for k in range(len(machine.devices)))
@@ -291,7 +301,8 @@ def _seconds(
     costs = version.costs
     bandwidth, flops = _speeds(machine, generator)
     tokens = costs.tokens(work)
-    step = version.traffic[generator == HOST] / bandwidth + costs.token_flops(work) / tokens / flops
+    kernel = machine.four_bit_kernel and version.bits == 4 and machine.itemsize == 2 and offload != "block"
+    step = version.traffic[generator == HOST or kernel] / bandwidth + costs.token_flops(work) / tokens / flops
     if generator != HOST:
         step = max(step, costs.step_ops() * CALL_SECONDS)
         if offload == "block":

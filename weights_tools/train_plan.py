@@ -135,8 +135,7 @@ def _option(
 ) -> TrainOption:
     component, full = COMPONENT[stage], method == "full"
     on_host = not machine.devices
-    if on_host:
-        costs = replace(costs, itemsize=machine.host_itemsize)
+    costs = replace(costs, itemsize=machine.host_itemsize if on_host else machine.itemsize)
     whole = costs.weights(component)
     learning = whole // costs.itemsize if full else _adapter_numbers(costs, stage, method, work.rank)
     weights = 0 if full else costs.weights(component, bits)
