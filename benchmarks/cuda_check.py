@@ -41,7 +41,7 @@ import cuda_check_large
 from PIL import Image, ImageDraw
 
 from glmimg import ImageToImagePipeline, TextToImagePipeline, pick_backend
-from glmimg.positions import span_positions
+from glmimg.token_sampling import grid_logits
 
 PROMPTS = (
     'a red sign that says "OPEN" on a white background',
@@ -250,10 +250,7 @@ def logits_apart(ours: Any, theirs: Any, grid: Any) -> dict[str, float]:
     for stages in (ours.stages, theirs.stages):
         preview = None if grid.preview_HW is None else tuple(grid.preview_HW.shape)
         prompt = stages.prompts.build(PROMPTS[0], grid.grid, preview)
-        emitted = [part.flatten() for part in (grid.preview_HW, grid.ids_HW) if part is not None]
-        ids_1T = torch.cat([torch.tensor(prompt.ids), *emitted])[None]
-        positions_31T = span_positions([*prompt.spans, *prompt.grids])[0][:, None]
-        found.append(stages.generator.forward_logits(ids_1T, positions_31T)[0, len(prompt.ids) - 1 : -1].cpu())
+        found.append(grid_logits(stages.generator, prompt, grid)[0])
     apart = float((found[0] - found[1]).norm() / found[1].norm())
     likeliest = found[0].argmax(-1) == found[1].argmax(-1)
     return {"relative_error": apart, "likeliest_equal": float(likeliest.float().mean())}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from glmimg import TextToImagePipeline
 from glmimg.generator import TokenGenerator
-from glmimg.positions import span_positions
+from glmimg.token_sampling import grid_logits
 
 PROMPTS = Path(__file__).parent.parent / "samples" / "prompts.txt"
 
@@ -43,11 +43,8 @@ def main() -> None:
     for text, grid in zip(prompts, grids, strict=True):
         assert grid.preview_HW is not None
         prompt = builder.build(text, tuple(grid.ids_HW.shape), tuple(grid.preview_HW.shape))
-        emitted = torch.cat([grid.preview_HW.flatten(), grid.ids_HW.flatten()])
-        ids_1T = torch.cat([torch.tensor(prompt.ids), emitted])[None]
-        positions_31T = span_positions([*prompt.spans, *prompt.grids])[0][:, None]
-        span = slice(len(prompt.ids) - 1, ids_1T.shape[1] - 1)
-        logits = {name: g.forward_logits(ids_1T, positions_31T)[0, span].float() for name, g in generators.items()}
+        scored = {name: grid_logits(model, prompt, grid) for name, model in generators.items()}
+        logits, emitted = {name: found for name, (found, _) in scored.items()}, scored["fp32"][1]
         exact = logits["fp32"].softmax(-1)
         for name, guess in logits.items():
             figures = (

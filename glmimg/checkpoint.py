@@ -320,7 +320,7 @@ def _build_vae(config: dict[str, Any]) -> AutoencoderKL:
 
 
 # component -> its module for a config
-_BUILDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+BUILDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "vision_language_encoder": _build_generator,
     "text_encoder": _build_glyph_encoder,
     "transformer": _build_decoder,
@@ -341,7 +341,7 @@ def empty_component(
 
     architecture = {key: value for key, value in config.items() if key != CONFIG_KEY}
     with torch.device("meta"):
-        model = _BUILDERS[component](architecture)
+        model = BUILDERS[component](architecture)
     if infos is not None:
         use_packed(model, infos, config, place)
     return model

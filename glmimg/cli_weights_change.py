@@ -219,8 +219,6 @@ def _merge(arguments: argparse.Namespace) -> int:
             shares = ema_weights(float(decay), len(older))
         except ValueError as error:
             raise BadInput(f"merge --ema {decay!r} ...: give a decay above 0 and below 1 first") from error
-        if not older:
-            raise BadInput("merge --ema D C ...: give the checkpoints behind the decay, oldest first")
         listed = list(zip(older, shares, strict=True))
         done = average_checkpoints(arguments.base, arguments.target, listed, components=parts, progress=bar)
     else:

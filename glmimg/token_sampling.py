@@ -263,11 +263,15 @@ def to_grid(ids_N: torch.Tensor, prompt: Prompt, codebook_size: int, checkpoint:
 
 def token_bits(model: TokenModel, prompt: Prompt, grid: TokenGrid) -> torch.Tensor:
     """Bits_N that the model needs, told this prompt, for each token of a grid, in the order of emission."""
+    return F.cross_entropy(*grid_logits(model, prompt, grid), reduction="none") / math.log(2)
+
+
+def grid_logits(model: TokenModel, prompt: Prompt, grid: TokenGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits_NV (fp32, on the CPU) that say each token of a grid, told this prompt, and those tokens emitted_N."""
     if prompt.preview is not None and grid.preview_HW is None:
         raise BadInput("this grid has no preview, as those of edits: extract_tokens of its picture gives one")
     grids = [grid.ids_HW] if prompt.preview is None or grid.preview_HW is None else [grid.preview_HW, grid.ids_HW]
     emitted_N = torch.cat([ids_HW.flatten() for ids_HW in grids])
     ids_1T = torch.cat([torch.tensor(prompt.ids), emitted_N])[None]
     positions_31T = span_positions([*prompt.spans, *prompt.grids])[0][:, None]
-    logits_NV = model.forward_logits(ids_1T, positions_31T)[0, len(prompt.ids) - 1 : -1]
-    return F.cross_entropy(logits_NV.float().cpu(), emitted_N, reduction="none") / math.log(2)
+    return model.forward_logits(ids_1T, positions_31T)[0, len(prompt.ids) - 1 : -1].float().cpu(), emitted_N

@@ -16,6 +16,7 @@ from glmimg.corpus.cache import render, render_edits
 from glmimg.corpus.captions import LANGUAGE_WEIGHTS, caption
 from glmimg.corpus.drawing import letter_cells
 from glmimg.corpus.manifest import write_manifest
+from glmimg.corpus.mini import PLAIN, SQUARE
 from glmimg.corpus.packages import ALL_PACKAGES, attribution, fetch
 from glmimg.corpus.scenes import _PALE, SceneSampler, draw
 from glmimg.corpus.stickers import StickerBank
@@ -222,3 +223,15 @@ def test_processes_draw_what_one_draws(bank: StickerBank, tmp_path: Path) -> Non
     pairs = [render_edits(tmp_path / f"{w}", bank, 260, height=64, width=64, workers=w) for w in (0, 2)]
     assert np.array_equal(pairs[0].pictures, pairs[1].pictures) and pairs[0].pictures.any(axis=(1, 2, 3)).all()
     assert render_edits(tmp_path / "2", bank, 260, height=64, width=64).edit(7) == pairs[0].edit(7)
+
+
+def test_held_out_scenes_are_none_that_training_shows(bank: StickerBank) -> None:
+    """Plain ones are few enough to be drawn again and again."""
+    held_out = SceneSampler(bank, seed=1, held_out=True, **PLAIN)
+    watched = {held_out.sample(k) for k in range(60)}
+    for k, (name, (seed, options)) in enumerate(SQUARE.items()):
+        shown = SceneSampler(bank, seed=seed, held_out=False, **options)
+        assert watched.isdisjoint(shown.sample(n) for n in range(300)), (k, name)
+    any_of_them, shown = (SceneSampler(bank, seed=6, held_out=kind, **PLAIN) for kind in (None, False))
+    same = [any_of_them.sample(k) == shown.sample(k) for k in range(300)]
+    assert sum(same) > 270, "all but a few are what they were"

@@ -124,6 +124,12 @@ def test_prompts_that_are_undecided_come_again(tiny_checkpoint: Path, bank: Stic
     assert all(set(batch[:2]) < {first, first + 1, first + 2} for batch, first in zip(drawn[1:], (3, 6), strict=True))
     assert [t["alike"] for t in told] == pytest.approx([2 / 3] * 3)
     assert told[0]["layout_reward"] > 0 == told[1]["layout_reward"]  # of those in turn
+    again = _task(tiny_checkpoint, bank, reward, samples=2, edit_share=0.0)
+    again.load_state(task.state())  # as a run that goes on does
+    seen = len(scored)
+    again.batch(18, 6)
+    assert again.records.index(scored[-1]) == 1
+    del scored[seen:]
     # With a place of three taken in each batch, the others have their turn nevertheless.
     for position in range(18, 36 * len(task.records), 6):
         task.batch(position, 6)

@@ -176,3 +176,16 @@ def test_batches_made_by_processes_train_alike(tmp_path: Path, scenes: SceneCach
         Run(task, config(workers=workers), tmp_path / str(workers)).train()
         weights.append(torch.cat([p.detach().flatten() for p in task.modules["vae"].parameters()]))
     assert torch.equal(*weights)
+
+
+def test_an_average_that_is_asked_for_later_begins_at_the_weights(
+    scenes: SceneCache, tmp_path: Path, models: dict[str, Any]
+) -> None:
+    Run(
+        AutoencoderTask(models["vae"], [scenes], scenes, crop=32), config(steps=4, learning_rate=1e-2), tmp_path
+    ).train()
+    task = AutoencoderTask(build_models(PRESETS["tiny"], seed=1)["vae"], [scenes], scenes, crop=32)
+    run = Run(task, config(steps=5, ema=0.998, learning_rate=1e-2), tmp_path)
+    assert run.resume()
+    for name, value in run.modules["vae"].state_dict().items():
+        assert torch.equal(run.ema["vae"][name], value), name

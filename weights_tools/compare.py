@@ -25,7 +25,8 @@ from glmimg.generator import TokenGenerator
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import patch_ids
-from glmimg.weights_tools.sampled import PROMPTS, Sample, draw_samples, sequence_of
+from glmimg.token_sampling import grid_logits
+from glmimg.weights_tools.sampled import PROMPTS, Sample, draw_samples
 from glmimg.weights_tools.streaming import Progress
 
 __all__ = ["Comparison", "compare_checkpoints"]
@@ -114,8 +115,7 @@ def compare_checkpoints(
 
 def _scores(model: TokenGenerator, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     """For each emitted token, the likeliest id_N and the bits_N that the emitted one takes."""
-    ids_1T, positions_31T, emitted_N = sequence_of(sample.prompt, sample.tokens)
-    logits_NV = model.forward_logits(ids_1T, positions_31T)[0, len(sample.prompt.ids) - 1 :].cpu()
+    logits_NV, emitted_N = grid_logits(model, sample.prompt, sample.tokens)
     bits_N = torch.nn.functional.cross_entropy(logits_NV, emitted_N, reduction="none") / math.log(2)
     return logits_NV.argmax(-1), bits_N
 

@@ -53,6 +53,11 @@ class Workload:
     guidance: bool
     prompt_tokens: int = PROMPT_TOKENS
 
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "pictures", "steps"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} {getattr(self, name)}: give 1 or more")
+
     @property
     def patches(self) -> int:
         return self.height * self.width // 256

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glmimg.atomic_write import atomic_folder
-from glmimg.checkpoint import save_component
+from glmimg.checkpoint import BUILDERS, save_component
 from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS, Preset
 from glmimg.weights_tools.rewrite import sync_files
@@ -89,25 +89,13 @@ def preset_of(preset: str | Preset) -> Preset:
 def build_models(preset: Preset, *, seed: int = 0) -> dict[str, Any]:
     """The four networks with random weights, by the name of their folder; fp32, on the CPU, in evaluation mode."""
     import torch
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.transformers.transformer_glm_image import GlmImageTransformer2DModel
     from transformers.generation.configuration_utils import GenerationConfig
-    from transformers.models.glm_image.configuration_glm_image import GlmImageConfig
-    from transformers.models.glm_image.modeling_glm_image import GlmImageForConditionalGeneration
-    from transformers.models.t5.configuration_t5 import T5Config
-    from transformers.models.t5.modeling_t5 import T5EncoderModel
 
     # The libraries initialise from torch's global stream: it is borrowed and put back.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        models: dict[str, Any] = {
-            "vision_language_encoder": GlmImageForConditionalGeneration(
-                GlmImageConfig(**preset["vision_language_encoder"])
-            ),
-            "transformer": GlmImageTransformer2DModel(**preset["transformer"]),
-            "text_encoder": T5EncoderModel(T5Config(**preset["text_encoder"])),
-            "vae": AutoencoderKL(**preset["vae"]),
-        }
+        order = ("vision_language_encoder", "transformer", "text_encoder", "vae")  # of the draws
+        models = {name: BUILDERS[name](preset[name]) for name in order}
     language = preset["vision_language_encoder"]
     codes, vision_vocab = language["image_start_token_id"], language["text_config"]["vision_vocab_size"]
     # transformers' generate would otherwise end a grid early or put ids that are no code into it

@@ -69,6 +69,8 @@ def parse_weighted(text: str) -> tuple[str, float]:
 def ema_weights(decay: float, count: int) -> list[float]:
     """What each of `count` checkpoints weighs, oldest first, in an exponential moving average that starts at the
     oldest: average = decay * average + (1 - decay) * next."""
+    if count < 1:
+        raise BadInput("give the checkpoints behind the decay, oldest first")
     if not 0 < decay < 1:
         raise BadInput(f"decay {decay}: give a number above 0 and below 1, such as 0.9")
     newer = [(1 - decay) * decay ** (count - 1 - k) for k in range(1, count)]

@@ -13,12 +13,11 @@ import torch
 from glmimg.checkpoint import Checkpoint
 from glmimg.errors import BadInput
 from glmimg.generator import TokenGenerator
-from glmimg.positions import batch_positions, decode_positions
 from glmimg.prompt import Prompt, PromptBuilder
 from glmimg.token_grid import TokenGrid, preview_grid, target_grid
 from glmimg.token_sampling import TokenSampling, generate_tokens
 
-__all__ = ["PROMPTS", "Sample", "draw_samples", "sequence_of"]
+__all__ = ["PROMPTS", "Sample", "draw_samples"]
 
 # Enough for a first impression; a quantised model that matters deserves the caller's own.
 PROMPTS = ("a red apple on a wooden table", 'a sign that says "OPEN"', "a white cat and a black dog on the grass")
@@ -51,13 +50,3 @@ def draw_samples(
     sampling = TokenSampling(settings.temperature, settings.top_k, settings.top_p)
     drawn = generate_tokens(model, built, seeds, sampling)
     return [Sample(*row) for row in zip(prompts, built, drawn, strict=True)]
-
-
-def sequence_of(prompt: Prompt, tokens: TokenGrid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids_1T, positions_31T, emitted_N) that score a prompt's tokens: all but the last are fed behind the prompt."""
-    parts = [tokens.ids_HW] if tokens.preview_HW is None else [tokens.preview_HW, tokens.ids_HW]
-    emitted_N = torch.cat([part.flatten() for part in parts])
-    positions_31T, _ = batch_positions([prompt.spans])
-    following_3N = decode_positions(prompt.spans, prompt.grids)[:, : len(emitted_N) - 1]
-    ids_1T = torch.cat([torch.tensor(prompt.ids), emitted_N[:-1]])[None]
-    return ids_1T, torch.cat([positions_31T, following_3N[:, None]], 2), emitted_N

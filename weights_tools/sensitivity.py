@@ -31,8 +31,9 @@ from glmimg.packed_linear import dequantize, quantize
 from glmimg.prompt import glyph_texts
 from glmimg.semantic_tokenizer import TOKEN_SIDE, SemanticTokenizer
 from glmimg.token_grid import patch_ids
+from glmimg.token_sampling import grid_logits
 from glmimg.weights_tools.packing_plan import Unit
-from glmimg.weights_tools.sampled import PROMPTS, Sample, draw_samples, sequence_of
+from glmimg.weights_tools.sampled import PROMPTS, Sample, draw_samples
 from glmimg.weights_tools.streaming import Progress
 
 __all__ = ["output_errors"]
@@ -141,9 +142,8 @@ def _generator(checkpoint: Checkpoint, backend: Backend, dtype: torch.dtype, sam
     def run() -> list[torch.Tensor]:
         outputs = []
         for _, prompt, tokens in samples:
-            ids_1T, positions_31T, _ = sequence_of(prompt, tokens)
-            logits_TV = generator.forward_logits(ids_1T, positions_31T)[0, len(prompt.ids) - 1 :].cpu()
-            outputs.append(logits_TV - logits_TV.mean(-1, keepdim=True))  # a shift of all changes no draw
+            logits_NV, _ = grid_logits(generator, prompt, tokens)
+            outputs.append(logits_NV - logits_NV.mean(-1, keepdim=True))  # a shift of all changes no draw
         return outputs
 
     return model, "", run, refresh

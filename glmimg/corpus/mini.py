@@ -129,9 +129,9 @@ def draw_all(work: Path, bank: StickerBank, scale: Scale, *, start: int, workers
     def draw(name: str, count: int, **options: Any) -> None:
         render(work / name, bank, count, workers=workers, **options)
 
-    draw("scenes_held_out", scale.held_out, seed=1, **PLAIN)
+    draw("scenes_held_out", scale.held_out, seed=1, held_out=True, **PLAIN)
     draw("scenes_cells", min(300, scale.held_out), split="cells", seed=2)
-    new: dict[str, Any] = {"start": start, "keep": keep}
+    new: dict[str, Any] = {"start": start, "keep": keep, "held_out": False}
     counts = (scale.scenes, scale.common, scale.first, scale.plain, scale.words)
     for (name, (seed, options)), count in zip(SQUARE.items(), counts, strict=True):
         draw(name, count, seed=seed, **new, **options)

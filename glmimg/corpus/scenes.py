@@ -6,6 +6,7 @@ integer. Legend: h, w pixels of the canvas.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,13 @@ import numpy as np
 
 from glmimg.corpus import drawing
 from glmimg.corpus.drawing import WORD_AREA, letter_cells
-from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept, is_held_out_relation, is_held_out_shape
+from glmimg.corpus.splits import (
+    is_held_out_cell,
+    is_held_out_concept,
+    is_held_out_relation,
+    is_held_out_scene,
+    is_held_out_shape,
+)
 from glmimg.corpus.stickers import STYLES, StickerBank, may_be_mirrored
 from glmimg.corpus.words import BACKGROUNDS, COLOURS, COMMON_THINGS, SHAPES, SIGNS, sign_words
 from glmimg.errors import UnknownName
@@ -100,7 +107,8 @@ class SceneSampler:
     white and the light colours only. spaced: share of the signs in Latin letters that have one font, black or white
     letters and each of those in a cell of its own, on patches; large: on signs so wide that the cells are 32 pixels
     wide. longest: letters of a Latin word, at most. strings: share of the Latin words of training that are random
-    letters or digits.
+    letters or digits. held_out: only scenes that training leaves out (True), or shows (False); None:
+    any.
     """
 
     def __init__(
@@ -124,12 +132,13 @@ class SceneSampler:
         large: bool = False,
         longest: int = 10,
         strings: float = 0.25,
+        held_out: bool | None = None,
     ) -> None:
         if split not in SPLITS:
             raise UnknownName.of("split", split, SPLITS)
         self.bank, self.split, self.seed, self.sizes, self.max_things = bank, split, seed, sizes, max_things
         self.grid, self.centre, self.pale, self.spaced = grid, centre, pale, spaced
-        self.large, self.strings = large, strings
+        self.large, self.strings, self.held_out = large, strings, held_out
         self.styles = {"3d": 1.5, "silhouette": 0.6} if styles is None else styles
         self.numbers = [single, *((1 - single) / 0.45 * p for p in (0.25, 0.1, 0.1))]
         self.kinds = {"words": (0.0, 0.0, 1.0), "shapes": (0.0, 1.0, 0.0)}.get(split, kinds)
@@ -164,7 +173,13 @@ class SceneSampler:
 
     def sample(self, index: int) -> Scene:
         """Scene number `index` of this sampler's seed."""
-        rng = np.random.default_rng((self.seed, index))
+        for attempt in itertools.count():
+            scene = self._drawn(np.random.default_rng((self.seed, index, attempt) if attempt else (self.seed, index)))
+            if self.held_out is None or is_held_out_scene(scene) == self.held_out:
+                return scene
+        raise AssertionError
+
+    def _drawn(self, rng: np.random.Generator) -> Scene:
         (height, width) = self.sizes[int(rng.choice(len(self.sizes), p=[p for _, p in self.sizes]))][0]
         kind = int(rng.choice(3, p=self.kinds))
         if kind == 0:

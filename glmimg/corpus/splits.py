@@ -2,6 +2,7 @@
 
 - 8 % of the concepts, in every style;
 - 10 % of the (concept, style) cells of the others;
+- 2 % of the scenes themselves, since simple ones are drawn again and again;
 - 10 % of the words; 10 % of (colour, shape) pairs; 10 % of (relation, first shape, second shape) triples.
 """
 
@@ -30,6 +31,11 @@ def is_held_out_word(word: str) -> bool:
 
 def is_held_out_shape(colour: str, shape: str) -> bool:
     return _fraction("shape", colour, shape) < 0.10
+
+
+def is_held_out_scene(scene: object) -> bool:
+    """Of a whole scene, by all that it holds."""
+    return _fraction("scene", repr(scene)) < 0.02
 
 
 def is_held_out_relation(relation: str, first: str, second: str) -> bool:

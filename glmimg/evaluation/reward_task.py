@@ -117,7 +117,7 @@ class RewardTask:
         self.records, self.edits, self.edit_share = records, edits, edit_share if edits else 0.0
         self.samples, self.distance, self.preview_weight = samples, distance, preview_weight
         self.held_out, self.seed = held_out, seed
-        self._undecided = {False: deque[Record](), True: deque[Record]()}  # by whether they are edits
+        self._undecided = {False: deque[int](), True: deque[int]()}  # numbers of records, by whether they are edits
         self.sampling = TokenSampling(temperature, top_p=1.0)
         self.options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         self.pictures, self.editor = TextToImagePipeline(stages), ImageToImagePipeline(stages)
@@ -165,8 +165,8 @@ class RewardTask:
         among, undecided, count = self.edits if edits else self.records, self._undecided[edits], max(1, size // samples)
         again = [undecided.popleft() for _ in range(min(len(undecided), count // 2))]
         chosen = sorted(rng.permutation(count)[: count - len(again)])  # else the same ones would be left out each time
-        fresh = [among[(position // samples + int(k)) % len(among)] for k in chosen]
-        records = [*fresh, *again]
+        numbers = [*((position // samples + int(k)) % len(among) for k in chosen), *again]
+        records, fresh = [among[k] for k in numbers], [among[k] for k in numbers[: len(chosen)]]
         sources = [self._source(record) for record in records]
         prompts = [self._prompt(record, source) for record, source in zip(records, sources, strict=True)]
         rows = [prompt for prompt in prompts for _ in range(samples)]
@@ -181,12 +181,19 @@ class RewardTask:
         previews = 0 if edits else emitted_BN.shape[1] - grids[0].ids_HW.numel()
         drawn = teacher_forced(rows, emitted_BN, emitted_BN, previews, self.stages.prompts.pad_id)
         before_BTV = self.stages.generator.forward_logits(drawn.ids_BT, drawn.positions_3BT).cpu()
-        undecided.extend(record for record, of in zip(records, rewards, strict=True) if of.std() > 0)
+        undecided.extend(number for number, of in zip(numbers, rewards, strict=True) if of.std() > 0)
         parts = {part: [k for k, record in enumerate(fresh) if record.part == part] for part in _parts(fresh)}
         told = {f"{part}_reward": float(rewards[k].mean()) for part, k in parts.items()}
         told["alike"] = float((rewards.std(1) == 0).float().mean())
         advantage_B = (rewards - rewards.mean(1, keepdim=True)).flatten()
         return RewardBatch(drawn, advantage_B, drawn.emitted(before_BTV), told)
+
+    def state(self) -> dict[str, list[int]]:
+        """The prompts whose pictures differed in score when they were last drawn."""
+        return {"pictures": list(self._undecided[False]), "edits": list(self._undecided[True])}
+
+    def load_state(self, state: Mapping[str, Sequence[int]]) -> None:
+        self._undecided = {False: deque(state["pictures"]), True: deque(state["edits"])}
 
     def loss(
         self, batch: RewardBatch, progress: float, generator: torch.Generator

@@ -77,7 +77,8 @@ class TrainConfig:
 class Task(Protocol):
     """What is trained. `position` counts the samples drawn so far and decides the batch; all randomness of a loss comes
     from the run's own generator, whose state is saved with the run. A loss moves its batch to the modules' device; what
-    it tells beside the loss may stay there as scalars."""
+    it tells beside the loss may stay there as scalars. One that remembers what came of earlier batches has `state()`
+    and `load_state(state)` too, of what torch saves as tensors and plain values."""
 
     modules: Mapping[str, nn.Module]
 
@@ -132,6 +133,7 @@ class Run:
             "position": self.position,
             "elapsed": self.elapsed,
             "rng": self.generator.get_state(),
+            "task": getattr(self.task, "state", dict)(),
         }
         with atomic_file(self.directory / "state.pt") as temporary:
             torch.save(state, temporary)
@@ -146,13 +148,15 @@ class Run:
             raise BadInput(f"{file} is of a run that trained other parameters: move it aside, start from its weights")
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
-        if state["ema"] is not None:
-            for name, values in self.ema.items():
-                for key, value in values.items():
-                    value.copy_(state["ema"][name][key])
+        averages = state["ema"] or state["modules"]  # one that is only now asked for begins at the weights
+        for name, values in self.ema.items():
+            for key, value in values.items():
+                value.copy_(averages[name][key])
         self.optimizers.load_state_dict(state["optimizers"])
         self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
         self.generator.set_state(state["rng"])
+        if state.get("task"):
+            self.task.load_state(state["task"])  # type: ignore[attr-defined]
         if not self.processes.main:  # only the first process' state is kept: the others draw anew from the step
             self.generator.manual_seed(self.config.seed + 7919 * self.processes.rank + self.step)
         return True
