@@ -148,7 +148,7 @@ def convert(
 def prune(contents: Contents) -> Contents:
     """Without vision tower, quantiser and VAE encoder, which only a picture as input needs; model_index.json tells.
 
-    The codebook stays: token grids carry its digest.
+    The codebook stays: token grids carry its digest. Of several layouts none can be chosen without them: one is drawn.
     """
     tensors = {
         component: {
@@ -163,6 +163,9 @@ def prune(contents: Contents) -> Contents:
         index = contents.json("model_index.json")
     index = index | {PARTS: TEXT_TO_IMAGE}
     files = contents.files | {"model_index.json": as_json(index)}
+    path = "vision_language_encoder/generation_config.json"
+    if path in files and (contents.json(path).get("token_candidates") or 1) > 1:
+        files[path] = as_json(contents.json(path) | {"token_candidates": 1})
     return replace(contents, tensors=tensors, files=files)
 
 
