@@ -412,7 +412,7 @@ def _source(value: Any, root: Path, label: str, base: Path, spool: Spool) -> Sou
             return Source(f"{label} ({name})" if name else label, data=spool.put(value["bytes"]))
         value = name
     if isinstance(value, (bytes, bytearray)):
-        return Source(label, data=spool.put(value))
+        return Source(label, data=spool.put(bytes(value)))
     if not isinstance(value, str) or not value.strip():
         return None
     # by name alone: the hub's cache and many data sets hold links to pictures elsewhere
