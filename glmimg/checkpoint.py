@@ -106,7 +106,7 @@ class CheckpointSettings:
         decoder = _json(root / "transformer/config.json")
         vae = _json(root / "vae/config.json")
         generation = _json(root / "vision_language_encoder/generation_config.json")
-        generation = {name: value for name, value in generation.items() if value is not None}  # null is silence
+        generation = {name: value for name, value in generation.items() if value is not None}
         scheduler = _json(root / "scheduler/scheduler_config.json")
         try:
             text = language["text_config"]
@@ -127,8 +127,7 @@ class CheckpointSettings:
                 guidance_scale=generation.get("decoder_guidance_scale", 1.5),
                 temperature=generation.get("temperature", 1.0),
                 top_p=generation.get("top_p", 1.0),
-                # transformers' generate applies 50 where the file is silent, as the published one is
-                top_k=generation.get("top_k", 50),
+                top_k=generation.get("top_k", 50),  # as transformers where the file is silent, as the published is
                 token_guidance=generation.get("token_guidance", 1.0),
                 token_candidates=generation.get("token_candidates", 1),
                 keep_unchanged=generation.get("keep_unchanged", 0.0),

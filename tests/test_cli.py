@@ -406,7 +406,8 @@ def test_flags_have_the_functions_defaults() -> None:
         getattr(cli_generate, name)(parser)
         flags = {action.dest: action.default for action in parser._actions}
         for parameter in inspect.signature(pipeline.from_pretrained).parameters.values():
-            default = None if parameter.name == "model" else parameter.default  # that of --from, else the embedded one
+            # Of these None is that of --from, else the function's default.
+            default = None if parameter.name in ("model", "offload") else parameter.default
             assert flags[parameter.name] == default, parameter
         call = inspect.signature(pipeline.__call__).parameters
         assert flags["n"] == call["num_images_per_prompt"].default
