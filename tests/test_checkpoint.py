@@ -353,3 +353,13 @@ def test_a_vae_without_statistics_is_refused_on_opening(tiny_copy: Path) -> None
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="latents_mean and latents_std need 16 values"):
         Checkpoint.open(tiny_copy)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["vae/config.json", "scheduler/scheduler_config.json", "processor/tokenizer.json", "text_encoder/config.json"],
+)
+def test_settings_and_tokenizer_are_in_the_hash(file: str, tiny_checkpoint: Path, tiny_copy: Path) -> None:
+    path = tiny_copy / file
+    path.write_text(path.read_text() + "\n")
+    assert Checkpoint.open(tiny_copy).hash != Checkpoint.open(tiny_checkpoint).hash

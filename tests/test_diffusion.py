@@ -165,3 +165,14 @@ def test_interpolation_and_target_agree() -> None:
     sigmas = torch.tensor([0.3, 0.9])
     x = interpolate(x0, z, sigmas)
     assert torch.allclose(x - sigmas[:, None, None, None] * velocity_target(x0, z), x0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_estimates_are_of_where_a_straight_way_ends(sampler: str) -> None:
+    """On a constant velocity every step's estimate is the end itself."""
+    noise, velocity = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0)), torch.full((1, 4, 2, 2), 0.3)
+    seen: list[torch.Tensor] = []
+    schedule = Schedule.published(6, 256, CONFIG)
+    end = sample(lambda *_: velocity, noise, schedule, sampler, lambda done, of, x, x0: seen.append(x0))
+    wanted = noise - float(schedule.sigmas[0]) * velocity
+    assert len(seen) == 6 and all((x0 - wanted).abs().max() < 1e-4 for x0 in seen) and (end - wanted).abs().max() < 1e-4

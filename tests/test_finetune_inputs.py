@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from glmimg.pipelines import FineTunePipeline
 from glmimg.pipelines.finetune_samples import Samples
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import Encoder
+from glmimg.training.finetune_loop import FineTuneLoop
 from glmimg.training.finetune_prior import OwnLatents, OwnTokens
 
 SMALL: dict[str, Any] = {"resolution": 64, "batch_size": 2, "rank": 2, "steps": 2, "held_out": 0, "prior_weight": 0}
@@ -123,3 +126,24 @@ def test_pictures_with_words_in_their_template_stay_as_they_are(
     for rules, views in ((captions, 1), (CaptionRules(), 3)):
         pipeline = opened(tiny_checkpoint, tmp_path, captions=rules, views=3, mirror=True)
         assert len(pipeline.split(pipeline.check(photos))[0]) == 3 * views
+
+
+@pytest.mark.parametrize(("schedule", "half"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
+def test_the_rate_rises_and_falls(schedule: str, half: float) -> None:
+    config = FineTuneConfig(steps=100, warmup=4, schedule=schedule, learning_rate=0.1)
+    loop: Any = SimpleNamespace(config=config)
+    rates = [FineTuneLoop.learning_rate(loop, step) for step in range(100)]
+    assert rates[:4] == pytest.approx([0.1 * (k + 1) / 5 for k in range(4)], rel=0.05) and rates[0] > 0
+    assert rates[50] == pytest.approx(0.1 * half) and (rates[99] < 0.005 or schedule == "constant")
+
+
+def test_accumulated_batches_count_as_their_mean(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    losses: dict[int, list[float]] = {}
+    for accumulate in (1, 2):
+        pipeline = opened(tiny_checkpoint, tmp_path, stage="generator", batch_size=1, accumulate=accumulate, steps=4)
+        train, held_out = pipeline.split(pipeline.check(photos))
+        train.encode()
+        loop = pipeline.loop(pipeline.parts("generator"), tmp_path / str(accumulate), train, held_out)
+        with ThreadPoolExecutor(1) as pool:
+            losses[accumulate] = [loop.gradients(step, pool)[0] for step in range(2 // accumulate)]
+    assert losses[2] == pytest.approx([sum(losses[1]) / 2]) and losses[1][0] != losses[1][1]

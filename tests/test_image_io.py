@@ -301,3 +301,9 @@ def test_colours_of_other_spaces_become_srgb() -> None:
         file = io.BytesIO()
         Image.new("RGB", (8, 8), (234, 51, 35)).save(file, "PNG", icc_profile=same)
         assert open_picture(file.getvalue()).getpixel((3, 3)) == (234, 51, 35)
+
+
+def test_infinite_pixels_are_refused() -> None:
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(GlmimgError, match="NaN or infinity"):
+            to_pil(torch.full((1, 3, 2, 2), value))

@@ -285,14 +285,22 @@ def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None
                 if "lora_A" in key
             }
         save_file(tensors, file, change)
-    with pytest.raises(BadInput, match="PATH:STRENGTH"):
-        open_adapters([(good / "decoder", float("nan"))])
+    tensors = load_file(good / "decoder/adapter_model.safetensors")
+    first = next(name for name in tensors if "lora_A" in name)
+    wide = torch.cat([tensors[first], tensors[first]])
+    save_file(tensors | {first: wide}, damaged("rank") / "adapter_model.safetensors")
+    save_file({name: t for name, t in tensors.items() if name != first}, damaged("half") / "adapter_model.safetensors")
+    for strength in (float("nan"), -1e6):
+        with pytest.raises(BadInput):
+            open_adapters([(good / "decoder", strength)])
     for name, error in (
         ("kind", BadInput),
         ("rows", CheckpointError),
         ("cut", CheckpointError),
         ("notes", CheckpointError),
         ("magnitude", CheckpointError),
+        ("rank", CheckpointError),
+        ("half", CheckpointError),
     ):
         with pytest.raises(error, match=name):
             open_adapters([tmp_path / name])

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -241,3 +242,19 @@ def test_the_generator_can_be_consumed(tiny_checkpoint: Path) -> None:
     assert all(p.is_meta for p in models[1].model.language_model.layers.parameters())
     ids, positions = torch.arange(5)[None], torch.arange(5).expand(3, 1, 5)
     assert torch.equal(kept.forward_logits(ids, positions), taken.forward_logits(ids, positions))
+
+
+@pytest.mark.parametrize("field", ["temperature", "guidance_scale"])
+def test_numbers_far_off_are_refused(field: str) -> None:
+    for value in (-1.0, 1e3):
+        with pytest.raises(BadInput):
+            SamplingConfig.from_dict({field: value})
+
+
+def test_a_preview_token_counts_as_often_as_it_is_told_to() -> None:
+    from glmimg.training.generator_task import GeneratorBatch
+
+    batch: Any = SimpleNamespace(previews=2)
+    values = torch.tensor([[1.0, 1.0, 4.0, 4.0], [1.0, 1.0, 4.0, 4.0]])
+    assert float(GeneratorBatch.mean(batch, values, 1.0)) == 2.5
+    assert float(GeneratorBatch.mean(batch, values, 3.0)) == pytest.approx((2 * 3 * 1 + 2 * 4) / 8)
