@@ -99,6 +99,21 @@ def test_wrong_layouts_are_told_apart() -> None:
     assert turned["binding"] and not turned["relation"]
 
 
+def test_a_column_is_no_row_and_a_diamond_no_cross(shape_scenes: tuple[list[Scene], list[np.ndarray]]) -> None:
+    scenes, pictures = shape_scenes
+    bank: Any = SimpleNamespace(stickers=[], concepts={}, directory=Path("nowhere"))
+    rows = [(scene, picture) for scene, picture in zip(scenes, pictures, strict=True) if scene.layout == "row"]
+    assert rows
+    column = [(90, 4, 166, 80), (90, 90, 166, 166), (90, 176, 166, 252)]
+    for scene, picture in rows:
+        things = tuple(replace(thing, box=box) for thing, box in zip(scene.things, column, strict=True))
+        stacked = layout.score(draw(replace(scene, things=things), bank), scene)
+        assert layout.score(picture, scene)["row"] and not stacked["row"] and not stacked["all"]
+    image = Image.new("RGB", (256, 256), (250, 250, 248))
+    ImageDraw.Draw(image).polygon([(128, 58), (198, 128), (128, 198), (58, 128)], fill=COLOURS["red"][0])
+    assert [found.shape for found in layout.find_shapes(np.asarray(image))] == [""]
+
+
 def test_background_is_found_behind_things_and_gradients() -> None:
     canvas = drawing.background(96, 96, "light blue", "pink")
     truth = canvas.copy()
@@ -180,6 +195,17 @@ def test_the_letters_colour_is_told(wide_bank: StickerBank) -> None:
         assert scores == ({"ink": False} if record in named else {})
         for plain in (sign.colour, sign.ink):
             assert text.ink_of(np.full((256, 256, 3), COLOURS[plain][0], dtype=np.uint8), sign) == ""
+
+
+def test_the_letters_colour_is_told_wherever_the_sign_stands(wide_bank: StickerBank) -> None:
+    """No prompt says where it is, or how large."""
+    signs = [r for r in make_prompts(wide_bank, 60) if r.part == "text" and r.scene.things[-1].sign == "sign"]
+    boxes = [record.scene.things[-1].box for record in signs]
+    assert len(set(boxes)) > 3
+    for record, box in zip(signs, boxes[1:] + boxes[:1], strict=True):
+        sign = record.scene.things[-1]
+        elsewhere = replace(record.scene, things=(*record.scene.things[:-1], replace(sign, box=box)))
+        assert text.ink_of(draw(elsewhere, wide_bank), sign) == sign.ink, record.prompt
 
 
 def test_a_second_engine_judges() -> None:
