@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["edit", "generate"]
 
 CHUNK = 8  # pictures of one call: their tokens are drawn together
+MOST_NUMBERED = 10_000  # files that are looked for before any work is done
 # On these the tokens do not depend.
 _DECODER_ONLY = {"num_inference_steps", "guidance_scale", "sampler", "keep_unchanged"}
 
@@ -127,6 +128,8 @@ def _edit(arguments: argparse.Namespace) -> int:
     options = _options(arguments, source)
     count = _count(arguments, 1)
     _check_outputs(arguments, count)
+    if (arguments.token_candidates or 1) > 1:
+        raise BadInput("--token-candidates: edits draw one layout; leave it out, or make several with -n")
     if arguments.preview:
         raise BadInput("--preview: edits have no preview grid to look at; leave it out")
     seed = options.pop("seed")
@@ -215,7 +218,9 @@ def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> di
         given["width"], given["height"] = parse_size(arguments.size)
     options: dict[str, Any] = {"config": given, "negative_prompt": arguments.negative, "seed": 0}
     if source is not None:
-        changed = set(given) - _DECODER_ONLY or arguments.seed is not None or arguments.negative
+        several = arguments.n > 1 or (arguments.best_of or 1) > 1  # each has a layout of its own
+        told = several or arguments.seed is not None or arguments.negative or _other_adapters(arguments, source)
+        changed = set(given) - _DECODER_ONLY or told
         if changed and arguments.region is None:
             source["tokens"] = None  # other tokens are wanted
         # Pictures made before there were such settings kept nothing and had one layout.
@@ -241,6 +246,18 @@ def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> di
         if tokens is None:
             raise BadInput("--region needs the tokens to keep outside it: give --tokens FILE")
     return options
+
+
+def _other_adapters(arguments: argparse.Namespace, source: dict[str, Any]) -> bool:
+    """Whether adapters were given, and are not the picture's own."""
+    if arguments.adapters is None:
+        return False
+    from glmimg.lora import parse_adapter
+
+    parsed = map(parse_adapter, arguments.adapters)
+    given = [(os.path.basename(os.path.abspath(path)), strength) for path, strength in parsed]
+    own = [(os.path.basename(str(one["name"]).rstrip("/")), one["strength"]) for one in source.get("adapters", [])]
+    return sorted(given) != sorted(own)
 
 
 def _tokens(arguments: argparse.Namespace, source: dict[str, Any] | None) -> TokenGrid | None:
@@ -291,7 +308,7 @@ def _place(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict
                     "that is (all of them, if there are several)"
                 )
     return {
-        "model": model or "embedded",
+        "model": "embedded" if model is None else model,
         "backend": parse_backend(arguments.backend),
         "dtype": arguments.dtype,
         "offload": arguments.offload or (source or {}).get("offload", "none"),
@@ -328,11 +345,14 @@ def _check_outputs(arguments: argparse.Namespace, count: int) -> None:
     """Refuses places that cannot be written to before any work is done, and those of what is read."""
     from glmimg.pipelines.result import numbered
 
-    read = [*getattr(arguments, "images", ()), arguments.source, arguments.tokens]
-    for own in filter(None, read):
-        for number in range(1, count + 1):
-            if os.path.exists(own) and (path := numbered(arguments.output, number)).exists() and path.samefile(own):
-                raise BadInput(f"{path} is read, and would be written over: name another place with -o")
+    read = [*getattr(arguments, "images", ()), arguments.source, arguments.tokens, getattr(arguments, "prompts", None)]
+    places = [place for place in (arguments.output, arguments.save_tokens, arguments.preview) if place]
+    if len({os.path.abspath(place) for place in places}) < len(places):
+        raise BadInput("-o, --save-tokens and --preview name the same file: give each its own")
+    for place in places:
+        for own in filter(None, read):
+            for number in range(1, min(count, MOST_NUMBERED) + 1):
+                require_apart(numbered(place, number), own)
     for flag in ("output", "save_tokens", "preview"):
         value = getattr(arguments, flag)
         if value is None:
@@ -345,6 +365,12 @@ def _check_outputs(arguments: argparse.Namespace, count: int) -> None:
             parent = parent.parent
         if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
             raise BadInput(f"cannot write {path}: name a file in a folder that you may write to")
+
+
+def require_apart(written: Path, read: str) -> None:
+    """BadInput if what is to be written is what is read."""
+    if os.path.exists(read) and os.path.exists(written) and os.path.samefile(written, read):
+        raise BadInput(f"{written} is read, and would be written over: name another place")
 
 
 class _Report:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 
-from glmimg.cli_generate import load_tokens
+from glmimg.cli_generate import load_tokens, require_apart
 
 __all__ = ["diff", "extract", "show"]
 
@@ -37,6 +38,8 @@ def extract(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    if arguments.output:
+        require_apart(Path(arguments.output), arguments.tokens)
     grid = load_tokens(arguments.tokens)
     if arguments.output:
         from glmimg.image_io import save_png
@@ -72,6 +75,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _extract(arguments: argparse.Namespace) -> int:
     from glmimg.image_io import open_picture
 
+    require_apart(Path(arguments.output), arguments.image)
     image = open_picture(arguments.image)
     from glmimg.pipelines.image_to_image import ImageToImagePipeline
 

@@ -1,0 +1,48 @@
+"""The command line keeps what it reads, and repeats pictures as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from glmimg.cli import main
+from glmimg.pipelines.result import metadata_tokens
+
+
+@pytest.fixture
+def small(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags for a quick picture; the working folder is empty."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return ["--model", str(tiny_checkpoint), "--size", "96x64", "--steps", "2", "--dtype", "fp32", "--backend", "cpu"]
+
+
+def test_what_is_read_is_kept(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "a cat", *small, "-o", "f.png", "-q"]) == 0
+    Path("p.txt").write_text("a cat\n")
+    before = Path("f.png").read_bytes()
+    for command in (
+        ["edit", "f.png", "--prompt", "red", "--save-tokens", "f.png", *small],
+        ["generate", "--from", "f.png", "--save-tokens", "f.png", "-o", "g.png", *small],
+        ["generate", "--prompts", "p.txt", "--save-tokens", "p.txt", *small],
+        ["generate", "a cat", "-o", "a.png", "--save-tokens", "a.png", *small],
+        ["edit", "f.png", "--prompt", "red", "--token-candidates", "4", *small],
+        ["tokens", "show", "f.png", "-o", "f.png"],
+        ["tokens", "extract", "f.png", "-o", "f.png"],
+        ["generate", "a cat", *small, "--model", ""],
+    ):
+        assert main(command) == 2, command
+    assert Path("f.png").read_bytes() == before and Path("p.txt").read_text() == "a cat\n"
+
+
+def test_several_repetitions_have_layouts_of_their_own(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "a cat", *small, "-n", "2", "-o", "f.png", "-q"]) == 0
+    where = small[small.index("--model") : small.index("--model") + 2] if "--model" in small else []
+    assert main(["generate", "--from", "f.png", "-n", "2", "-o", "g.png", "-q", *where]) == 0
+    for name in ("f", "f-2"):
+        assert metadata_tokens(f"{name}.png") == metadata_tokens(f"{name.replace('f', 'g')}.png")
