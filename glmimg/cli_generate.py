@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["edit", "generate"]
 
 CHUNK = 8  # pictures of one call: their tokens are drawn together
+MOST = 1_000_000  # pictures of one run
 MOST_NUMBERED = 10_000  # files that are looked for before any work is done
 # On these the tokens do not depend.
 _DECODER_ONLY = {"num_inference_steps", "guidance_scale", "sampler", "keep_unchanged"}
@@ -231,8 +232,8 @@ def _options(arguments: argparse.Namespace, source: dict[str, Any] | None) -> di
     if arguments.seed == "random":
         options["seed"] = int.from_bytes(os.urandom(4), "little")
     elif arguments.seed is not None:
-        if not arguments.seed.isdecimal():
-            raise BadInput(f"seed {arguments.seed!r}: give a whole number from 0, or 'random'")
+        if not arguments.seed.isdecimal() or len(arguments.seed) > 30:
+            raise BadInput(f"seed {arguments.seed[:30]!r}: give a whole number from 0, or 'random'")
         options["seed"] = int(arguments.seed)
     tokens = _tokens(arguments, source)
     if tokens is not None:
@@ -321,7 +322,7 @@ def prompt_lines(path: str, flag: str = "") -> list[str]:
     """The prompts of a text file, or of standard input for "-": a line each, without those that begin with #."""
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (AttributeError, OSError, UnicodeDecodeError) as error:  # the first where standard input is closed
         raise BadInput(f"{flag}{path}: cannot be read as text ({error})") from error
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not lines:
@@ -338,6 +339,8 @@ def _count(arguments: argparse.Namespace, prompts: int) -> int:
         if arguments.n != 1:
             raise BadInput("--best-of keeps one picture of each prompt: leave -n out")
         return prompts
+    if prompts * arguments.n > MOST:
+        raise BadInput(f"{prompts * arguments.n} pictures: at most {MOST:,} in one run")
     return prompts * arguments.n
 
 

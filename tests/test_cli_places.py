@@ -46,3 +46,9 @@ def test_several_repetitions_have_layouts_of_their_own(
     assert main(["generate", "--from", "f.png", "-n", "2", "-o", "g.png", "-q", *where]) == 0
     for name in ("f", "f-2"):
         assert metadata_tokens(f"{name}.png") == metadata_tokens(f"{name.replace('f', 'g')}.png")
+
+
+def test_numbers_that_nobody_means(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    for flags in (["-n", "999999999999"], ["--seed", "9" * 5000], ["--prompts", "-"]):
+        assert main(["generate", "a cat", *small, *flags]) == 2

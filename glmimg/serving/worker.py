@@ -178,7 +178,7 @@ def _open(
         "codebook_size": limits.codebook_size,
         "checkpoint": stages.checkpoint.hash,
         "backend": {stage: str(place.device) for stage, place in stages.backends.items()},
-        "dtype": {stage: str(dtype).removeprefix("torch.") for stage, dtype in stages.dtypes.items()},
+        "dtype": stages.precisions,
         "budget": None if engine.budget is None else int(engine.budget),
         "pid": os.getpid(),
     }
