@@ -179,12 +179,10 @@ def _beside(target: Path, make: Callable[..., Any]) -> Any:
 
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if not disk_full(error):
+    except Exception as error:  # OSError, safetensors' own, and what torch's writer and a library make of either
+        if isinstance(error, GlmimgError) or not disk_full(error):
             raise
         raise GlmimgError(
             f"the disk is full, or a quota or file size limit is reached: {target} was not written; "

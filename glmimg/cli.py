@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from glmimg import __version__
 from glmimg.errors import BadInput, Cancelled, GlmimgError, UnknownName, out_of_memory
@@ -49,7 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "weights card": ("write a checkpoint's model card", "glmimg.cli_weights_change:card"),
     "finetune": ("teach a checkpoint new pictures: to an adapter", "glmimg.cli_finetune:finetune"),
     "dataset check": ("look a folder of pictures over before training", "glmimg.cli_dataset:check"),
-    "evaluate": ("judge a checkpoint and write its report card", "glmimg.evaluation.command:evaluate"),
+    "evaluate": ("judge a checkpoint and write its report card", "glmimg.cli_evaluate:evaluate"),
     "doctor": ("tell which devices work here, and why others do not", "glmimg.cli_doctor:doctor"),
 }
 
@@ -117,15 +118,20 @@ def _dispatch(arguments: list[str]) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     description, target = COMMANDS[name]
     module, function = target.split(":")
-    parser = argparse.ArgumentParser(
-        f"glmimg {name}", description=description[0].upper() + description[1:] + ".", allow_abbrev=False
-    )
+    parser = _Parser(f"glmimg {name}", description=description[0].upper() + description[1:] + ".", allow_abbrev=False)
     run: Run = getattr(import_module(module), function)(parser)
     parsed, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
         raise UnknownName.of("option", unknown[0].split("=")[0], options)
     return run(parsed)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, without all flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; {self.prog} --help tells the flags")
 
 
 def _overview(commands: dict[str, tuple[str, str]] = COMMANDS) -> str:

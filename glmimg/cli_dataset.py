@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -61,6 +62,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from glmimg.training.finetune_config import FineTuneConfig
     from glmimg.training.finetune_data import survey
 
+    if arguments.page and os.path.isdir(arguments.page):
+        raise BadInput(f"--page {arguments.page} is a folder: name a file in it, such as {arguments.page}/page.html")
     settings: dict[str, Any] = {}
     for name in ("resolution", "max_aspect"):
         if getattr(arguments, name) is not None:

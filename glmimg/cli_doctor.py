@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from shlex import quote
 from typing import Any
 
 __all__ = ["doctor"]
@@ -91,7 +92,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines = [f"glmimg {report['glmimg']}, Python {report['python']}, {report['system']}"]
     lines += [", ".join(f"{name} {version or 'MISSING'}" for name, version in report["packages"].items())]
     for name, version in report["extras"].items():
-        lines.append(f"extra {name}: {version or f'not installed (pip install glmimg[{name}])'}")
+        how = f"not installed (pip install {quote(f'glmimg[{name}]')})"
+        lines.append(f"extra {name}: {version or how}")
     embedded = report["embedded"]
     lines.append(f"embedded model: {embedded['hash'] if embedded['usable'] else embedded['reason']}")
     for name, backend in report["backends"].items():

@@ -181,12 +181,15 @@ def _told(plan: Plan, pipeline: FineTunePipeline) -> str:
 
 
 def _find_rate(pipeline: FineTunePipeline, report: Any, arguments: argparse.Namespace, main: bool) -> int:
+    from glmimg.cli_progress import Count
     from glmimg.pipelines.finetune_plan import find_rate
     from glmimg.pipelines.finetune_plot import draw_curve
 
     train, _ = pipeline.split(report)
+    shown = main and not arguments.quiet
+    train.encode(progress=Count("encode") if shown else None)
     for stage in pipeline.config.stages:
-        found = find_rate(pipeline, stage, train)
+        found = find_rate(pipeline, stage, train, Count(stage) if shown else None)
         if not main:
             continue
         path = Path(arguments.output) / f"find-rate-{stage}.png"

@@ -84,20 +84,27 @@ def _duration(seconds: float) -> str:
 
 
 class Count:
-    """A callback (done, total) for things that are counted; draws nothing for work under two seconds."""
+    """A callback (done, total) for things that are counted; draws nothing for work under two seconds.
+
+    What is counted again from the beginning is another piece of work.
+    """
 
     def __init__(self, label: str, stream: TextIO | None = None) -> None:
         self.label = label
         self.stream = stream or sys.stderr
         self._started = self._drawn = time.monotonic()
+        self._first = self._last = 0  # things done when the clock started, and when last told
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == 1:
-            self._started = now
-        long, live = now - self._started > PATIENCE, _live(self.stream)
-        if not long or not (done == total or (live and now - self._drawn > INTERVAL)):
+        if done <= self._last or not self._first:  # how long the first took is not known
+            self._started, self._first = now, done
+        self._last = done
+        seconds, live = now - self._started, _live(self.stream)
+        if seconds <= PATIENCE or not (done == total or (live and now - self._drawn > INTERVAL)):
             return
         self._drawn = now
-        text = f"{self.label:<8}{_bar(done, total)} {done}/{total}  {_duration(now - self._started)}"
+        left = _duration(seconds * (total - done) / max(1, done - self._first))
+        text = f"{self.label:<8}{_bar(done, total)} {done}/{total}  "
+        text += _duration(seconds) if done == total else f"{left} left"
         draw(self.stream, text, live, done == total)

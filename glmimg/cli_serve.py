@@ -73,8 +73,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtra.of("uvicorn", "server", "glmimg serve") from error
+    from glmimg.checkpoint import Checkpoint
     from glmimg.serving.run import run
 
+    Checkpoint.open(settings.model)  # what is none is told before a worker starts
     if not run(settings):
         raise GlmimgError("the server could not be started: the lines above tell why")
     return 0

@@ -107,10 +107,12 @@ def _pictures(
     work = Workload(*size, arguments.n or 1, steps, not arguments.no_guidance)
     if arguments.measure:
         from glmimg.backends import pick_backend
+        from glmimg.cli_progress import Count
         from glmimg.weights_tools.timing import measure_work
 
         backend = pick_backend(arguments.measure)
-        machine = replace(machine, timed={backend.has_pinned_memory: measure_work(costs, work, backend)})
+        timed = measure_work(costs, work, backend, progress=Count("measure"))
+        machine = replace(machine, timed={backend.has_pinned_memory: timed})
     found = options(costs, machine, work)
     best = choose_option(found)
     if arguments.json:
@@ -134,15 +136,20 @@ def _pictures(
 def _training(
     arguments: argparse.Namespace, costs: Costs, machine: Machine, size: tuple[int, int], kind: str | None
 ) -> int:
+    from glmimg.errors import UnknownName
     from glmimg.lora import TARGETS
+    from glmimg.weights_tools.plan import made_first
     from glmimg.weights_tools.train_plan import METHODS, TrainWork, choose_training, train_options
 
     work = TrainWork(*size, arguments.batch_size or 4, arguments.steps or 400, arguments.rank or 16)
+    if arguments.train not in (*TARGETS, "both"):
+        raise UnknownName.of("stage", arguments.train, (*TARGETS, "both"))
     stages = tuple(TARGETS) if arguments.train == "both" else (arguments.train,)
     methods = (arguments.method,) if arguments.method else METHODS
     found = train_options(costs, machine, work, stages, methods)
     best = [choose_training(found, stage) for stage in stages]
-    calls = [option.command(costs.name, work, kind) for option in best]
+    first, name = made_first(costs.name)
+    calls = [*first, *(option.command(name, work, kind) for option in best)]
     if arguments.json:
         told = {
             "model": costs.name,

@@ -190,6 +190,8 @@ def open_adapters(wanted: Iterable[str | Path | tuple[str | Path, float]]) -> li
         found = [Adapter.open(folder) for folder in folders if folder.is_dir()]
         if not found:
             raise BadInput(f"{name} holds no adapter: {CONFIG} is looked for in it, in generator/ and in decoder/")
+        if not Path(name).name or Path(name).name == "..":  # "." says nothing elsewhere
+            name = str(root.resolve())
         stacked.append(Stacked(name, strength, {adapter.stage: adapter for adapter in found}))
     return stacked
 

@@ -112,9 +112,12 @@ class PromptBuilder:
             ids += self._reference_ids(next(waiting)) if token == self.image_token_id else [token]
         length = len(ids) + sum(rows * columns for rows, columns in grids)
         if length > self.max_length:
+            shown = sum(int(r.numel()) for r in references)
+            told = f" and {shown} the {len(references)} references'" if references else ""
+            way = "give fewer or smaller references" if shown > len(encoded) else "shorten the prompt"
             raise BadInput(
-                f"prompt and picture take {length} tokens, {len(ids)} of them the prompt's; the checkpoint has "
-                f"{self.max_length}: shorten the prompt or ask for a smaller picture"
+                f"prompt and picture take {length} tokens, {len(ids) - shown} of them the prompt's{told}; the "
+                f"checkpoint has {self.max_length}: {way} or ask for a smaller picture"
             )
         shapes = tuple((int(r.shape[0]), int(r.shape[1])) for r in references)
         return Prompt(tuple(ids), target, preview, shapes)

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 
 from glmimg import __version__
-from glmimg.atomic_write import atomic_file, clear_leftovers, locked
+from glmimg.atomic_write import atomic_file, clear_leftovers, disk_full, locked
 from glmimg.backends import Backend, pick_backend
 from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.dataset.checking import Checked, Report
 from glmimg.dataset.reading import Dataset, read_dataset, shown_name
 from glmimg.dataset.store import Store, default_store
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, GlmimgError
 from glmimg.lora import COMPONENT, Adapter
 from glmimg.pipelines.finetune_card import write_card
 from glmimg.pipelines.finetune_parts import StageParts
@@ -187,7 +187,12 @@ class FineTunePipeline:
         with locked(output / ".lock", busy) if processes.main else nullcontext():
             if processes.main and begun != bool(list((output / "run").glob("*/state.safetensors"))):
                 raise BadInput(f"another process has trained into {output} meanwhile: name another folder")
-            return self._run(output, report, train, held_out, callback, progress)
+            try:
+                return self._run(output, report, train, held_out, callback, progress)
+            except (GlmimgError, OSError) as error:
+                if disk_full(error.__cause__ or error) and "--resume" not in str(error):
+                    raise GlmimgError(f"{error}. With --resume it goes on with what there is") from error
+                raise
 
     def _run(
         self,

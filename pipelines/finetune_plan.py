@@ -166,11 +166,13 @@ def _timed_step(loop: Any, number: int) -> float:
     return time.perf_counter() - began
 
 
-def find_rate(pipeline: FineTunePipeline, stage: str, train: Pictures) -> dict[str, Any]:
+def find_rate(
+    pipeline: FineTunePipeline, stage: str, train: Pictures, progress: Progress | None = None
+) -> dict[str, Any]:
     """Sweeps the learning rate upwards, a step each, until the loss leaves; learns nothing that is kept.
 
-    Returns `rates`, their smoothed `losses`, and the `suggestion`: a tenth of the rate with the lowest loss. BadInput
-    if the stage does not fit.
+    `progress` is told of the steps, of which the last may never come. Returns `rates`, their smoothed `losses`, and the
+    `suggestion`: a tenth of the rate with the lowest loss. BadInput if the stage does not fit.
     """
     refuse_what_cannot_fit(stage, pipeline)
     train.encode()
@@ -194,6 +196,8 @@ def find_rate(pipeline: FineTunePipeline, stage: str, train: Pictures) -> dict[s
             smooth = 0.8 * smooth + 0.2 * loss
             rates.append(rate)
             losses.append(smooth / (1 - 0.8 ** (step + 1)))
+            if progress is not None:
+                progress(step + 1, SWEEP)
     if not losses:
         raise GlmimgError(f"the {stage}'s loss is no number before anything is learnt: try --dtype fp32")
     lowest = min(range(len(losses)), key=losses.__getitem__)

@@ -88,6 +88,8 @@ def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "a cat", "--best-of", "0"], "--best-of 0: make at least 1"),
         (["edit", "photo.png"], "no prompt"),
         (["edit", "none.png", "--prompt", "x"], "no such file"),
+        (["finetune"], "required: DATA; glmimg finetune --help tells the flags"),
+        (["serve", "--model", "nosuch"], "no such folder"),
         (["weights", "init", "new", "--preset", "tini"], "did you mean 'tiny'"),
     ],
 )

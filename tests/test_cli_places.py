@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import time
 from pathlib import Path
 
 import pytest
 
 from glmimg.cli import main
+from glmimg.cli_progress import Count
 from glmimg.pipelines.result import metadata_tokens
 
 
@@ -52,3 +55,22 @@ def test_numbers_that_nobody_means(small: list[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.stdin", None)
     for flags in (["-n", "999999999999"], ["--seed", "9" * 5000], ["--prompts", "-"]):
         assert main(["generate", "a cat", *small, *flags]) == 2
+
+
+def test_counted_work_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for stream, live in ((Terminal(), True), (io.StringIO(), False)):
+        count = Count("encode", stream)
+        for clock[0], done in ((50.0, 2), (53.0, 4), (56.0, 6), (62.0, 10)):  # two in three seconds
+            count(done, 10)
+        assert ("4/10  9.0 s left" in stream.getvalue() and "6/10  6.0 s left" in stream.getvalue()) == live
+        assert stream.getvalue().endswith("[########################] 10/10  12.0 s\n")
+        written = len(stream.getvalue())
+        for clock[0], done in ((70.0, 1), (71.0, 2)):  # the next piece of work has its own clock
+            count(done, 2)
+        assert len(stream.getvalue()) == written

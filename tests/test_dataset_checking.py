@@ -114,6 +114,11 @@ def test_what_is_no_text_is_one_pictures_fault(
     (tmp_path / "metadata.jsonl").unlink()
     assert main([*arguments, "--page", str(tmp_path / "rows" / "page.html")]) in (0, 1)
     assert json.loads(capsys.readouterr().out)["usable"] == 4
+    (tmp_path / "disc 1.txt").write_bytes("café".encode("latin-1"))
+    assert main([*arguments, "--page", str(tmp_path / "rows" / "page.html")]) == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert "disc 1.png: its caption is no UTF-8 text" in [f["message"] for f in found]
+    assert main([*arguments, "--page", str(tmp_path / "rows")]) == 2 and "page.html" in capsys.readouterr().err
 
 
 def test_a_good_folder_passes(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,3 +267,6 @@ def test_store_survives_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert key in store and kept is not None and kept["x"].tolist() == [0, 1, 2, 3]
     store.path(key).write_bytes(b"half")
     assert store.get(key) is None and "made anew" in caplog.text
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="GLMIMG_CACHE"):
+        Store(tmp_path / "file", "owner").put(key, {})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from glmimg.cli_evaluate import evaluate
 from glmimg.corpus.edits import EDIT_WEIGHTS, EditSampler, instruction
 from glmimg.corpus.mini import SQUARE
 from glmimg.corpus.scenes import SceneSampler, draw
@@ -25,7 +26,6 @@ from glmimg.corpus.splits import (
 from glmimg.corpus.stickers import LANGUAGES, StickerBank
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.evaluation import editing
-from glmimg.evaluation.command import evaluate
 from glmimg.evaluation.concepts import CROP, THINGS, Judge, crop, default_folder, nearest_style, thing_boxes
 from glmimg.evaluation.drawers import Model
 from glmimg.evaluation.model_card import earlier_pictures, model_card, weaknesses, write_sheets

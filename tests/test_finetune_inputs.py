@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from glmimg.atomic_write import atomic_file
 from glmimg.cli_finetune import _settings
 from glmimg.dataset.captions import CaptionRules
-from glmimg.errors import BadInput, Cancelled
+from glmimg.dataset.store import Store
+from glmimg.errors import BadInput, Cancelled, GlmimgError
 from glmimg.pipelines import FineTunePipeline
 from glmimg.pipelines.finetune_samples import Samples
 from glmimg.training.finetune_config import FineTuneConfig
@@ -147,3 +150,18 @@ def test_accumulated_batches_count_as_their_mean(tiny_checkpoint: Path, photos: 
         with ThreadPoolExecutor(1) as pool:
             losses[accumulate] = [loop.gradients(step, pool)[0] for step in range(2 // accumulate)]
     assert losses[2] == pytest.approx([sum(losses[1]) / 2]) and losses[1][0] != losses[1][1]
+
+
+def test_a_disk_that_is_full_at_the_pictures_says_how_to_go_on(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Store, key: str, tensors: Any) -> None:
+        with atomic_file(self.path(key)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Store, "put", full)
+    with pytest.raises(GlmimgError, match="disk is full.*With --resume"):
+        opened(tiny_checkpoint, tmp_path)(photos, tmp_path / "out")
+    monkeypatch.undo()
+    opened(tiny_checkpoint, tmp_path)(photos, tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "decoder").is_dir()

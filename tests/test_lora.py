@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -264,6 +265,8 @@ def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None
         open_adapters([tmp_path / "empty"])
 
     good = make(tmp_path / "good", tiny_checkpoint, "decoder", codebook="another", checkpoint="elsewhere")
+    with contextlib.chdir(good):
+        assert [one.name for one in open_adapters([".", f"../{good.name}"])] == [str(good.resolve()), f"../{good.name}"]
     with pytest.raises(BadInput, match="elsewhere.*codebook"):
         TextToImagePipeline.from_pretrained(tiny_checkpoint, adapters=[good])
 

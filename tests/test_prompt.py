@@ -91,6 +91,9 @@ def test_empty_and_endless_prompts(builder: PromptBuilder) -> None:
     assert decoded(builder, builder.build("", (1, 1))) == "<sop>1 1<eop><|dit_token_64|>"
     with pytest.raises(BadInput, match="shorten the prompt"):
         builder.build("a" * 10_000, (4, 4))
+    many = [torch.zeros(60, 60, dtype=torch.long)] * 3
+    with pytest.raises(BadInput, match="10800 the 3 references'.*fewer or smaller references"):
+        builder.build("a", (4, 4), references=many)
 
 
 def test_another_tokenizer_is_refused() -> None:

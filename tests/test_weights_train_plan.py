@@ -165,7 +165,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, message in (
         (["--rank", "4"], "--rank is for plans with --train"),
         (["--train", "both", "-n", "2"], "-n is for plans without --train"),
-        (["--train", "vae"], "stage 'vae'"),
+        (["--train", "vae"], "stage 'vae': choose from both, decoder, generator"),
     ):
         assert main([*start, *wrong]) == 2
         assert message in capsys.readouterr().err
+    assert main(["weights", "plan", "mini", "--ram", "8GB", "--train", "generator"]) == 0
+    first, then = capsys.readouterr().out.splitlines()[-2:]
+    assert first == "glmimg weights init mini --preset mini" and "--model mini --stage generator" in then

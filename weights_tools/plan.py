@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from glmimg.backends import Backend
     from glmimg.weights_tools.timing import Timed
 
-__all__ = ["Machine", "Option", "choose_option", "measure_machine", "options"]
+__all__ = ["Machine", "Option", "choose_option", "made_first", "measure_machine", "options"]
 
 TILE = 512  # glmimg.pipelines.stages.TILE: larger pictures are decoded in tiles where memory is being saved
 BATCH_PATCHES = 1024  # glmimg.pipelines.steps.BATCH_PATCHES: smaller pictures go through the decoder together
@@ -109,12 +109,8 @@ class Option:
 
     def calls(self, model: str, kind: str | None = None) -> list[str]:
         """The commands and the from_pretrained call that run it; `kind` is the devices' name, such as doctor prints."""
-        lines, name = [], model
-        if model in PRESETS and not os.path.isdir(model):
-            lines.append(f"glmimg weights init {quote(model)} --preset {quote(model)}")
-        elif os.path.isfile(os.path.expanduser(model)):
-            lines.append(f"glmimg weights convert {quote(model)} {quote(Path(model).stem)}")
-            name = model = Path(model).stem
+        lines, model = made_first(model)
+        name = model
         if self.bits < 16:
             name = f"{model.rstrip('/').rsplit('/', 1)[-1].lower()}-int{self.bits}"
             lines.append(f"glmimg weights quantize {quote(model)} {quote(name)} --bits {self.bits}")
@@ -131,6 +127,16 @@ class Option:
         if self.offload != "none":
             arguments.append(f"offload={self.offload!r}")
         return [*lines, f"TextToImagePipeline.from_pretrained({', '.join(arguments)})"]
+
+
+def made_first(model: str) -> tuple[list[str], str]:
+    """Commands that make a checkpoint folder of a preset or a single file, and its name; none where `model` is one."""
+    if model in PRESETS and not os.path.isdir(model):
+        return [f"glmimg weights init {quote(model)} --preset {quote(model)}"], model
+    if os.path.isfile(os.path.expanduser(model)):
+        folder = Path(model).stem
+        return [f"glmimg weights convert {quote(model)} {quote(folder)}"], folder
+    return [], model
 
 
 def options(costs: Costs, machine: Machine, work: Workload) -> list[Option]:

@@ -54,10 +54,17 @@ class Timed:
 
 
 def measure_work(
-    costs: Costs, work: Workload, backend: Backend, *, bits: Sequence[int] = (16, 8, 4)
+    costs: Costs,
+    work: Workload,
+    backend: Backend,
+    *,
+    bits: Sequence[int] = (16, 8, 4),
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[int, bool], Timed]:
-    """(bits, whether blocks are streamed) -> seconds on this device, one picture at a time in the decoder."""
-    found = {}
+    """(bits, whether blocks are streamed) -> seconds on this device, one picture at a time in the decoder.
+
+    `progress` is told (done, total) after each of these."""
+    found: dict[tuple[int, bool], Timed] = {}
     with torch.inference_mode():
         vae = _vae(costs, work, backend)
         for some in bits:
@@ -67,6 +74,8 @@ def measure_work(
                 (forward,) = _whole(costs, _DECODER, forward_of)
                 prompt, step = _whole(costs, _GENERATOR, tokens_of)
                 found[some, streamed] = Timed(prompt, step, forward, vae)
+                if progress is not None:
+                    progress(len(found), 2 * len(bits))
     return found
 
 
@@ -219,7 +228,8 @@ def _materialise(model: nn.Module, component: str, backend: Backend, dtype: torc
             packed = PackedLinear(linear.in_features, linear.out_features, least, bias=linear.bias)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, packed)
-    model.to(dtype).to_empty(device=backend.device)
+    nn.Module.to(model, dtype)  # diffusers' own `to` logs a warning about nothing
+    model.to_empty(device=backend.device)
     generator = torch.Generator(backend.device).manual_seed(0)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(PACKED):

@@ -111,6 +111,7 @@ def verify(
         problems += wrong
     if write_checksums and not problems:
         report.checksums = f"{_write_checksums(root, told)} written"
+    problems[:] = dict.fromkeys(problems)  # a damaged file is met wherever it is read
     told.end()
     return report
 

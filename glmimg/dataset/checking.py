@@ -191,7 +191,7 @@ def _captions(
             caption.encode()
             tokens = count(caption)
         except UnicodeEncodeError:
-            findings.append(Finding("broken", example.label, f"{example.label}: its caption is no valid Unicode"))
+            findings.append(Finding("broken", example.label, f"{example.label}: its caption is no UTF-8 text"))
             return None
         except BadInput as error:
             findings.append(Finding("control token", example.label, f"{example.label}: {error}"))

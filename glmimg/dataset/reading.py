@@ -211,12 +211,13 @@ def _text_captions(picture: Path) -> tuple[str, ...] | None:
     files = (picture.with_suffix(end) for end in (".txt", ".TXT"))
     if (file := next(filter(Path.is_file, files), None)) is None:
         return None
-    return tuple(line.strip() for line in _text(file).splitlines() if line.strip())
+    text = _text(file, "surrogateescape")  # the check finds what is no UTF-8, among all that it finds
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, errors: str = "strict") -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig", errors=errors)
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
     except OSError as error:

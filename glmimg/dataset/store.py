@@ -66,8 +66,11 @@ class Store:
             return None
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keeps them; GlmimgError if the disk is full."""
+        """Keeps them; GlmimgError if the disk is full, BadInput if the folder may not be written to."""
         from safetensors.torch import save
 
-        with atomic_file(self.path(key)) as temporary:
-            temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        try:
+            with atomic_file(self.path(key)) as temporary:
+                temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        except BadInput as error:
+            raise BadInput(f"{error}, by --cache DIR or in the variable GLMIMG_CACHE") from error

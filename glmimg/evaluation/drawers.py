@@ -47,14 +47,22 @@ class Model:
 class PipelineModel:
     """The callables of `Model` over a TextToImagePipeline and an ImageToImagePipeline on the same stages.
 
-    `options` go to every call (num_inference_steps, guidance_scale, config).
+    `options` go to every call (num_inference_steps, guidance_scale, config). `progress(done, total)` is told of the
+    pictures of each of them.
     """
 
     def __init__(
-        self, pictures: Any, editor: Any, *, size: tuple[int, int] | None = None, batch: int = 8, **options: Any
+        self,
+        pictures: Any,
+        editor: Any,
+        *,
+        size: tuple[int, int] | None = None,
+        batch: int = 8,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        **options: Any,
     ) -> None:
         self.pictures, self.editor, self.stages = pictures, editor, pictures.stages
-        self.batch, self.options = batch, options
+        self.batch, self.progress, self.options = batch, progress, options
         self.size = size or self.stages.checkpoint.settings.default_size
         self.seconds: list[float] = []  # of each drawn picture, loading left out
 
@@ -69,6 +77,7 @@ class PipelineModel:
             result = self.pictures(texts, height=height, width=width, seed=numbers, **self.options)
             images += result.images
             self.seconds += [(result.timings["total"] - result.timings["load"]) / len(texts)] * len(texts)
+            self.progress(len(images), len(prompts))
         return images
 
     def decode(
@@ -82,6 +91,7 @@ class PipelineModel:
         for part in _parts(len(prompts), self.batch):
             given = list(grids[part]), list(seeds[part])
             images += self.pictures(list(prompts[part]), tokens=given[0], seed=given[1], **self.options).images
+            self.progress(len(images), len(prompts))
         return images
 
     def edit(self, prompts: Sequence[str], pictures: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
@@ -108,6 +118,7 @@ class PipelineModel:
             given = {} if grids is None else {"tokens": list(grids[part])}
             asked = list(prompts[part]), list(pictures[part])
             images += self.editor(*asked, seed=list(seeds[part]), **given, **self.options).images
+            self.progress(len(images), len(prompts))
         return images
 
     @torch.no_grad()
@@ -125,6 +136,7 @@ class PipelineModel:
             out["target_bits"].append(target)
             out["shuffled_target_bits"].append(self._bits(prompts[k - 1], grid)[1])
             out["decoder"].append(self._decoder_loss(picture, prompts[k], grid, k))
+            self.progress(k + 1, len(pictures))
         return out
 
     def _bits(self, text: str, grid: TokenGrid) -> tuple[float, float]:

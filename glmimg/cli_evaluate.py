@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.tokens_share <= 1:
         raise BadInput(f"--tokens-share {args.tokens_share}: give a number from 0 to 1")
     from glmimg.checkpoint import Checkpoint
+    from glmimg.cli_progress import Count
     from glmimg.corpus.stickers import StickerBank
     from glmimg.evaluation.concepts import Judge
     from glmimg.evaluation.drawers import PipelineModel
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     given = {name: value for name, value in options.items() if value is not None}
     stages = Stages(Checkpoint.open(args.model), args.backend)
-    model = PipelineModel(TextToImagePipeline(stages), ImageToImagePipeline(stages), size=size, **given)
+    pipelines = TextToImagePipeline(stages), ImageToImagePipeline(stages)
+    model = PipelineModel(*pipelines, size=size, progress=Count("pictures"), **given)
     report = run_card(
         model.model(),
         bank,
