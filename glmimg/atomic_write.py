@@ -15,7 +15,7 @@ from typing import Any
 
 from glmimg.errors import BadInput, GlmimgError
 
-__all__ = ["atomic_file", "atomic_folder", "clear_leftovers", "disk_full", "locked", "reserve"]
+__all__ = ["atomic_file", "atomic_folder", "clear_leftovers", "disk_full", "locked", "require_absent", "reserve"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXT = ("No space left", "os error 28", "Disk quota", "os error 122", "File too large", "os error 27")
@@ -127,6 +127,12 @@ def disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(sign in str(error) for sign in _FULL_TEXT)
+
+
+def require_absent(target: str | Path) -> None:
+    """BadInput if something of that name is there; a link to nothing is in the way as well."""
+    if os.path.lexists(target):
+        raise BadInput(f"{target} exists already: name one that does not, or delete it first")
 
 
 def reserve(file: str | Path) -> None:

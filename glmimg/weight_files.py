@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CODEBOOK",
     "DTYPE_BITS",
+    "FLOATS",
     "TensorInfo",
     "WeightFiles",
     "codebook_digest",
@@ -62,6 +63,7 @@ DTYPE_BITS = {
     "U64": 64,
 }
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by torch's names
+FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")  # those of them that torch computes with or casts
 _COPIED = 64 << 20  # bytes copied out of a file before it is mapped anew
 _MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_DIMENSIONS = 64  # torch's own limit

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder
+from glmimg.atomic_write import atomic_folder, require_absent
 from glmimg.checkpoint import PICTURE_PARTS, STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
-from glmimg.weight_files import CODEBOOK
+from glmimg.weight_files import CODEBOOK, FLOATS
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import PARTS, TEXT_TO_IMAGE, is_pruned, require_fit
 from glmimg.weights_tools.layouts import (
@@ -52,7 +52,6 @@ __all__ = [
 LAYOUTS = ("folder", "single", "decoder", "gguf")
 # Our word for a dtype -> the file format's.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 _INLINE = 64 << 10  # larger files become tensors of bytes: a header is read whole by every program that opens the file
 _PLAIN = {"format": "pt"}
 
@@ -88,8 +87,7 @@ def convert(
         to = {".safetensors": "single", ".gguf": "gguf"}.get(target.suffix, "folder")
     if to not in LAYOUTS:
         raise UnknownName.of("layout", to, LAYOUTS)
-    if os.path.lexists(target):
-        raise BadInput(f"{target} exists already: name one that does not, or delete it first")
+    require_absent(target)
     if shard_bytes is not None and to != "folder":
         raise BadInput("--shard-size is for folders: the other layouts are one file")
     if component is not None and to != "gguf":
@@ -180,7 +178,7 @@ def cast(contents: Contents, dtype: str) -> Contents:
             raise BadInput(f"{component} is quantised: its scales cannot be cast; convert the original checkpoint")
         tensors[component] = {
             name: tensor.cast(dtype, name)
-            if tensor.spec.dtype in _FLOATS and not (name == CODEBOOK and dtype == "F16")
+            if tensor.spec.dtype in FLOATS and not (name == CODEBOOK and dtype == "F16")
             else tensor
             for name, tensor in part.items()
         }

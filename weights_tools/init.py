@@ -7,12 +7,11 @@ The folder is what `diffusers.GlmImagePipeline.from_pretrained` reads. Training 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder
+from glmimg.atomic_write import atomic_folder, require_absent
 from glmimg.checkpoint import BUILDERS, save_component
 from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS, Preset
@@ -55,8 +54,7 @@ def init_checkpoint(
     if not 0 <= seed < 2**63:
         raise BadInput(f"seed {seed}: give a whole number from 0 to 2**63 - 1")
     target = Path(directory)
-    if os.path.lexists(target):
-        raise BadInput(f"{target} exists already: name a folder that does not, or delete it first")
+    require_absent(target)
     with atomic_folder(target, replace=False) as folder:
         write_settings(folder, values, train_bpe(training_texts or [_WORDS], values))
         models = build_models(values, seed=seed)

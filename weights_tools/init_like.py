@@ -8,12 +8,11 @@ factor on few heads is rounded, never below one head or layer.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder
+from glmimg.atomic_write import atomic_folder, require_absent
 from glmimg.checkpoint import COMPONENTS, STEMS, empty_component
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import CONFIG_KEY
@@ -50,8 +49,7 @@ def init_like(
     if dtype not in DTYPES:
         raise UnknownName.of("dtype", dtype, DTYPES)
     target = Path(directory)
-    if os.path.lexists(target):
-        raise BadInput(f"{target} exists already: name a folder that does not, or delete it first")
+    require_absent(target)
     source = open_headers(like)
     absent = [name for name in COMPONENTS if name not in source.components]
     if absent:

@@ -19,7 +19,7 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.lora import COMPONENT, Low, change_of, open_adapters
 from glmimg.packed_format import CONFIG_KEY
-from glmimg.weight_files import codebook_digest
+from glmimg.weight_files import FLOATS, codebook_digest
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter, as_bytes, row_blocks
 
@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 _BLOCK = 1 << 22  # numbers worked on at a time
-_FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 Model = str | Path | Checkpoint
 # Gives the new values of some rows of a tensor from those of the base, and the rows' numbers.
 Change = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -238,7 +237,7 @@ def _everywhere(
 ) -> dict[str, dict[str, Change]]:
     """A change for every floating-point tensor of the components."""
     return {
-        component: {name: change(component, name) for name, i in readers[component].infos.items() if i.dtype in _FLOATS}
+        component: {name: change(component, name) for name, i in readers[component].infos.items() if i.dtype in FLOATS}
         for component in components
     }
 

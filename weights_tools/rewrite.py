@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder
+from glmimg.atomic_write import atomic_folder, require_absent
 from glmimg.checkpoint import STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.weight_files import contained
@@ -65,8 +65,7 @@ class Bytes:
 
 def require_new(target: str | Path, source: Checkpoint) -> None:
     """BadInput if `target` exists, or lies inside the checkpoint that is read."""
-    if os.path.lexists(target):  # a link to nothing is in the way as well
-        raise BadInput(f"{target} exists already: name a folder that does not, or delete it first")
+    require_absent(target)
     if source.root.resolve() in Path(target).absolute().resolve().parents:
         raise BadInput(f"{target} lies inside the checkpoint that is read: name a folder outside it")
 

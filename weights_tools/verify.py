@@ -16,7 +16,7 @@ from typing import Any
 from glmimg.atomic_write import atomic_file
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, GlmimgError
-from glmimg.weight_files import contained, read_header, read_index
+from glmimg.weight_files import FLOATS, contained, read_header, read_index
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import is_pruned, misfits
 from glmimg.weights_tools.layouts import Contents, read_contents, read_folder, safe_path
@@ -32,7 +32,6 @@ _NEEDED = (
     "scheduler/scheduler_config.json",
     "vision_language_encoder/generation_config.json",
 )
-_FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass
@@ -160,7 +159,7 @@ def _not_finite(contents: Contents, told: Bytes) -> list[str]:
     for component, tensors in contents.tensors.items():
         for name, tensor in tensors.items():
             bad = 0
-            if tensor.spec.dtype in _FLOATS:
+            if tensor.spec.dtype in FLOATS:
                 dtype = torch_dtype(tensor.spec.dtype)
                 try:
                     for piece in tensor.pieces():
