@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -250,7 +249,7 @@ def test_adapter_texts_that_are_none(text: str) -> None:
         parse_adapter(text)
 
 
-def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import load_file, save_file
 
     model = Checkpoint.open(tiny_checkpoint).decoder()
@@ -265,8 +264,8 @@ def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None
         open_adapters([tmp_path / "empty"])
 
     good = make(tmp_path / "good", tiny_checkpoint, "decoder", codebook="another", checkpoint="elsewhere")
-    with contextlib.chdir(good):
-        assert [one.name for one in open_adapters([".", f"../{good.name}"])] == [str(good.resolve()), f"../{good.name}"]
+    monkeypatch.chdir(good)
+    assert [one.name for one in open_adapters([".", f"../{good.name}"])] == [str(good.resolve()), f"../{good.name}"]
     with pytest.raises(BadInput, match="elsewhere.*codebook"):
         TextToImagePipeline.from_pretrained(tiny_checkpoint, adapters=[good])
 
