@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.set_threshold(100_000, 50, 50)  # a process of our own: collecting while modules load costs a second
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # what is half-written is cleaned up then as well
             signal.signal(signal.SIGTERM, _terminated)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupted)
     try:
         return _dispatch(arguments)
     except (KeyboardInterrupt, Cancelled) as error:
@@ -76,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"glmimg: {error}", file=sys.stderr)
         return 1
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
+        if _interruptions:
+            print("\nglmimg: stopped", file=sys.stderr)
+            return 130
         if out_of_memory(error):
             print(
                 f"glmimg: out of memory: try --offload stage, --offload block, or a smaller --size ({error})",
@@ -84,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         raise
+
+
+_interruptions: list[int] = []
+
+
+def _interrupted(number: int, frame: object) -> None:
+    """Ctrl-C, remembered: libraries that are being loaded make other errors of it."""
+    _interruptions.append(number)
+    raise KeyboardInterrupt
 
 
 class _Terminated(KeyboardInterrupt):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -74,3 +76,19 @@ def test_counted_work_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
         for clock[0], done in ((70.0, 1), (71.0, 2)):  # the next piece of work has its own clock
             count(done, 2)
         assert len(stream.getvalue()) == written
+
+
+def test_ctrl_c_that_a_library_swallows_ends_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, signal\n"
+        "def load(parser):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        while True: pass\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise ImportError('numpy.core.multiarray failed to import')\n"
+    )
+    program = "import sys; from glmimg import cli; cli.COMMANDS['slow'] = ('wait', 'slow:load'); "
+    program += "sys.argv = ['glmimg', 'slow']; sys.exit(cli.main())"
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 130 and run.stderr.strip() == "glmimg: stopped"
