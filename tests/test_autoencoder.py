@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from glmimg.autoencoder import Autoencoder, compute_dtype
+from glmimg.autoencoder import Autoencoder, _ramp, _starts, compute_dtype
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.presets import PRESETS
 
@@ -84,6 +84,21 @@ def test_tiles_meet_without_a_trace_where_nothing_depends_on_the_tile() -> None:
     auto = Autoencoder(vae(), tile=128)
     picture = pixels(200, 344)
     assert torch.allclose(auto._tiles(lambda x: x, picture, 8, 8), picture, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [33, 40, 56, 57, 80, 81, 200])
+def test_tiles_are_the_fewest_that_overlap_by_a_quarter(length: int) -> None:
+    starts = _starts(length, 32)
+    assert starts[0] == 0 and starts[-1] == length - 32
+    apart = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    assert max(apart) <= 24 and max(apart) - min(apart) <= 1
+    assert (len(starts) - 2) * 24 < length - 32, "one fewer would not reach"
+
+
+def test_ramps_rise_over_a_quarter() -> None:
+    ramp = _ramp(32, 32)
+    assert ramp[:8].tolist() == [(k + 0.5) / 8 for k in range(8)] and (ramp[8:24] == 1).all()
+    assert torch.equal(ramp, ramp.flip(0)) and _ramp(4, 32).tolist() == [0.5 / 8, 1.5 / 8, 1.5 / 8, 0.5 / 8]
 
 
 def test_small_pictures_are_not_tiled() -> None:

@@ -29,6 +29,7 @@ from glmimg.weights_tools.merge import (
     parse_weighted,
     slerp_checkpoints,
 )
+from glmimg.weights_tools.quantize import quantize_checkpoint
 
 GENERATOR = "vision_language_encoder"
 
@@ -239,6 +240,16 @@ def test_what_cannot_be_mixed(tiny_checkpoint: Path, other: Path, tmp_path: Path
     save_component(shorter, "transformer", decoder)
     with pytest.raises(BadInput, match="different tensors in transformer"):
         average_checkpoints(tiny_checkpoint, tmp_path / "x", [(shorter, 1.0)])
+    broken = Path(shutil.copytree(other, tmp_path / "broken"))
+    state = weights(broken, "vae")
+    state["decoder.conv_in.bias"][0] = math.inf
+    save_file(state, next((broken / "vae").glob("*.safetensors")))
+    with pytest.raises(CheckpointError, match=r"decoder.conv_in.bias became NaN or infinite"):
+        average_checkpoints(tiny_checkpoint, tmp_path / "x", [(broken, 1.0)], components=["vae"])
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "packed")
+    with pytest.raises(BadInput, match="is quantised: merge into the original"):
+        average_checkpoints(tiny_checkpoint, tmp_path / "x", [(tmp_path / "packed", 1.0)])
+    assert not (tmp_path / "x").exists()
 
 
 def test_moving_averages() -> None:
