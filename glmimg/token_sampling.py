@@ -33,7 +33,6 @@ __all__ = [
     "kept_tokens",
     "prefill",
     "probabilities",
-    "sample",
     "to_grid",
     "token_bits",
 ]
@@ -109,12 +108,6 @@ def draw(logits_BV: torch.Tensor, sampling: TokenSampling, uniform_B: torch.Tens
     # Below the total even after rounding, so that the count ends on a token that has some weight.
     wanted = torch.minimum(uniform_B[:, None] * total, total * (1 - 2**-23))
     return ((reached > wanted) & (weights > 0)).int().argmax(-1)  # the first: devices' sums may step back a little
-
-
-def sample(logits_BV: torch.Tensor, sampling: TokenSampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Draw one id per row, ids_B; row b takes one number from `generators[b]`, a generator on the CPU."""
-    uniform_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-    return draw(logits_BV, sampling, uniform_B.to(logits_BV.device))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from glmimg.generator import TokenGenerator
 from glmimg.presets import PRESETS
 from glmimg.prompt import Prompt
 from glmimg.token_grid import TokenGrid, region_mask
-from glmimg.token_sampling import Forced, TokenSampling, generate_tokens, probabilities, sample
+from glmimg.token_sampling import Forced, TokenSampling, draw, generate_tokens, probabilities
 
 START, END = 64, 65
 
@@ -97,8 +97,7 @@ def test_nucleus_of_a_large_codebook(scale: float) -> None:
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(20_000, 4)
     sampling = TokenSampling(temperature=1.0, top_p=1.0)
-    one = rng(3)
-    drawn = sample(logits, sampling, [one] * 20_000)
+    drawn = draw(logits, sampling, torch.rand(20_000, generator=rng(3)))
     frequencies = drawn.bincount(minlength=4) / 20_000
     torch.testing.assert_close(frequencies, logits[0].softmax(0), atol=0.015, rtol=0)
     assert frequencies[2] == 0
@@ -106,7 +105,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 def test_zero_temperature_takes_the_likeliest() -> None:
     logits = torch.randn(3, 64, generator=rng(1))
-    drawn = sample(logits, TokenSampling(temperature=0), [rng(k) for k in range(3)])
+    drawn = draw(logits, TokenSampling(temperature=0), torch.rand(3))
     assert torch.equal(drawn, logits.argmax(-1))
 
 

@@ -52,11 +52,6 @@ def background_of(picture: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.clip(rows, 0, 255)[:, None], (h, w, 3)).astype(np.float32)
 
 
-def foreground(picture: np.ndarray, threshold: float = 60.0) -> np.ndarray:
-    """Mask of the pixels whose summed channel difference from the background exceeds `threshold`."""
-    return np.abs(picture.astype(np.float32) - background_of(picture)).sum(-1) > threshold
-
-
 def erode(mask: np.ndarray, times: int = 1) -> np.ndarray:
     """Loses one pixel of every edge each time; the picture's border counts as outside."""
     for _ in range(times):
