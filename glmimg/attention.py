@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from glmimg.backends import BACKENDS
+
 __all__ = ["attend", "written_out"]
 
 # Scores of one picture up to which writing them out is twice as fast as the fused kernel on CPUs in bf16. It goes by
@@ -21,7 +23,12 @@ def attend(
     """(B, H, S, d); `mask_B11K` (bool) is False on keys that nobody sees."""
     heads, queries, keys = q_BHSd.shape[1], q_BHSd.shape[2], k_BHKd.shape[2]
     written = torch.is_grad_enabled() or heads * queries * keys <= _FEW_SCORES
-    if q_BHSd.device.type != "cpu" or q_BHSd.dtype != torch.bfloat16 or not written:
+    kind = q_BHSd.device.type
+    most = BACKENDS[kind].most_scores if kind in BACKENDS else None
+    if most is not None and (together := len(q_BHSd) * heads * keys) * queries > most:
+        parts = q_BHSd.split(max(1, most // together), 2)
+        return torch.cat([F.scaled_dot_product_attention(q, k_BHKd, v_BHKd, attn_mask=mask_B11K) for q in parts], 2)
+    if kind != "cpu" or q_BHSd.dtype != torch.bfloat16 or not written:
         return F.scaled_dot_product_attention(q_BHSd, k_BHKd, v_BHKd, attn_mask=mask_B11K)
     return written_out(q_BHSd, k_BHKd, v_BHKd, mask_B11K)
 

@@ -23,7 +23,11 @@ __all__ = [
 
 
 # What devices' errors say, then the processor's.
-_OUT_OF_MEMORY = re.compile("out of memory|tried to allocate|can't allocate memory|not enough memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|tried to allocate|can't allocate memory|not enough memory"
+    "|out_of_(device|host)_memory|status_alloc_failed|invalid buffer size",  # XPU, cuBLAS and cuDNN, MPS
+    re.IGNORECASE,
+)
 
 
 class GlmimgError(Exception):

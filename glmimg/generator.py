@@ -283,6 +283,8 @@ class TokenGenerator:
         state.length = at + 1
         cos, sin = state.cos_NB1C[at - state.prompt_length], state.sin_NB1C[at - state.prompt_length]
         mask = None if state.mask_B11S is None else state.mask_B11S[..., : at + 1]
+        if mask is not None:  # as attention adds it: it would make that of a bool one anew in every layer
+            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, -torch.inf)
         slots, filled = state.cache[:, :, :, at].unbind(0), state.cache[:, :, :, : at + 1].unbind(0)
         x = self.embed(ids_B).float()
         k = -1

@@ -104,6 +104,22 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return groups.mul_(scale.to(dtype)[..., None]).flatten(1)
 
 
+class _Unpacked(torch.autograd.Function):
+    """The product with a weight that is made whole again for the backward pass, instead of being kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(packed, scale)
+        ctx.dtype = x.dtype
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(x.to(dtype), dequantize(packed, scale, dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        packed, scale = ctx.saved_tensors
+        return (grad @ dequantize(packed, scale, grad.dtype)).to(ctx.dtype), None, None, None, None
+
+
 class Packed(nn.Module):
     """Holds a packed weight. `weight` is computed anew each time it is asked for, and cannot be set."""
 
@@ -145,7 +161,11 @@ class PackedLinear(Packed):
             y = packed_product(x.reshape(-1, x.shape[-1]), self.weight_packed, self.weight_scale)
             y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y.add_(self.bias)
-        return F.linear(x, dequantize(self.weight_packed, self.weight_scale, x.dtype), self.bias)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Unpacked.apply(x, self.weight_packed, self.weight_scale, self.bias, dtype)
+        return F.linear(x, dequantize(self.weight_packed, self.weight_scale, dtype), self.bias)
 
 
 class PackedEmbedding(Packed):

@@ -93,9 +93,10 @@ def swap_generator(
     """Takes `old` out of a loaded token generator and puts `new` in, block by block."""
     prefix, component = BLOCKS["generator"], COMPONENT["generator"]
     skeleton = checkpoint.skeleton(component)
-    layers = list(generator.layers)
+    layers: list[Any] = list(generator.layers)
+    generator.layers = layers
     for number in sorted({int(name.removeprefix(prefix).split(".")[0]) for name in touched(old, new)}):
+        layers[number] = None  # two of every layer might not fit; if this fails the caller releases the generator
         block = _fresh(checkpoint, component, skeleton, f"{prefix}{number}", device, dtype)
         merge(block, new, f"{prefix}{number}.")
         layers[number] = generator._layer(block)
-    generator.layers = layers

@@ -15,11 +15,10 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
-from glmimg.image_io import to_pil
 from glmimg.pipelines.request import Request
 from glmimg.pipelines.result import Callback, Reporter
 from glmimg.pipelines.stages import Stages
-from glmimg.pipelines.steps import Glyphs, condition, denoise, encode_glyphs, read_tokens, together
+from glmimg.pipelines.steps import Glyphs, condition, denoise, encode_glyphs, read_tokens, to_pixels, together
 from glmimg.prompt import Prompt
 from glmimg.token_grid import TokenGrid
 from glmimg.token_sampling import token_bits
@@ -75,4 +74,4 @@ def _painted(
     """Those layouts under the picture's own noise."""
     same = (picture,) * len(grids)
     conditioning = condition(stages, draft, same, torch.stack([grid.ids_HW for grid in grids]), glyphs)
-    return to_pil(stages.autoencoder().decode(denoise(stages, draft, same, conditioning)))
+    return to_pixels(stages, denoise(stages, draft, same, conditioning))

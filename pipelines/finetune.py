@@ -25,7 +25,7 @@ import torch
 
 from glmimg import __version__
 from glmimg.atomic_write import atomic_file, clear_leftovers, disk_full, locked
-from glmimg.backends import Backend, pick_backend
+from glmimg.backends import BACKENDS, Backend, pick_backend
 from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.dataset.checking import Checked, Report
 from glmimg.dataset.reading import Dataset, read_dataset, shown_name
@@ -92,7 +92,7 @@ class FineTunePipeline:
         """`config`: a FineTuneConfig, or a dict of some of its fields. `cache`: where encoded pictures are kept, by
         default the user's cache folder."""
         settings = config if isinstance(config, FineTuneConfig) else FineTuneConfig.from_dict(config or {})
-        return cls(Checkpoint.open(model), settings, _own_device(pick_backend(backend)), dtype, cache)
+        return cls(Checkpoint.open(model), settings, _own_device(backend), dtype, cache)
 
     # Looking at the data.
 
@@ -425,12 +425,18 @@ class FineTunePipeline:
         return True
 
 
-def _own_device(place: Backend) -> Backend:
-    """Where several processes were launched, each one's device of the kind that was picked."""
-    if Processes.current(cpu=not place.has_pinned_memory).count == 1 or not place.has_pinned_memory:
-        return place
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return pick_backend(f"{place.name}:{rank % place.count()}")  # launchers may show each process its own device alone
+def _own_device(choice: str | Backend) -> Backend:
+    """Where several processes were launched, each one's device of the kind that was picked, which is the first that it
+    asks anything: what merely asks another takes half a gigabyte there."""
+    if isinstance(choice, str) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        kinds = list(BACKENDS) if choice == "auto" else [choice.partition(":")[0]]
+        kind = next((name for name in kinds if name in BACKENDS and BACKENDS[name].unusable() is None), None)
+        if kind is not None and BACKENDS[kind].has_pinned_memory:
+            # launchers may show each process its own device alone
+            choice = f"{kind}:{int(os.environ.get('LOCAL_RANK', '0')) % BACKENDS[kind].count()}"
+    place = pick_backend(choice)
+    Processes.current(cpu=not place.has_pinned_memory)
+    return place
 
 
 def _first_held_out(output: Path, stage: str) -> float | None:

@@ -102,6 +102,7 @@ def telling_what_would_fit(stage: str, pipeline: FineTunePipeline) -> Iterator[N
 def refuse_what_cannot_fit(stage: str, pipeline: FineTunePipeline) -> tuple[int, int, int]:
     """BadInput if weights, gradients and optimizer alone are more than the device has; else `needed_bytes`."""
     needed = _bytes(stage, pipeline, pipeline.config)
+    pipeline.backend.empty_cache()  # what an earlier stage let go of stays with the allocator and counts as taken
     free = pipeline.backend.memory().free
     if 0 < free < needed[2]:
         ways = ways_out(stage, pipeline, free)

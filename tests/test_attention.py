@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from glmimg.attention import attend
 from glmimg.backends import pick_backend
+from glmimg.backends.cpu import Cpu
 
 
 def drawn(batch: int, queries: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -30,6 +31,22 @@ def test_equals_the_fused_kernel(dtype: torch.dtype, tolerance: float, masked: b
         found = attend(q, k, v, mask)
     assert found.dtype == dtype
     assert (found.float() - expected).abs().max() < tolerance
+
+
+def test_devices_of_few_scores_get_them_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(2, 33, 49, torch.float32)
+    mask = torch.ones(2, 1, 1, 49, dtype=torch.bool)
+    mask[1, ..., :20] = False
+    whole, sizes = attend(q, k, v, mask), []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q: torch.Tensor, *rest: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        sizes.append(q.shape[2])
+        return plain(q, *rest, **named)
+
+    monkeypatch.setattr(Cpu, "most_scores", 2 * 5 * 49 * 10)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    assert torch.allclose(attend(q, k, v, mask), whole, atol=1e-6) and sizes == [10, 10, 10, 3]
 
 
 def test_a_batch_does_what_its_pictures_do_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,12 @@ def test_pipeline_swaps_adapters_without_loading_anew(offload: str, tiny_checkpo
         ]
     assert pixels(pipeline) == plain
     assert kept is None or pipeline.stages.decoder.model.proj_out is kept
+    if offload == "none":  # of the token generator's layers none stays beside its successor
+        generator, alive = pipeline.stages.generator, []
+        before, make_layer = [weakref.ref(layer.qkv[0]) for layer in generator.layers], generator._layer
+        generator._layer = lambda block: (alive.append(sum(old() is not None for old in before)), make_layer(block))[1]
+        pipeline.set_adapters([style])
+        assert alive == list(range(len(before)))[::-1]
     pipeline.set_adapters([style])
     assert pixels(pipeline) != plain
 

@@ -130,6 +130,26 @@ def test_inputs_get_gradients_and_weights_do_not() -> None:
         made.weight = x
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_weight_is_kept_whole_until_the_backward_pass(bits: int) -> None:
+    made, x = layer(bits, 64, 96), random(5, 96).requires_grad_()
+    own = {t.untyped_storage().data_ptr() for t in (made.weight_packed, made.weight_scale, x)}
+    kept: list[int] = []
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor), torch.autocast("cpu"):
+        y = made(x)
+    assert y.dtype == torch.bfloat16 and sum(kept) <= x.numel()
+    y.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    expected = made.weight.bfloat16().float().sum(0)
+    assert (x.grad - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def test_projections_are_joined_only_if_alike() -> None:
     parts = [layer(8, 8, 64), layer(8, 24, 64)]
     packed, scale = joined(parts, "here")

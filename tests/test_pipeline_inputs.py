@@ -204,6 +204,7 @@ def test_pixels_that_do_not_fit_are_made_in_tiles(
     after = pipeline(["a", "b"], **SMALL).images
     assert [(pixels(x) == pixels(y)).all() for x, y in zip(before, after, strict=True)] == [True, True]
     assert "tiles" in caplog.text and len(asked) == 4
+    assert pipeline("a", config={"token_candidates": 2}, **SMALL).images  # drafts as well
     monkeypatch.setattr(steps, "out_of_memory", lambda error: False)
     with pytest.raises(torch.OutOfMemoryError):
         pipeline("a", **SMALL)
@@ -211,6 +212,11 @@ def test_pixels_that_do_not_fit_are_made_in_tiles(
 
 def test_out_of_memory_is_told_apart() -> None:
     words = ("NPU out of memory. Tried", "DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
+    words += (
+        "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
+        "CUBLAS_STATUS_ALLOC_FAILED when",
+        "Invalid buffer size: 19.38 GiB",
+    )
     assert all(out_of_memory(RuntimeError(text)) for text in words) and out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("shapes do not match")) and not out_of_memory(ValueError("out of memory"))
 

@@ -6,7 +6,7 @@ generators everywhere, so that a seed means the same picture on every device.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +43,7 @@ class Backend:
     attention: ClassVar[str] = "native"  # diffusers' name of the kernels for its pipelines; ours call torch's own
     can_compile: ClassVar[bool] = False
     has_pinned_memory: ClassVar[bool] = False
+    most_scores: ClassVar[int | None] = None  # of attention at a time, where more go wrong
     eight_bit_tokens: ClassVar[bool] = False  # whether bf16 matrices of the token generator are faster in eight bits
 
     def __init__(self, index: int | None = None, reason: str = "asked for") -> None:
@@ -174,6 +175,9 @@ class Accelerator(Backend):
 
     def empty_cache(self) -> None:
         self.module().empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # pinned memory, which torch keeps as well (2.11)
+            with suppress(RuntimeError):  # where a kind of device has none
+                torch.accelerator.empty_host_cache()
 
     def hardware(self) -> str:
         return str(self.module().get_device_name(self.device.index))

@@ -14,6 +14,7 @@ __all__ = ["Mps"]
 
 class Mps(Backend):
     name: ClassVar[str] = "mps"
+    most_scores: ClassVar[int | None] = 1 << 30  # products of more than 2**32 go wrong (pytorch issue 179352)
 
     def __init__(self, index: int | None = None, reason: str = "asked for") -> None:
         if index not in (None, 0):
@@ -26,6 +27,8 @@ class Mps(Backend):
             return "this PyTorch was built without Metal: it is for Macs"
         if not torch.backends.mps.is_available():
             return "PyTorch has Metal, but this macOS or machine is too old for it"
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+            return "PyTorch before 2.13 attends wrongly on Apple devices (pytorch issues 195910 and 181133): update it"
         return None
 
     @classmethod

@@ -13,6 +13,7 @@ __all__ = ["Xpu"]
 
 class Xpu(Accelerator):
     name: ClassVar[str] = "xpu"
+    most_scores: ClassVar[int | None] = 1 << 30  # more in fp32 hang the device (torch-xpu-ops issue 5224)
 
     @classmethod
     def unusable(cls) -> str | None:

@@ -22,13 +22,14 @@ def load_base(stage: str, checkpoint: Checkpoint, bits: int, backend: Backend, d
     model: Any = load("cpu" if bits else backend.device, dtype)
     if bits:
         model.requires_grad_(False)
-        _pack(model, stage, bits)
+        _pack(model, stage, bits, backend.device)
         nn.Module.to(model, backend.device)
     return model
 
 
-def _pack(model: Any, stage: str, bits: int) -> None:
-    """Packs every target of the stage, adapted or not."""
+def _pack(model: Any, stage: str, bits: int, device: torch.device) -> None:
+    """Packs every target of the stage, adapted or not, one at a time on the device: on a processor billions of numbers
+    take a quarter of an hour."""
     for name in target_names(model, stage):
         linear = model.get_submodule(name)
         if isinstance(linear, PackedLinear) or (bits == 4 and linear.in_features % 2):
@@ -36,6 +37,6 @@ def _pack(model: Any, stage: str, bits: int) -> None:
         packed = PackedLinear(
             linear.in_features, linear.out_features, bits, bias=None if linear.bias is None else linear.bias.detach()
         )
-        packed.weight_packed, packed.weight_scale = quantize(linear.weight.detach(), bits)
+        packed.weight_packed, packed.weight_scale = quantize(linear.weight.detach().to(device), bits)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, packed)

@@ -65,7 +65,7 @@ class OwnTokens(Pictures):
             return
         encoder.release()
         checkpoint = encoder.checkpoint
-        model = TokenGenerator(self._load("generator"))
+        model = TokenGenerator(self._load("generator"), consume=True)
         builder = prompt_builder(checkpoint)
         for start in range(0, len(missing), TOGETHER):
             part = missing[start : start + TOGETHER]
