@@ -15,7 +15,16 @@ from typing import Any
 
 from glmimg.errors import BadInput, GlmimgError
 
-__all__ = ["atomic_file", "atomic_folder", "clear_leftovers", "disk_full", "locked", "require_absent", "reserve"]
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "clear_leftovers",
+    "disk_full",
+    "expanded",
+    "locked",
+    "require_absent",
+    "reserve",
+]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXT = ("No space left", "os error 28", "Disk quota", "os error 122", "File too large", "os error 27")
@@ -30,7 +39,7 @@ def atomic_file(target: str | Path, *, replace: bool = True, mode: int | None = 
     `replace`, if the file has appeared meanwhile (what was made is then kept under another name); GlmimgError if the
     disk fills up.
     """
-    target = Path(target)
+    target = expanded(target)
     if os.path.isdir(target):  # unlike Path.is_dir, no error for a name that is too long
         raise BadInput(f"{target} is a folder: name a file in it, such as {target / 'picture.png'}")
     special = os.path.lexists(target) and not os.path.isfile(target)  # as root even a device would be replaced
@@ -62,7 +71,7 @@ def atomic_folder(target: str | Path, *, replace: bool = True) -> Iterator[Path]
     system cannot exchange two folders is there a moment without either. Without `replace`, a folder that has appeared
     meanwhile stays: what was made is kept under another name, and BadInput tells it.
     """
-    target = Path(target)
+    target = expanded(target)
     with _explained(target):
         temporary = Path(_beside(target, tempfile.mkdtemp))
         try:
@@ -129,9 +138,14 @@ def disk_full(error: BaseException) -> bool:
     return any(sign in str(error) for sign in _FULL_TEXT)
 
 
+def expanded(path: str | Path) -> Path:
+    """With the home folder for a ~ at its beginning, as where things are read."""
+    return Path(os.path.expanduser(path))
+
+
 def require_absent(target: str | Path) -> None:
     """BadInput if something of that name is there; a link to nothing is in the way as well."""
-    if os.path.lexists(target):
+    if os.path.lexists(expanded(target)):
         raise BadInput(f"{target} exists already: name one that does not, or delete it first")
 
 

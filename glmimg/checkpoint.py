@@ -418,7 +418,7 @@ def _locate(model: str, revision: str | None, local_files_only: bool) -> Path:
                 "or make a random one to try things with: glmimg weights init --preset mini DIR"
             )
         return root
-    root = Path(os.path.expanduser(model))
+    root = Path(os.path.abspath(os.path.expanduser(model)))  # what is opened stays so wherever one goes
     if model and os.path.isdir(root):
         return root
     if model and os.path.exists(root):

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 def open_picture(source: str | Path | bytes | BinaryIO | Image.Image, name: str = "") -> Image.Image:
     """The picture as 8-bit sRGB, upright, on white where it is transparent; BadInput if it is none.
 
-    Of an animation the first frame is taken, with a notice in the log. `name`: what messages call it.
+    Of an animation the first frame is taken, with a notice in the log; of an opened one that which it stands at.
+    `name`: what messages call it.
     """
     image, name = _opened(source, name)
     try:
@@ -44,7 +45,7 @@ def open_picture(source: str | Path | bytes | BinaryIO | Image.Image, name: str 
                 raise BadInput(
                     f"{name} has {image.width}x{image.height} pixels; make it smaller than {MAX_PIXELS:,} first"
                 )
-            if getattr(image, "n_frames", 1) > 1:
+            if image is not source and getattr(image, "n_frames", 1) > 1:
                 logger.warning("%s holds %d frames: the first is used", name, image.n_frames)  # type: ignore[attr-defined]
                 image.seek(0)
             image.load()
@@ -129,7 +130,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise BadInput(f"{name} holds floating-point pixels, whose white is unknown: save it with 8 or 16 bits first")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip 16-bit grey at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if image.mode == "I" and grey.max(initial=0) <= 255:  # eight bits in wide numbers, not a black picture
+            grey *= 257
+        image = Image.fromarray((grey / 257).round().astype(np.uint8))
     image = _srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -12,6 +12,7 @@ import base64
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,9 @@ def _ids(name: str, ids_HW: torch.Tensor, codebook_size: int) -> torch.Tensor:
         raise BadInput(f"{name} ids must be an integer tensor, got {type(ids_HW).__name__}")
     if ids_HW.dim() != 2 or ids_HW.numel() == 0:
         raise BadInput(f"{name} ids must be a grid of h x w, got shape {tuple(ids_HW.shape)}")
+    if ids_HW.is_complex():
+        raise BadInput(f"{name} ids must be whole numbers, got {str(ids_HW.dtype).removeprefix('torch.')}")
+    ids_HW = ids_HW.to(torch.int64)  # unsigned ones have no least and largest in torch
     low, high = int(ids_HW.min()), int(ids_HW.max())
     if low < 0 or high >= codebook_size:
         raise BadInput(f"{name} ids lie in {low}..{high}; the codebook has ids 0..{codebook_size - 1}")
@@ -99,8 +103,11 @@ class TokenGrid:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.codebook_size, bool) or not isinstance(self.codebook_size, Integral):
+            raise BadInput(f"codebook_size {self.codebook_size!r}: give a whole number")
         if self.codebook_size < 1:
             raise BadInput(f"codebook_size {self.codebook_size}: must be at least 1")
+        object.__setattr__(self, "codebook_size", int(self.codebook_size))
         object.__setattr__(self, "ids_HW", _ids("target", self.ids_HW, self.codebook_size))
         if self.preview_HW is not None:
             object.__setattr__(self, "preview_HW", _ids("preview", self.preview_HW, self.codebook_size))
@@ -149,7 +156,7 @@ class TokenGrid:
     def with_region(self, mask_HW: torch.Tensor, ids: int | torch.Tensor) -> TokenGrid:
         """Where the mask is true: `ids` (one id, or a grid of the same shape). The preview grid stays."""
         self._check_mask(mask_HW)
-        new_HW = torch.as_tensor(ids).expand(self.grid) if isinstance(ids, int) else ids
+        new_HW = torch.as_tensor(int(ids)).expand(self.grid) if isinstance(ids, Integral) else torch.as_tensor(ids)
         if new_HW.shape != self.ids_HW.shape:
             raise BadInput(f"a grid of {tuple(new_HW.shape)} does not fit one of {self.grid}")
         return replace(self, ids_HW=torch.where(mask_HW, new_HW.to("cpu"), self.ids_HW))
@@ -174,6 +181,8 @@ class TokenGrid:
         return self.ids_HW != other.ids_HW
 
     def _check_mask(self, mask_HW: torch.Tensor) -> None:
+        if not isinstance(mask_HW, torch.Tensor):
+            raise BadInput(f"the mask must be a torch tensor, got {type(mask_HW).__name__}")
         if mask_HW.dtype != torch.bool or mask_HW.shape != self.ids_HW.shape:
             raise BadInput(
                 f"the mask must be boolean of shape {self.grid}, got {mask_HW.dtype} of {tuple(mask_HW.shape)}"

@@ -18,6 +18,7 @@ from PIL import Image
 
 from glmimg.errors import BadInput, MissingExtra
 from glmimg.pipelines.image_to_image import ImageToImagePipeline, Picture
+from glmimg.pipelines.request import require_count
 from glmimg.pipelines.result import Reporter, Result
 from glmimg.pipelines.stages import Stages
 from glmimg.prompt import glyph_texts
@@ -40,6 +41,7 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
     """
     if not isinstance(prompt, str):
         raise BadInput("best_of takes one prompt: call it once for each")
+    require_count("count", count)
     if verifier is None:
         references = options.get("image", ())
         references = references if isinstance(references, (list, tuple)) else [references]
@@ -61,7 +63,7 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
 def _drawn(pipeline: Any, prompt: str, count: int, options: dict[str, Any]) -> Result:
     """All of them, a few at a time where each one's seed follows from the first."""
     seed, tokens = options.pop("seed", None), options.get("tokens")
-    if count <= TOGETHER or isinstance(seed, (list, tuple)) or isinstance(tokens, (list, tuple)):
+    if count <= TOGETHER or (isinstance(seed, Sequence) and not isinstance(seed, str)) or isinstance(tokens, Sequence):
         return pipeline(prompt, num_images_per_prompt=count, seed=seed, **options)
     parts: list[Result] = []
     for start in range(0, count, TOGETHER):

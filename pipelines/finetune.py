@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -24,8 +23,8 @@ from typing import Any
 import torch
 
 from glmimg import __version__
-from glmimg.atomic_write import atomic_file, clear_leftovers, disk_full, locked
-from glmimg.backends import BACKENDS, Backend, pick_backend
+from glmimg.atomic_write import atomic_file, clear_leftovers, disk_full, expanded, locked
+from glmimg.backends import Backend
 from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.dataset.checking import Checked, Report
 from glmimg.dataset.reading import Dataset, read_dataset, shown_name
@@ -33,11 +32,12 @@ from glmimg.dataset.store import Store, default_store
 from glmimg.errors import BadInput, GlmimgError
 from glmimg.lora import COMPONENT, Adapter
 from glmimg.pipelines.finetune_card import write_card
-from glmimg.pipelines.finetune_parts import StageParts
+from glmimg.pipelines.finetune_parts import StageParts, own_device
 from glmimg.pipelines.finetune_plan import Plan, make_plan, refuse_what_cannot_fit, telling_what_would_fit
 from glmimg.pipelines.finetune_samples import Samples
 from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import preview_grid, target_grid
+from glmimg.torch_state import plain_torch
 from glmimg.training.finetune_config import FineTuneConfig, changed_settings
 from glmimg.training.finetune_data import Encoder, Pictures, Progress, prompt_builder, survey, views
 from glmimg.training.finetune_loop import REQUESTS, FineTuneLoop, FineTuneStep
@@ -92,7 +92,7 @@ class FineTunePipeline:
         """`config`: a FineTuneConfig, or a dict of some of its fields. `cache`: where encoded pictures are kept, by
         default the user's cache folder."""
         settings = config if isinstance(config, FineTuneConfig) else FineTuneConfig.from_dict(config or {})
-        return cls(Checkpoint.open(model), settings, _own_device(backend), dtype, cache)
+        return cls(Checkpoint.open(model), settings, own_device(backend), dtype, cache)
 
     # Looking at the data.
 
@@ -147,6 +147,7 @@ class FineTunePipeline:
         train = tuple(view for checked in train for view in views(checked, self.config))
         return Pictures(train, self.encoder, self.config), Pictures(held_out, self.encoder, self.config)
 
+    @plain_torch(gradients=True)
     def plan(self, report: Report, progress: Progress | None = None) -> Plan:
         """What a run would take, from two measured steps of each stage; BadInput if it would not fit."""
         train, held_out = self.split(report)
@@ -154,6 +155,7 @@ class FineTunePipeline:
 
     # The run.
 
+    @plain_torch(gradients=True)
     def __call__(
         self,
         data: str | Path | Dataset,
@@ -172,7 +174,7 @@ class FineTunePipeline:
         of each stage are measured first, and `callback` of every step; an exception out of these ends the run where the
         last save left it. Of several processes the first alone calls `callback`.
         """
-        output, processes = Path(output), Processes.current()
+        output, processes = expanded(output), Processes.current()
         # 1. What there is to learn from, and whether this is the same run as before.
         report = self.usable(self.check(data, columns, progress=progress), skip_broken)
         train, held_out = self.split(report)
@@ -423,20 +425,6 @@ class FineTunePipeline:
         if Processes.current().main:
             print(f"glmimg: going on with {output}", file=sys.stderr)
         return True
-
-
-def _own_device(choice: str | Backend) -> Backend:
-    """Where several processes were launched, each one's device of the kind that was picked, which is the first that it
-    asks anything: what merely asks another takes half a gigabyte there."""
-    if isinstance(choice, str) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        kinds = list(BACKENDS) if choice == "auto" else [choice.partition(":")[0]]
-        kind = next((name for name in kinds if name in BACKENDS and BACKENDS[name].unusable() is None), None)
-        if kind is not None and BACKENDS[kind].has_pinned_memory:
-            # launchers may show each process its own device alone
-            choice = f"{kind}:{int(os.environ.get('LOCAL_RANK', '0')) % BACKENDS[kind].count()}"
-    place = pick_backend(choice)
-    Processes.current(cpu=not place.has_pinned_memory)
-    return place
 
 
 def _first_held_out(output: Path, stage: str) -> float | None:

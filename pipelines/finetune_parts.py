@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glmimg.atomic_write import atomic_folder
-from glmimg.backends import Backend
+from glmimg.backends import BACKENDS, Backend, pick_backend
 from glmimg.checkpoint import Checkpoint, save_component
 from glmimg.errors import BadInput
 from glmimg.lora import COMPONENT, Adapter, Low, save_adapter, target_names
@@ -22,8 +23,9 @@ from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import prompt_builder
 from glmimg.training.finetune_tasks import DecoderLearner, GeneratorLearner, Learner
 from glmimg.training.lora_layers import LoraLinear, attach
+from glmimg.training.processes import Processes
 
-__all__ = ["StageParts", "needed_bytes"]
+__all__ = ["StageParts", "needed_bytes", "own_device"]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -149,3 +151,17 @@ def needed_bytes(
     base = (plain - matrices) * per_weight + matrices * (config.base_bits / 8 if config.base_bits else per_weight)
     base += sum(buffer.nbytes for module in packed for buffer in module.buffers())
     return learning, total, int(base) + learning * (4 + 4 + 8 + (4 if config.ema else 0))
+
+
+def own_device(choice: str | Backend) -> Backend:
+    """Where several processes were launched, each one's device of the kind that was picked, which is the first that it
+    asks anything: what merely asks another takes half a gigabyte there."""
+    if isinstance(choice, str) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        kinds = list(BACKENDS) if choice == "auto" else [choice.partition(":")[0]]
+        kind = next((name for name in kinds if name in BACKENDS and BACKENDS[name].unusable() is None), None)
+        if kind is not None and BACKENDS[kind].has_pinned_memory:
+            # launchers may show each process its own device alone
+            choice = f"{kind}:{int(os.environ.get('LOCAL_RANK', '0')) % BACKENDS[kind].count()}"
+    place = pick_backend(choice)
+    Processes.current(cpu=not place.has_pinned_memory)
+    return place

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmimg.errors import BadInput, GlmimgError, out_of_memory
 from glmimg.pipelines.finetune_parts import needed_bytes
+from glmimg.torch_state import plain_torch
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import BatchOrder, Pictures, Progress
 from glmimg.training.processes import Processes
@@ -167,6 +168,7 @@ def _timed_step(loop: Any, number: int) -> float:
     return time.perf_counter() - began
 
 
+@plain_torch(gradients=True)
 def find_rate(
     pipeline: FineTunePipeline, stage: str, train: Pictures, progress: Progress | None = None
 ) -> dict[str, Any]:

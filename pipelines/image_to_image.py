@@ -88,6 +88,7 @@ class ImageToImagePipeline(PicturePipeline):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            callback=callback,
             default_size=(first.height, first.width),
         )
         request = replace(request, references=tuple(tuple(picture.size for picture in row) for row in pictures))

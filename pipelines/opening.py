@@ -28,7 +28,7 @@ def undisturbed(call: Call) -> Call:
 
     @wraps(call)
     def alone(self: Any, *arguments: Any, **named: Any) -> Any:
-        with torch.no_grad(), self.stages.running():
+        with torch.inference_mode(False), torch.no_grad(), self.stages.running():
             return call(self, *arguments, **named)
 
     return cast(Call, alone)
@@ -70,9 +70,8 @@ class PicturePipeline:
         """
         return default_config(self.stages)
 
-    @undisturbed
     def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
-        """Exchanges the adapters of the loaded pipeline; an empty list takes them out."""
+        """Exchanges the adapters of the loaded pipeline; an empty list takes them out. BadInput while a call runs."""
         self.stages.set_adapters(adapters)
 
     @undisturbed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -22,7 +23,7 @@ from glmimg.prompt import Prompt, glyph_texts
 from glmimg.token_grid import TokenGrid, preview_grid, region_mask, target_grid
 from glmimg.token_sampling import Forced, TokenSampling
 
-__all__ = ["Request", "build_prompts", "check_prompts", "check_request", "default_config"]
+__all__ = ["Request", "build_prompts", "check_prompts", "check_request", "default_config", "require_count"]
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 MAX_PICTURES = 4096  # of one call
@@ -170,6 +171,7 @@ def check_request(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     default_size: tuple[int, int] | None = None,
+    callback: object = None,
 ) -> Request:
     """The valid Request of a pipeline's call, or BadInput. What is None comes from `config`, else the checkpoint.
 
@@ -177,7 +179,9 @@ def check_request(
     gives a size.
     """
     prompts = check_prompts(prompt)
-    _require_count("num_images_per_prompt", num_images_per_prompt)
+    require_count("num_images_per_prompt", num_images_per_prompt)
+    if callback is not None and (not callable(callback) or inspect.iscoroutinefunction(callback)):
+        raise BadInput(f"callback {callback!r:.100}: give a plain function of one Event")
     count = len(prompts) * num_images_per_prompt
     require(count <= MAX_PICTURES, f"{count} pictures in one call: at most {MAX_PICTURES}; make several calls")
     named: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
@@ -255,7 +259,8 @@ def _whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _require_count(name: str, value: object) -> None:
+def require_count(name: str, value: object) -> None:
+    """BadInput unless it is a whole number from 1."""
     if not _whole(value) or int(str(value)) < 1:
         raise BadInput(f"{name} {value!r}: give a whole number from 1")
 

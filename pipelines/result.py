@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from glmimg import __version__
+from glmimg.atomic_write import expanded
 from glmimg.config import SamplingConfig
 from glmimg.errors import BadInput
 from glmimg.image_io import read_metadata, save_png
@@ -48,7 +49,8 @@ class Event:
     each one's first layout, with -1 where nothing is drawn yet. `preview()` makes small pictures, at a cost only when
     called: in the token stage from the preview grid once that is complete (None before, and of several layouts; both
     stages are then in memory, whatever `offload` says), at the last of the drafts' steps those of the chosen layouts,
-    in the decoder stage from what the latents are heading for.
+    in the decoder stage from what the latents are heading for. Where memory is saved (`offload`), call it in the
+    callback itself: another thread's preview waits for the whole call.
     """
 
     stage: str
@@ -77,7 +79,7 @@ class Result:
         """Writes PNGs that carry settings and tokens: `path`, and path-2, path-3... where there are several."""
         if not Path(path).name:
             raise BadInput(f"{str(path)!r} names no file: give one, such as picture.png")
-        paths = [numbered(path, k + 1) for k in range(len(self.images))]
+        paths = [numbered(expanded(path), k + 1) for k in range(len(self.images))]
         for k, target in enumerate(paths):
             save_png(self.images[k], target, picture_metadata(self.settings[k], self.tokens[k]))
         return paths

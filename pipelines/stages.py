@@ -30,6 +30,7 @@ from glmimg.lora import Stacked, merge, open_adapters
 from glmimg.pipelines.adapting import Weighted, by_stage, require_plain, swap_decoder, swap_generator
 from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
+from glmimg.torch_state import plain_torch
 from glmimg.weight_files import codebook_digest
 
 __all__ = ["OFFLOADS", "STAGES", "AdapterName", "Stages"]
@@ -87,6 +88,7 @@ class Stages:
             raise BadInput("compile=True and offload='block' exclude each other: streamed blocks change their weights")
         self.load_seconds = 0.0
         self._lock = threading.RLock()
+        self._turns, self._calls, self._exchanging = threading.Condition(), 0, False
         self._loaded: dict[str, Any] = {}
         self.adapters: list[Stacked] = []
         self._changes: dict[str, Weighted] = {stage: [] for stage in STAGES}
@@ -95,16 +97,21 @@ class Stages:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, also in another process, loads its own weights."""
-        return {name: value for name, value in vars(self).items() if name != "_lock"} | {"_loaded": {}}
+        own = {"_loaded": {}, "_calls": 0, "_exchanging": False}
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_turns")} | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+        vars(self).update(state, _lock=threading.RLock(), _turns=threading.Condition())
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around a call: autocast and default device of the caller's are off, and where memory holds one stage or block
         alone, one thread is served at a time."""
         with ExitStack() as around:
+            with self._turns:
+                self._turns.wait_for(lambda: not self._exchanging)
+                self._calls += 1
+            around.callback(self._over)
             if torch.get_default_device().type != "cpu":
                 around.enter_context(torch.device("cpu"))
             for kind in {backend.device.type for backend in self.backends.values()}:
@@ -112,6 +119,24 @@ class Stages:
             if self.offload != "none":
                 around.enter_context(self._lock)
             yield
+
+    def _over(self) -> None:
+        with self._turns:
+            self._calls -= 1
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """BadInput while a call runs; calls that begin meanwhile wait."""
+        with self._turns:
+            if self._calls or self._exchanging:
+                raise BadInput("a call of this pipeline is running: exchange adapters before or after it")
+            self._exchanging = True
+        try:
+            yield
+        finally:
+            with self._turns:
+                self._exchanging = False
+                self._turns.notify_all()
 
     # What needs no weights.
 
@@ -152,9 +177,6 @@ class Stages:
 
     def autoencoder(self, encoder: bool = False) -> Autoencoder:
         """The VAE; its encoder only for those who ask."""
-        loaded = self._loaded.get("autoencoder")
-        if loaded is not None and encoder and loaded.vae.encoder is None:
-            del self._loaded["autoencoder"]
 
         def load() -> Autoencoder:
             device, stage_dtype = self._place("decoder")
@@ -162,7 +184,11 @@ class Stages:
             vae = self.checkpoint.vae(device, dtype, encoder=encoder)
             return Autoencoder(vae, dtype, None if self.offload == "none" else TILE)
 
-        return self._part("autoencoder", load)
+        with self._lock:
+            loaded = self._loaded.get("autoencoder")
+            if loaded is not None and encoder and loaded.vae.encoder is None:
+                del self._loaded["autoencoder"]
+            return self._part("autoencoder", load)
 
     @property
     def guidance_batched(self) -> bool:
@@ -186,9 +212,13 @@ class Stages:
             for backend in self.backends.values():
                 backend.empty_cache()
 
+    @plain_torch()
     def set_adapters(self, adapters: Iterable[AdapterName]) -> None:
-        """Exchanges all adapters, or none if that fails; an empty list takes them out. Other layers stay loaded."""
-        self.use_adapters(open_adapters(adapters))
+        """Exchanges all adapters, or none if that fails; an empty list takes them out. Other layers stay loaded.
+
+        BadInput while a call runs: its picture would be of neither model."""
+        with self._alone():
+            self.use_adapters(open_adapters(adapters))
 
     def use_adapters(self, stacked: list[Stacked]) -> None:
         """`set_adapters` with adapters that are open already."""

@@ -67,6 +67,7 @@ class TextToImagePipeline(PicturePipeline):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            callback=callback,
         )
         # 1. The prompts as the token generator reads them: the caption, then the sizes of both grids.
         prompts = build_prompts(stages, request, request.prompts)

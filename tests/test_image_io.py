@@ -105,7 +105,16 @@ def test_animation_gives_its_first_frame_and_says_so(caplog: pytest.LogCaptureFi
     assert "3 frames" in caplog.text
     opened = Image.open(io.BytesIO(data))
     opened.seek(2)
-    assert open_picture(opened).getpixel((0, 0)) == (255, 0, 0)
+    assert open_picture(opened).getpixel((0, 0)) == (0, 0, 255) and opened.tell() == 2
+
+
+def test_eight_bits_in_wide_numbers_are_no_black_picture() -> None:
+    ramp = np.arange(256).reshape(16, 16)
+    for top, expected in ((1, ramp), (257, ramp)):
+        picture = Image.fromarray((ramp * top).astype(np.int32))
+        assert picture.mode == "I" and (np.asarray(open_picture(picture))[..., 0] == expected).all()
+    dark = Image.fromarray(ramp.astype(np.uint16))
+    assert dark.mode == "I;16" and np.asarray(open_picture(dark)).max() == 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])

@@ -26,6 +26,7 @@ from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.prompt import glyph_texts
 from glmimg.token_grid import patch_ids
 from glmimg.token_sampling import grid_logits
+from glmimg.torch_state import plain_torch
 from glmimg.weights_tools.sampled import PROMPTS, Sample, draw_samples
 from glmimg.weights_tools.streaming import Progress
 
@@ -56,6 +57,7 @@ class Comparison:
 
 
 @torch.inference_mode()
+@plain_torch()
 def compare_checkpoints(
     source: Checkpoint,
     other: Checkpoint,

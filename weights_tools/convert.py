@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder, require_absent
+from glmimg.atomic_write import atomic_folder, expanded, require_absent
 from glmimg.checkpoint import PICTURE_PARTS, STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.torch_state import plain_torch
 from glmimg.weight_files import CODEBOOK, FLOATS
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import PARTS, TEXT_TO_IMAGE, is_pruned, require_fit
@@ -63,6 +64,7 @@ def open_source(source: str | Path, *, weights: bool = True) -> Contents:
     return read_contents(source, weights=weights)
 
 
+@plain_torch()
 def convert(
     source: str | Path,
     target: str | Path,
@@ -82,7 +84,7 @@ def convert(
     `component` says which goes into a GGUF file (default: transformer), and `dtype` there may also be one of
     gguf_files.QUANTIZED. `shard_bytes` is for folders.
     """
-    target = Path(target)
+    target = expanded(target)
     if to is None:
         to = {".safetensors": "single", ".gguf": "gguf"}.get(target.suffix, "folder")
     if to not in LAYOUTS:
@@ -207,7 +209,7 @@ def write_folder(
     progress: Progress | None = None,
 ) -> None:
     """Writes the native layout. Without `shard_bytes`, tensors go into the shards that an index of the source tells."""
-    target = Path(target)
+    target = expanded(target)
     require_space(target, contents.nbytes + sum(map(len, contents.files.values())))
     shared = Bytes(progress, contents.nbytes).part
     with atomic_folder(target, replace=False) as folder:

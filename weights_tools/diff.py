@@ -19,6 +19,7 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import PACKED, SCALE
 from glmimg.packed_linear import dequantize
+from glmimg.torch_state import plain_torch
 from glmimg.weight_files import TensorInfo, json_object
 from glmimg.weights_tools.inspect import finite
 from glmimg.weights_tools.streaming import Progress, TensorReader, row_blocks
@@ -75,6 +76,7 @@ class Diff:
         )
 
 
+@plain_torch()
 def diff_checkpoints(a: str | Path | Checkpoint, b: str | Path | Checkpoint, progress: Progress | None = None) -> Diff:
     """Compares everything, a few million numbers of each at a time."""
     first, second = Checkpoint.open(a), Checkpoint.open(b)

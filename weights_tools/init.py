@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder, require_absent
+from glmimg.atomic_write import atomic_folder, expanded, require_absent
 from glmimg.checkpoint import BUILDERS, save_component
 from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS, Preset
+from glmimg.torch_state import plain_torch
 from glmimg.weights_tools.rewrite import sync_files
 from glmimg.weights_tools.streaming import Progress, sync_folder
 
@@ -31,6 +32,7 @@ a black dog on the grass, a small house with a round door, a bowl of hot soup, a
 in big letters, a bird in the sky at night, a purple flower in a glass, three stars above a mountain, an orange fish"""
 
 
+@plain_torch()
 def init_checkpoint(
     directory: str | Path,
     preset: str | Preset = "tiny",
@@ -53,7 +55,7 @@ def init_checkpoint(
         raise UnknownName.of("dtype", dtype, DTYPES)
     if not 0 <= seed < 2**63:
         raise BadInput(f"seed {seed}: give a whole number from 0 to 2**63 - 1")
-    target = Path(directory)
+    target = expanded(directory)
     require_absent(target)
     with atomic_folder(target, replace=False) as folder:
         write_settings(folder, values, train_bpe(training_texts or [_WORDS], values))
@@ -84,6 +86,7 @@ def preset_of(preset: str | Preset) -> Preset:
     return preset
 
 
+@plain_torch()
 def build_models(preset: Preset, *, seed: int = 0) -> dict[str, Any]:
     """The four networks with random weights, by the name of their folder; fp32, on the CPU, in evaluation mode."""
     import torch

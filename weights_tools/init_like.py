@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder, require_absent
+from glmimg.atomic_write import atomic_folder, expanded, require_absent
 from glmimg.checkpoint import COMPONENTS, STEMS, empty_component
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import CONFIG_KEY
+from glmimg.torch_state import plain_torch
 from glmimg.weights_tools.convert import DTYPES, as_json, with_dtype, write_synced
 from glmimg.weights_tools.fit import PARTS, expected_shapes
 from glmimg.weights_tools.inspect import open_headers
@@ -36,6 +37,7 @@ __all__ = ["init_like", "scaled_configs"]
 _KEPT = ("processor/", "tokenizer/", "scheduler/", "vision_language_encoder/generation_config.json", "model_index.json")
 
 
+@plain_torch()
 def init_like(
     directory: str | Path,
     like: str | Path,
@@ -48,7 +50,7 @@ def init_like(
     """Writes a folder at `directory`, which must not exist, and returns it. Of `like` only settings are read."""
     if dtype not in DTYPES:
         raise UnknownName.of("dtype", dtype, DTYPES)
-    target = Path(directory)
+    target = expanded(directory)
     require_absent(target)
     source = open_headers(like)
     absent = [name for name in COMPONENTS if name not in source.components]

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from glmimg.atomic_write import expanded
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.lora import COMPONENT, Low, change_of, open_adapters
 from glmimg.packed_format import CONFIG_KEY
+from glmimg.torch_state import plain_torch
 from glmimg.weight_files import FLOATS, codebook_digest
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter, as_bytes, row_blocks
@@ -76,6 +78,7 @@ def ema_weights(decay: float, count: int) -> list[float]:
     return [decay ** (count - 1), *newer]
 
 
+@plain_torch()
 def merge_adapters(
     base: Model,
     target: str | Path,
@@ -108,6 +111,7 @@ def merge_adapters(
     return _write(checkpoint, readers, target, changes, progress, "merge", {"adapters": told})
 
 
+@plain_torch()
 def average_checkpoints(
     base: Model,
     target: str | Path,
@@ -140,6 +144,7 @@ def average_checkpoints(
     return _write(checkpoint, readers, target, changes, progress, "average", {"parts": told})
 
 
+@plain_torch()
 def slerp_checkpoints(
     base: Model,
     target: str | Path,
@@ -278,7 +283,7 @@ def _write(
             counts[component] = len(mine)
             amounts[component] = float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
         record(folder, did, checkpoint, **settings)
-    return MergeResult(Path(target), counts, amounts)
+    return MergeResult(expanded(target), counts, amounts)
 
 
 def _changed(reader: TensorReader, name: str, change: Change, sums: torch.Tensor) -> Iterator[memoryview]:

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from glmimg.atomic_write import expanded
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, PACKED, SCALE, group_size
 from glmimg.packed_linear import dequantize, quantize
+from glmimg.torch_state import plain_torch
 from glmimg.weights_tools.packing_plan import PACKABLE, REST, Unit, choose, packed_nbytes, require_possible, units
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, require_new, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
@@ -75,6 +77,7 @@ class QuantizeResult:
         }
 
 
+@plain_torch()
 def quantize_checkpoint(
     source: str | Path | Checkpoint,
     target: str | Path,
@@ -156,7 +159,7 @@ def quantize_checkpoint(
             components=list(chosen),
             rest=rest,
         )
-    return QuantizeResult(Path(target), reports)
+    return QuantizeResult(expanded(target), reports)
 
 
 def weight_errors(weight_NK: torch.Tensor, group: int, rows: int = SAMPLE_ROWS) -> dict[int, float]:

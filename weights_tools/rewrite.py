@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder, require_absent
+from glmimg.atomic_write import atomic_folder, expanded, require_absent
 from glmimg.checkpoint import STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.weight_files import contained
@@ -66,7 +66,7 @@ class Bytes:
 def require_new(target: str | Path, source: Checkpoint) -> None:
     """BadInput if `target` exists, or lies inside the checkpoint that is read."""
     require_absent(target)
-    if source.root.resolve() in Path(target).absolute().resolve().parents:
+    if source.root.resolve() in expanded(target).absolute().resolve().parents:
         raise BadInput(f"{target} lies inside the checkpoint that is read: name a folder outside it")
 
 
@@ -76,7 +76,7 @@ def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[P
 
     It holds the source's files already, except its weights, of which `needed` bytes will be written.
     """
-    target = Path(target)
+    target = expanded(target)
     require_new(target, source)
     require_space(target, needed)
     with atomic_folder(target, replace=False) as folder:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from glmimg.errors import BadInput
+from glmimg.torch_state import plain_torch
 from glmimg.weight_grid import on_grid
 from glmimg.weights_tools.merge import Change, MergeResult, Model, _everywhere, _open, _write
 from glmimg.weights_tools.streaming import Progress
@@ -36,6 +37,7 @@ def rounded(tensor: torch.Tensor, digits: int) -> torch.Tensor:
     return torch.ldexp((mantissa * 2**digits).round() / 2**digits, exponent)
 
 
+@plain_torch()
 def round_checkpoint(
     base: Model,
     target: str | Path,

@@ -32,7 +32,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, expanded
 from glmimg.errors import BadInput, CheckpointError, GlmimgError, UnknownName
 from glmimg.packed_format import PACKED
 from glmimg.weight_files import DTYPE_BITS, WeightFiles
@@ -268,7 +268,7 @@ def tensor_writer(
     says instead exactly which tensor goes where. Without `replace`, files that have appeared meanwhile stay
     (`atomic_file`). GlmimgError if the disk is too full.
     """
-    target = Path(target)
+    target = expanded(target)
     if target.suffix != ".safetensors":
         raise BadInput(f"{target}: the name of a weight file ends in .safetensors")
     if shards is None:

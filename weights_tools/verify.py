@@ -16,6 +16,7 @@ from typing import Any
 from glmimg.atomic_write import atomic_file
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, GlmimgError
+from glmimg.torch_state import plain_torch
 from glmimg.weight_files import FLOATS, contained, read_header, read_index
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import is_pruned, misfits
@@ -57,6 +58,7 @@ class Report:
         return asdict(self) | {"sound": self.sound}
 
 
+@plain_torch()
 def verify(
     source: str | Path,
     *,

@@ -115,6 +115,8 @@ class Dataset:
 
 def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) -> Dataset:
     """The examples at `place`; BadInput if there are none. `columns`: names other than those of COLUMNS."""
+    if not isinstance(place, (str, Path)) or not str(place).strip():
+        raise BadInput(f"data {place!r:.100}: give a folder of pictures, or a metadata.jsonl, .csv or .parquet")
     root, columns = Path(os.path.abspath(os.path.expanduser(place))), dict(columns or {})
     for role in columns:
         if role not in COLUMNS:

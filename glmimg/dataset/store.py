@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, expanded
 from glmimg.errors import BadInput
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def default_store() -> Path:
     """$GLMIMG_CACHE, else the user's cache folder."""
     if named := os.environ.get("GLMIMG_CACHE"):
-        return Path(named)
+        return expanded(named)
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
@@ -39,7 +39,7 @@ class Store:
     """Small sets of tensors by key. `owner` is what all of them depend on: the checkpoint's hash."""
 
     def __init__(self, root: str | Path, owner: str) -> None:
-        self.folder = Path(root) / owner
+        self.folder = expanded(root) / owner
 
     @staticmethod
     def key(*parts: object) -> str:
