@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bank", type=Path, required=True, metavar="FOLDER", help="sticker bank of the corpus")
     parser.add_argument("-o", "--output", type=Path, default=Path("report-card"), metavar="FOLDER", help="%(default)s")
     parser.add_argument("-n", "--n", type=int, default=400, help="times 1.25: prompts (400; 60 is a quick card)")
-    parser.add_argument("--edits", type=int, help="edits (default: a quarter of the prompts; 0: none)")
+    parser.add_argument("--edits", type=int, help="edits (default: a quarter of -n; 0: none)")
     parser.add_argument("--tokens-share", type=float, default=0.5, help="real pictures whose tokens are decoded (0.5)")
     parser.add_argument("--training-scenes", type=int, default=4000, help="scenes that copies are looked for in (4000)")
     parser.add_argument("--size", help="WIDTHxHEIGHT (default: the checkpoint's)")

@@ -32,7 +32,7 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "seed": (int, "of everything drawn at random (default: 0)"),
     "held_out": (float, "share of the pictures that only the held-out loss sees (default: 0.1)"),
     "views": (int, "of each picture: as it is, the others enlarged and cut anywhere (default: 1)"),
-    "base_bits": (int, "8 or 4 keeps the frozen weights packed; needs --checkpointing"),
+    "base_bits": (int, "8 or 4 keeps the frozen weights packed; needs --method lora and --checkpointing"),
     "prior_weight": (float, "how much not forgetting counts (default: 1 for adapters; 0: off)"),
     "sample_every": (int, "steps between pictures of the --sample prompts (default: 100)"),
     "sample_steps": (int, "decoder steps of those pictures"),
@@ -48,7 +48,9 @@ _LISTS = {
 
 def finetune(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     add_data_options(parser)
-    parser.add_argument("-o", "--output", metavar="DIR", help="where the adapter and all records go")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="where the adapter and all records go; needed but for --dry-run"
+    )
     what = parser.add_argument_group("what is learnt")
     what.add_argument("--stage", help="both, generator or decoder (default: both)")
     what.add_argument("--method", help="lora, dora or full (default: lora)")
@@ -66,7 +68,9 @@ def finetune(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
     how.add_argument("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     run = parser.add_argument_group("the run")
     run.add_argument("--dry-run", action="store_true", help="check, measure two steps, print the plan, and stop")
-    run.add_argument("--find-rate", action="store_true", help="try learning rates from small to large, and stop")
+    run.add_argument(
+        "--find-rate", action="store_true", help="try learning rates from small to large, draw the curve into DIR, stop"
+    )
     run.add_argument("--resume", action="store_true", help="go on with the run in DIR, exactly")
     run.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be trained on")
     run.add_argument("--backend", default="auto", help="cpu, cuda, cuda:1, npu, xpu or mps")

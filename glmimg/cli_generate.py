@@ -36,7 +36,7 @@ def generate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
 def edit(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="the reference pictures, the one to change first")
     parser.add_argument("--prompt", help="what the picture is to become")
-    _add_options(parser, "edited.png")
+    _add_options(parser, "edited.png", layouts=False)
     parser.add_argument(
         "--keep",
         type=float,
@@ -46,13 +46,15 @@ def edit(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]
     return _edit
 
 
-def _add_options(parser: argparse.ArgumentParser, output: str = "picture.png") -> None:
+def _add_options(parser: argparse.ArgumentParser, output: str = "picture.png", layouts: bool = True) -> None:
+    """`layouts`: whether flags of drawing several, or of looking at one early, are told."""
     out = parser.add_argument_group("output")
     out.add_argument("-o", "--output", default=output, metavar="PNG", help=f"default: {output}; more get -2, -3...")
     out.add_argument("-n", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
     out.add_argument("--best-of", type=int, metavar="N", help="make N, keep the one that reads or fits best")
     out.add_argument("--save-tokens", metavar="FILE", help="write the token grid as well")
-    out.add_argument("--preview", metavar="PNG", help="write a small first look as soon as there is one")
+    shown = "write a small first look as soon as there is one" if layouts else argparse.SUPPRESS
+    out.add_argument("--preview", metavar="PNG", help=shown)
     out.add_argument("--json", action="store_true", help="print an object for each picture instead of its path")
     out.add_argument("-q", "--quiet", action="store_true", help="draw no progress bars")
 
@@ -62,15 +64,17 @@ def _add_options(parser: argparse.ArgumentParser, output: str = "picture.png") -
     how.add_argument("--guidance", type=float, help="of the decoder; 1 or less turns it off")
     how.add_argument("--seed", default=None, help="a number, or 'random' (default: 0)")
     how.add_argument("--sampler", help="euler, heun, unipc or dpm++")
-    how.add_argument("--negative", default="", metavar="PROMPT", help="needs --token-guidance or --token-candidates")
+    negative = f"needs --token-guidance{' or --token-candidates' if layouts else ''}, or quoted text in it"
+    how.add_argument("--negative", default="", metavar="PROMPT", help=negative)
 
     tokens = parser.add_argument_group("the layout")
     tokens.add_argument("--temperature", type=float, help="0 takes the likeliest tokens")
-    tokens.add_argument("--top-p", type=float)
+    tokens.add_argument("--top-p", type=float, help="of the likeliest tokens those with this share; 1 for all")
     tokens.add_argument("--top-k", type=int, help="0 for all")
-    tokens.add_argument("--min-p", type=float)
+    tokens.add_argument("--min-p", type=float, help="none less likely than this share of the likeliest; 0 for all")
     tokens.add_argument("--token-guidance", type=float, help="1 turns it off")
-    tokens.add_argument("--token-candidates", type=int, metavar="N", help="draw N layouts, decode the best")
+    several = "draw N layouts, decode the best" if layouts else argparse.SUPPRESS
+    tokens.add_argument("--token-candidates", type=int, metavar="N", help=several)
     tokens.add_argument("--tokens", metavar="FILE", help="decode this token grid, or that of a PNG made here")
     tokens.add_argument("--region", metavar="L,T,R,B", help="draw these pixels of the given tokens anew")
     tokens.add_argument("--from", dest="source", metavar="PNG", help="repeat that picture; other flags change it")
@@ -81,7 +85,7 @@ def _add_options(parser: argparse.ArgumentParser, output: str = "picture.png") -
         "--adapter", dest="adapters", action="append", metavar="DIR[:STRENGTH]", help="repeat it to stack several"
     )
     run.add_argument("--backend", default="auto", help="cpu, cuda, cuda:1, npu, xpu, mps, or generator=...,decoder=...")
-    run.add_argument("--dtype", help="bf16 or fp32 (default: what the device is best at)")
+    run.add_argument("--dtype", help="bf16, fp32, or on accelerators fp16 (default: the device's own)")
     run.add_argument("--offload", help="none (default), stage or block: the less memory, the slower")
     run.add_argument("--compile", action="store_true", help="compile the decoder; pays for many pictures of one size")
 

@@ -22,9 +22,11 @@ def serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int
     )  # fmt: skip
     run = parser.add_argument_group("the machine")
     run.add_argument("--model", default="embedded", metavar="PATH|HUB_ID", help="default: the embedded model")
-    run.add_argument("--model-name", metavar="ID", help="what clients call it (default: the last part of --model)")
+    run.add_argument(
+        "--model-name", metavar="ID", help="what clients call it (default: the last part of --model, or glmimg-mini)"
+    )
     run.add_argument("--backend", default="auto", help="cpu, cuda, cuda:1, npu, xpu, mps, or generator=...,decoder=...")
-    run.add_argument("--dtype", help="bf16 or fp32 (default: what the device is best at)")
+    run.add_argument("--dtype", help="bf16, fp32, or on accelerators fp16 (default: the device's own)")
     run.add_argument("--offload", default="none", help="none, stage or block: the less memory, the slower")
     run.add_argument("--compile", action="store_true", help="compile the decoder; pays for many pictures of one size")
     run.add_argument("--adapters", metavar="FOLDER", help="its folders are the adapters that requests may name")
@@ -32,17 +34,19 @@ def serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int
     work = parser.add_argument_group("the work")
     work.add_argument("--max-batch", type=int, default=8, help="layouts that are drawn together (default: 8)")
     work.add_argument("--max-queue", type=int, default=64, help="pictures that may wait (default: 64)")
-    work.add_argument("--timeout", type=float, default=600.0, help="seconds for a request, waiting included")
-    work.add_argument("--drain", type=float, default=60.0, help="seconds for what is running when the server stops")
-    work.add_argument("--max-body", type=int, default=32 << 20, metavar="BYTES", help="of a request")
-    work.add_argument("--max-pixels", type=int, default=16 << 20, help="of an uploaded picture")
+    work.add_argument("--timeout", type=float, default=600.0, help="seconds for a request, waiting included (600)")
+    work.add_argument(
+        "--drain", type=float, default=60.0, help="seconds for what is running when the server stops (60)"
+    )
+    work.add_argument("--max-body", type=int, default=32 << 20, metavar="BYTES", help="of a request (default: 32 MB)")
+    work.add_argument("--max-pixels", type=int, default=16 << 20, help="of an uploaded picture (default: 16777216)")
 
     accounts = parser.add_argument_group("rules and accounts")
     accounts.add_argument("--prompt-rules", metavar="MODULE:FUNCTION", help="gives a reason against a prompt, or None")
     accounts.add_argument("--picture-rules", metavar="MODULE:FUNCTION", help="the same for a picture (PIL.Image)")
     accounts.add_argument("--usage-file", metavar="FILE", help="keep what was made for each key there")
     accounts.add_argument("--watts", type=float, help="drawn while working, for the estimate of energy")
-    accounts.add_argument("--price", type=float, help="of a kWh, for the estimate of cost")
+    accounts.add_argument("--price", type=float, help="of a kWh, with --watts: for the estimate of cost")
     accounts.add_argument("--log-prompts", action="store_true", help="write prompts to the log (default: never)")
     return _serve
 

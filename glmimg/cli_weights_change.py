@@ -39,12 +39,13 @@ def quantize(parser: argparse.ArgumentParser) -> Run:
         "--rest",
         type=int,
         metavar="BITS",
-        help="pack embeddings, projectors, adaptive layer norms and heads too, in 8 or 4 bits, and the VAE in 8",
+        help="pack embeddings, projectors, adaptive layer norms and heads too, in 8 bits or, with --bits 4 or "
+        "--budget, in 4, and the VAE in 8",
     )
     parser.add_argument(
         "--sensitivity",
         metavar="OF",
-        help="for --budget: weights (default; reads them only) or outputs (runs every stage, one matrix packed at a "
+        help="for --budget: weights (default; reads them only) or outputs (runs every stage, one group of matrices packed at a "
         "time: slower, needs memory for a stage, and tells what matters)",
     )
     parser.add_argument("--report", action="store_true", help="run both versions and tell how they differ")

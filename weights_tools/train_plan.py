@@ -80,7 +80,7 @@ class TrainOption:
 
     def command(self, model: str, work: TrainWork, kind: str | None = None) -> str:
         """The call of glmimg finetune that runs it; `kind` is the device's name, such as doctor prints."""
-        words = [f"glmimg finetune PHOTOS -o ADAPTER --model {quote(model)}"]
+        words = [f"glmimg finetune PHOTOS -o ADAPTER-{self.stage} --model {quote(model)}"]
         words += [f"--stage {self.stage} --method {self.method}"]
         words += [f"--batch-size {work.batch} --steps {work.steps} --resolution {max(work.height, work.width)}"]
         words += [f"--rank {work.rank}"] if self.method != "full" else []
