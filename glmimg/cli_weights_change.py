@@ -45,8 +45,8 @@ def quantize(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--sensitivity",
         metavar="OF",
-        help="for --budget: weights (default; reads them only) or outputs (runs every stage, one group of matrices packed at a "
-        "time: slower, needs memory for a stage, and tells what matters)",
+        help="for --budget: weights (default; reads them only) or outputs (runs every stage, one group of matrices "
+        "packed at a time: slower, needs memory for a stage, and tells what matters)",
     )
     parser.add_argument("--report", action="store_true", help="run both versions and tell how they differ")
     parser.add_argument("--bank", metavar="FOLDER", help="for --report: judge both with report cards on this bank")
