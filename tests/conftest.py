@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from glmimg.evaluation.concepts import Judge
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches anything
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the cores; torch is not loaded yet
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ AT_SMOKE_SIZE = {
 }
 SET_UP = [
     'pip install torch==2.13.0 . && glmimg generate "a 3D render of a fox on a light blue background" -o fox.png',
-    'pip install ".[test]" && python -P -m pytest -q',
+    'pip install ".[test]" && python -P -m pytest -q -n 2',
 ]
 
 
@@ -98,7 +98,7 @@ def test_readme_has_two_set_up_commands_and_they_are_right() -> None:
         line for language, code in blocks("README.md") if language == "bash" for line in code.splitlines()
     ] == SET_UP
     run_by_ci = text(".ci/run")
-    assert "python -P -m pytest -q" in run_by_ci and "2.13.0" in run_by_ci
+    assert "python -P -m pytest -q -n 2" in run_by_ci and "2.13.0" in run_by_ci
 
 
 def test_readme_commands_run(workplace: None) -> None:
