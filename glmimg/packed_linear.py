@@ -308,12 +308,10 @@ def use_packed(model: nn.Module, infos: Mapping[str, Any], config: Mapping[str, 
             "Quantise the original checkpoint again: glmimg weights quantize SRC DST"
         )
     for name in names:
-        parent, _, child = name.rpartition(".")
         try:
-            holder = model.get_submodule(parent)
+            layer = model.get_submodule(name)
         except AttributeError:
             continue  # a part that was left out on purpose; otherwise the check of names finds it
-        layer = getattr(holder, child, None)
         if not isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d):
             continue
         packed, scale = infos[name + PACKED], infos.get(name + SCALE)
@@ -337,4 +335,4 @@ def use_packed(model: nn.Module, infos: Mapping[str, Any], config: Mapping[str, 
                 taken = PackedLinear(columns, rows, bits, bias=layer.bias)
             if bits == 4:
                 taken.weight_scale = torch.empty(rows, groups)
-        setattr(holder, child, taken)
+        model.set_submodule(name, taken)

@@ -74,9 +74,8 @@ def swap_decoder(
     """Takes `old` out of a loaded decoder and puts `new` in."""
     skeleton = checkpoint.skeleton("transformer")
     for name in touched(old, new):
-        parent, _, child = name.rpartition(".")
         fresh = _fresh(checkpoint, "transformer", skeleton, name, device, dtype)
-        setattr(decoder.model.get_submodule(parent), child, fresh.requires_grad_(False))
+        decoder.model.set_submodule(name, fresh.requires_grad_(False))
     merge(decoder.model, new)
     fuse_qkv(decoder.model)
     decoder.products.lay_out(decoder.model)

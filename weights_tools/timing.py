@@ -226,8 +226,7 @@ def _materialise(model: nn.Module, component: str, backend: Backend, dtype: torc
         if bits < 16 and isinstance(linear, nn.Linear) and pattern.fullmatch(name):
             least = bits if linear.in_features % 2 == 0 else 8
             packed = PackedLinear(linear.in_features, linear.out_features, least, bias=linear.bias)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, packed)
+            model.set_submodule(name, packed)
     nn.Module.to(model, dtype)  # diffusers' own `to` logs a warning about nothing
     model.to_empty(device=backend.device)
     generator = torch.Generator(backend.device).manual_seed(0)

@@ -38,5 +38,4 @@ def _pack(model: Any, stage: str, bits: int, device: torch.device) -> None:
             linear.in_features, linear.out_features, bits, bias=None if linear.bias is None else linear.bias.detach()
         )
         packed.weight_packed, packed.weight_scale = quantize(linear.weight.detach().to(device), bits)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed)
+        model.set_submodule(name, packed)

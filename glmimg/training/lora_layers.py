@@ -131,7 +131,7 @@ def attach(
     layers = {}
     for name in target_names(model, stage, groups):
         layer = LoraLinear(model.get_submodule(name), rank, alpha, dora=dora, dropout=dropout, generator=generator)
-        _put(model, name, layer)
+        model.set_submodule(name, layer)
         layers[name] = layer
     return layers
 
@@ -155,9 +155,4 @@ def detach(model: nn.Module) -> None:
     """Puts the layers back that `attach` replaced."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
-            _put(model, name, module.base_layer)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+            model.set_submodule(name, module.base_layer)
