@@ -28,7 +28,8 @@ from glmimg.corpus.cache import SceneCache
 from glmimg.corpus.stickers import StickerBank
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.pipelines.train_mini import MiniTraining, Scale
-from glmimg.training.decoder_task import WatchedDecoder, letters, upsample_ids
+from glmimg.token_grid import patch_ids
+from glmimg.training.decoder_task import WatchedDecoder, letters
 from glmimg.training.encoded import EncodedScenes
 
 Estimate = Callable[[Sequence[int], list[list[str]]], Tensor]  # (rows, words of each) -> latents (B, C, H, W)
@@ -149,7 +150,7 @@ def main() -> None:
         noise = torch.randn(len(rows), *latents_BCHW.shape[1:], generator=torch.Generator().manual_seed(1))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             glyphs, mask = spell.encode(words)
-            told = decoder.condition(upsample_ids(tokens_of(rows)), glyphs, mask, size=(32 * h, 32 * w))
+            told = decoder.condition(patch_ids(tokens_of(rows)), glyphs, mask, size=(32 * h, 32 * w))
             return noise - decoder.velocity(noise, 999.0, told)
 
     words = spelling(estimate, data, a.n)

@@ -34,6 +34,7 @@ from glmimg.diffusion import (
     velocity_target,
 )
 from glmimg.glyph_encoder import GlyphEncoder
+from glmimg.token_grid import patch_ids
 from glmimg.training.crops import CROPS, PIXELS_PER_TOKEN, Places
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from, moved
 
@@ -86,11 +87,6 @@ def traded(grid_hw: np.ndarray, scene: Scene, rng: np.random.Generator, share: f
             for row in range(top // PIXELS_PER_TOKEN, -(-bottom // PIXELS_PER_TOKEN)):
                 grid_hw[row, columns] = grid_hw[row, rng.permutation(columns)]
     return grid_hw
-
-
-def upsample_ids(ids_Bhw: torch.Tensor) -> torch.Tensor:
-    """(B, h, w) token ids -> (B, 4hw) patch ids, each token over two by two patches."""
-    return ids_Bhw.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
 
 
 def _meets(box: tuple[int, int, int, int], corner: tuple[int, int], edges: tuple[int, int]) -> bool:
@@ -263,7 +259,7 @@ class DecoderTask:
         if batch.reference_BCHW is None or batch.reference_ids_Bhw is None:
             return None
         cache = self.decoder.write_batch(
-            batch.reference_BCHW, upsample_ids(batch.reference_ids_Bhw), size=batch.size, crop=batch.crop_B2
+            batch.reference_BCHW, patch_ids(batch.reference_ids_Bhw), size=batch.size, crop=batch.crop_B2
         )
         return replace(cache, mask_BR=cache.mask_BR & ~drop_B[:, None])
 
@@ -281,7 +277,7 @@ class DecoderTask:
         states, mask = self.glyph_states = self.glyphs.encode(words)
         h, w = ids_Bhw.shape[1:]
         conditioning = self.decoder.condition(
-            upsample_ids(ids_Bhw),
+            patch_ids(ids_Bhw),
             states,
             mask,
             size=batch.size,
@@ -393,7 +389,7 @@ class DecoderTask:
         noise = noise_like((16, h * _LATENTS_PER_TOKEN, w * _LATENTS_PER_TOKEN), generators).to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             states, mask = self.glyphs.encode(words)
-            ids = upsample_ids(ids_Bhw.to(self.device))
+            ids = patch_ids(ids_Bhw.to(self.device))
             told = self.decoder.condition(ids, states, mask, size=size)
             empty, empty_mask = self.glyphs.encode([[]] * len(ids))
             untold = self.decoder.condition(ids, empty, empty_mask, size=size, drop_prior=True)
