@@ -94,11 +94,6 @@ class CheckpointSettings:
     patch_size: int
     scheduler: dict[str, Any] = field(hash=False)
 
-    @property
-    def token_side(self) -> int:
-        """Pixels of a semantic token's side: two decoder patches."""
-        return 2 * self.patch_size * self.vae_scale
-
     @classmethod
     def read(cls, root: Path) -> CheckpointSettings:
         """Reads the json files of a folder; CheckpointError where one is absent, damaged or at odds with another."""

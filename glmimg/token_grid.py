@@ -133,11 +133,6 @@ class TokenGrid:
     def width(self) -> int:
         return self.grid[1] * TOKEN_SIDE
 
-    @property
-    def patch_ids_P(self) -> torch.Tensor:
-        """What the decoder takes: every id for 2 x 2 patches, row-major."""
-        return patch_ids(self.ids_HW)
-
     def require(self, codebook_size: int, checkpoint: str | None = None) -> None:
         """Refuse to be used with another checkpoint than the one that made this grid."""
         if codebook_size != self.codebook_size:

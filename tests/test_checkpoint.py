@@ -121,7 +121,7 @@ def test_settings(tiny_checkpoint: Path, tiny_copy: Path) -> None:
     assert (settings.codebook_size, settings.image_start_id, settings.image_end_id) == (64, 64, 65)
     assert (settings.preview_side, settings.num_inference_steps, settings.default_size) == (4, 20, (256, 256))
     assert (settings.temperature, settings.top_p, settings.top_k) == (0.9, 0.75, 50)
-    assert (settings.token_side, settings.vae_scale, settings.patch_size) == (32, 8, 2)
+    assert (settings.vae_scale, settings.patch_size) == (8, 2)
     assert settings.scheduler["base_shift"] == 0.25
     path = tiny_copy / GENERATOR / "generation_config.json"
     path.write_text('{"token_guidance": 1.5, "token_candidates": 3, "keep_unchanged": 0.5}')

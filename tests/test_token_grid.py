@@ -44,7 +44,7 @@ def test_sizes_that_are_no_multiples_are_refused_with_the_nearest(size: tuple[in
 def test_patch_ids_are_the_nearest_upsampling() -> None:
     grid = some_grid()
     expected = F.interpolate(grid.ids_HW[None, None].float(), scale_factor=2, mode="nearest").long().flatten()
-    assert torch.equal(grid.patch_ids_P, expected)
+    assert torch.equal(patch_ids(grid.ids_HW), expected)
     assert torch.equal(patch_ids(grid.ids_HW[None]), expected[None])
     assert (grid.height, grid.width) == (96, 160)
 

@@ -18,6 +18,7 @@ from PIL import Image
 from glmimg import ImageToImagePipeline, TextToImagePipeline
 from glmimg.diffusion import noise_generator, noise_like
 from glmimg.pipelines.result import Result
+from glmimg.token_grid import patch_ids
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def inputs(result: Result, steps: int, guidance: float) -> dict[str, Any]:
     return {
         "height": grid.height,
         "width": grid.width,
-        "prior_token_ids": torch.stack([grid.patch_ids_P for grid in result.tokens]),
+        "prior_token_ids": torch.stack([patch_ids(grid.ids_HW) for grid in result.tokens]),
         "latents": noise_like(shape, generators),
         "num_inference_steps": steps,
         "guidance_scale": guidance,
@@ -79,7 +80,7 @@ def test_editing(tiny_checkpoint: Path, peer: Any, sizes: list[tuple[int, int]])
     theirs = peer(
         'make it "RED"',
         image=pictures,
-        prior_token_image_ids=[torch.cat([grid.patch_ids_P for grid in references])],
+        prior_token_image_ids=[torch.cat([patch_ids(grid.ids_HW) for grid in references])],
         source_image_grid_thw=[torch.tensor([[1, 2 * grid.grid[0], 2 * grid.grid[1]] for grid in references])],
         **inputs(ours, 4, 1.5),
     )
