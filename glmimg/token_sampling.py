@@ -33,6 +33,7 @@ __all__ = [
     "kept_tokens",
     "prefill",
     "probabilities",
+    "split_grids",
     "to_grid",
     "token_bits",
 ]
@@ -247,11 +248,16 @@ def prefill(
 
 def to_grid(ids_N: torch.Tensor, prompt: Prompt, codebook_size: int, checkpoint: str | None) -> TokenGrid:
     """The grids of a picture's ids in the order of emission; ids behind its end do not count."""
-    grids, start = [], 0
-    for h, w in prompt.grids:
-        grids.append(ids_N[start : start + h * w].view(h, w))
-        start += h * w
-    return TokenGrid(grids[-1], codebook_size, grids[0] if len(grids) > 1 else None, checkpoint)
+    preview_HW, target_HW = split_grids(ids_N, prompt)
+    return TokenGrid(target_HW, codebook_size, preview_HW, checkpoint)
+
+
+def split_grids(ids_N: torch.Tensor, prompt: Prompt) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(preview_HW or None, target_HW) of such ids, -1 where these end before."""
+    sizes = [h * w for h, w in prompt.grids]
+    parts = F.pad(ids_N, (0, sum(sizes) - len(ids_N)), value=-1).split(sizes)
+    *preview, target_HW = (part.view(grid) for part, grid in zip(parts, prompt.grids, strict=True))
+    return (preview[0] if preview else None), target_HW
 
 
 def token_bits(model: TokenModel, prompt: Prompt, grid: TokenGrid) -> torch.Tensor:

@@ -32,7 +32,7 @@ from glmimg.pipelines.result import Callback, Reporter
 from glmimg.pipelines.stages import TILE, Stages
 from glmimg.prompt import Prompt, glyph_texts
 from glmimg.token_grid import TOKEN_SIDE, TokenGrid, patch_ids, preview_grid
-from glmimg.token_sampling import generate_tokens
+from glmimg.token_sampling import generate_tokens, split_grids
 
 __all__ = [
     "Glyphs",
@@ -106,7 +106,7 @@ def draw_tokens(
         reporter.step(
             tuple(range(len(rows))),
             lambda: _token_preview(stages, request, rows, drawn_BN),
-            lambda: [_partial(row, ids_N) for row, ids_N in zip(rows, drawn_BN.cpu(), strict=True)],
+            lambda: [split_grids(ids_N, row) for row, ids_N in zip(rows, drawn_BN.cpu(), strict=True)],
             done=done,
         )
 
@@ -251,15 +251,6 @@ def decoder_events(
     return of
 
 
-def _partial(prompt: Prompt, ids_N: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(preview_HW or None, target_HW), -1 where nothing is drawn yet."""
-    total = sum(h * w for h, w in prompt.grids)
-    ids_N = torch.nn.functional.pad(ids_N, (0, max(0, total - len(ids_N))), value=-1)[:total]
-    parts = ids_N.split([h * w for h, w in prompt.grids])
-    grids = [part.view(grid) for part, grid in zip(parts, prompt.grids, strict=True)]
-    return (grids[0] if prompt.preview else None), grids[-1]
-
-
 def _token_preview(
     stages: Stages, request: Request, rows: Sequence[Prompt], drawn_BN: torch.Tensor
 ) -> list[Image.Image] | None:
@@ -267,7 +258,7 @@ def _token_preview(
     chosen."""
     if request.candidates > 1:
         return None
-    previews = [_partial(row, ids_N)[0] for row, ids_N in zip(rows, drawn_BN.cpu(), strict=True)]
+    previews = [split_grids(ids_N, row)[0] for row, ids_N in zip(rows, drawn_BN.cpu(), strict=True)]
     if any(preview_HW is None or int(preview_HW.min()) < 0 for preview_HW in previews):
         return None
     glyphs = encode_glyphs(stages, request)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from glmimg.generator import Decoding, TokenGenerator
 from glmimg.prompt import Prompt
 from glmimg.token_grid import TokenGrid
-from glmimg.token_sampling import Forced, TokenSampling, draw, kept_tokens, prefill, to_grid
+from glmimg.token_sampling import Forced, TokenSampling, draw, kept_tokens, prefill, split_grids, to_grid
 
 __all__ = ["Drawing", "TokenBatch", "place_bytes"]
 
@@ -169,11 +169,7 @@ class TokenBatch:
     @torch.inference_mode()
     def partial(self, drawing: Drawing) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(preview_HW or None, target_HW) so far, -1 where nothing is drawn yet."""
-        ids_N = self._ids_PN[self.drawings.index(drawing), : drawing.length].cpu().clone()
-        ids_N[drawing.at :] = -1
-        parts = ids_N.split([h * w for h, w in drawing.prompt.grids])
-        grids = [part.view(grid) for part, grid in zip(parts, drawing.prompt.grids, strict=True)]
-        return (grids[0] if drawing.prompt.preview else None), grids[-1]
+        return split_grids(self._ids_PN[self.drawings.index(drawing), : drawing.at].cpu(), drawing.prompt)
 
     def _finish(self, drawing: Drawing) -> None:
         drawing.at = drawing.length
