@@ -114,6 +114,11 @@ def to_pixels(pictures: Sequence[np.ndarray], device: torch.device | str = "cpu"
     return _placed(x_BCHW, x_BCHW.device)
 
 
+def to_uint8(pixels_CHW: torch.Tensor) -> np.ndarray:
+    """[-1, 1] -> (h, w, 3) uint8."""
+    return ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
 def _placed(x_BCHW: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On the device; on accelerators contiguous, which some group norms demand."""
     return x_BCHW if device.type == "cpu" else x_BCHW.to(device).contiguous()
@@ -221,12 +226,7 @@ class AutoencoderTask:
         from glmimg.corpus.sheet import contact_sheet
 
         x, y = self._decode_held_out(12)
-        images: list[Any] = [
-            ((p.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-            for pair in zip(x, y, strict=True)
-            for p in pair
-        ]
-        return contact_sheet(images, columns=6, cell=200)
+        return contact_sheet([to_uint8(p) for pair in zip(x, y, strict=True) for p in pair], columns=6, cell=200)
 
 
 def same_encoder(vae: Any, start_from: Path | None) -> bool:

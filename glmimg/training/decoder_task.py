@@ -35,6 +35,7 @@ from glmimg.diffusion import (
 )
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.token_grid import patch_ids
+from glmimg.training.autoencoder_task import to_uint8
 from glmimg.training.crops import CROPS, PIXELS_PER_TOKEN, Places
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from, moved
 
@@ -417,8 +418,3 @@ class DecoderTask:
 def _quoted(edit: Edit) -> list[str]:
     """What the instruction quotes: words that stay on a sign are told by its reference alone."""
     return [thing.word for thing in edit.target.things if thing.word] if edit.kind == "word" else []
-
-
-def to_uint8(pixels_CHW: torch.Tensor) -> np.ndarray:
-    """[-1, 1] -> (h, w, 3) uint8."""
-    return ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -28,7 +28,7 @@ from glmimg.corpus.stickers import LANGUAGES, STYLES, StickerBank
 from glmimg.corpus.words import COLOURS, SHAPES, SIGNS
 from glmimg.errors import MissingExtra
 from glmimg.semantic_tokenizer import TOKEN_SIDE, SemanticTokenizer
-from glmimg.training.autoencoder_task import one_of, to_pixels
+from glmimg.training.autoencoder_task import one_of, to_pixels, to_uint8
 from glmimg.training.encoded import moved
 from glmimg.training.folder import FolderCache
 from glmimg.training.processes import Processes
@@ -358,11 +358,8 @@ class TokenizerTask:
 
         x = self._read(self.held_out, np.arange(min(12, len(self.held_out))))[0].to(self.device)
         codes, _ = self._quantise(self.tokenizer.code_vectors(self.tokenizer.features(x)))
-        y = self._paint(self.reader(codes)).float().clamp(-1, 1)
-        pairs = [p for pair in zip(x, y, strict=True) for p in pair]
-        return contact_sheet(
-            [((p.permute(1, 2, 0) + 1) * 127.5).to(torch.uint8).cpu().numpy() for p in pairs], cell=128
-        )
+        y = self._paint(self.reader(codes))
+        return contact_sheet([to_uint8(p) for pair in zip(x, y, strict=True) for p in pair], cell=128)
 
 
 class _Usage(nn.Module):
