@@ -151,6 +151,23 @@ def prepared(a: argparse.Namespace, **more: Any) -> tuple[Backend, TrainConfig]:
     return backend, TrainConfig(**told, **fixed, **more)
 
 
+def carry_out(
+    task: Any, config: TrainConfig, a: argparse.Namespace, checkpoint: Checkpoint, stage: str, argv: list[str] | None
+) -> int:
+    """Trains, or goes on with what --work holds, and writes the checkpoint: what such a program ends with."""
+    require_same_model(a.work, checkpoint)
+    run = Run(task, config, a.work)
+    begin(run, checkpoint, stage)
+    if run.processes.main:
+        add_command(a.work, sys.argv[1:] if argv is None else argv)
+    if run.progress() < 1:
+        run.train()
+    if run.processes.main:
+        write_learnt(run, task.model, checkpoint, a.out, stage)
+        print(a.out)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m glmimg.evaluation.reinforce", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -199,17 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=a.seed,
     )
     train_only(task.modules, a.only)
-    require_same_model(a.work, checkpoint)
-    run = Run(task, config, a.work)
-    begin(run, checkpoint, STAGE)
-    if run.processes.main:
-        add_command(a.work, sys.argv[1:] if argv is None else argv)
-    if run.progress() < 1:
-        run.train()
-    if run.processes.main:
-        write_learnt(run, task.model, checkpoint, a.out, STAGE)
-        print(a.out)
-    return 0
+    return carry_out(task, config, a, checkpoint, STAGE, argv)
 
 
 if __name__ == "__main__":

@@ -30,16 +30,14 @@ from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import COLOURS, SHAPES, STYLE_NAMES
 from glmimg.errors import BadInput
-from glmimg.evaluation.reinforce import add_flags, begin, prepared, require_same_model, write_learnt
+from glmimg.evaluation.reinforce import add_flags, carry_out, prepared
 from glmimg.evaluation.reward_task import emitted
 from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.token_sampling import TokenSampling, generate_tokens
 from glmimg.training.encoded import moved
 from glmimg.training.generator_task import GeneratorBatch, emitted_logits, teacher_forced
-from glmimg.training.loop import Run
 from glmimg.training.optimizer import train_only
-from glmimg.training.record import add_command
 
 __all__ = ["LanguageTask", "WordingBatch", "main"]
 
@@ -192,17 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = task.stages.prompts.tokenizer
     pieces = {piece for word in words for piece in tokenizer.encode(f" {word}", add_special_tokens=False).ids}
     learn_rows(model.model.language_model.embed_tokens.weight, sorted(pieces))
-    require_same_model(a.work, checkpoint)
-    run = Run(task, config, a.work)
-    begin(run, checkpoint, STAGE)
-    if run.processes.main:
-        add_command(a.work, sys.argv[1:] if argv is None else argv)
-    if run.progress() < 1:
-        run.train()
-    if run.processes.main:
-        write_learnt(run, model, checkpoint, a.out, STAGE)
-        print(a.out)
-    return 0
+    return carry_out(task, config, a, checkpoint, STAGE, argv)
 
 
 if __name__ == "__main__":
