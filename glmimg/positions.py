@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from glmimg.errors import CheckpointError
 
@@ -72,14 +73,10 @@ def decode_positions(prompt: Sequence[Span], grids: Sequence[tuple[int, int]]) -
 
 def batch_positions(sequences: Sequence[Sequence[Span]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions_3BT and mask_BT (bool, true at tokens) of several sequences, padded on the left to the longest."""
-    positions = [span_positions(spans)[0] for spans in sequences]
-    length = max(p.shape[1] for p in positions)
-    positions_3BT = torch.full((3, len(positions), length), PADDING_POSITION)
-    mask_BT = torch.zeros(len(positions), length, dtype=torch.bool)
-    for k, p in enumerate(positions):
-        positions_3BT[:, k, length - p.shape[1] :] = p
-        mask_BT[k, length - p.shape[1] :] = True
-    return positions_3BT, mask_BT
+    rows = [span_positions(spans)[0].T for spans in sequences]
+    padded_BT3 = pad_sequence(rows, batch_first=True, padding_value=PADDING_POSITION, padding_side="left")
+    places_T = torch.arange(-padded_BT3.shape[1], 0)
+    return padded_BT3.permute(2, 0, 1), places_T >= torch.tensor([[-len(row)] for row in rows])
 
 
 def rotary_tables(

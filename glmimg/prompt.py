@@ -19,7 +19,7 @@ import torch
 
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 
-__all__ = ["GLYPH_RULES", "Prompt", "PromptBuilder", "glyph_texts", "pad_prompts"]
+__all__ = ["GLYPH_RULES", "Prompt", "PromptBuilder", "glyph_texts"]
 
 
 @dataclass(frozen=True)
@@ -126,17 +126,6 @@ class PromptBuilder:
         if ids_HW.dim() != 2 or int(ids_HW.min()) < 0 or int(ids_HW.max()) >= self.codebook_size:
             raise BadInput(f"a reference is a grid of ids below {self.codebook_size}, got {tuple(ids_HW.shape)}")
         return [int(token) for token in ids_HW.flatten().tolist()]
-
-
-def pad_prompts(prompts: Sequence[Prompt], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids_BT and mask_BT (bool, true at tokens), padded on the left to the longest prompt."""
-    length = max(len(prompt.ids) for prompt in prompts)
-    ids_BT = torch.full((len(prompts), length), pad_id)
-    mask_BT = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for k, prompt in enumerate(prompts):
-        ids_BT[k, length - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        mask_BT[k, length - len(prompt.ids) :] = True
-    return ids_BT, mask_BT
 
 
 # Glyphs: what stands in quotation marks goes to the glyph encoder, first all of '...', then “...”, "..." and 「...」.

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from glmimg.errors import BadInput
 from glmimg.positions import batch_positions, decode_positions, span_positions
-from glmimg.prompt import Prompt, pad_prompts
+from glmimg.prompt import Prompt
 from glmimg.token_grid import TokenGrid, scale_mask
 
 __all__ = [
@@ -235,8 +236,8 @@ def prefill(
     lead = lead_BN.shape[1]
     if lead:  # these differ between the pictures of a prompt
         prompts, copies = [prompt for prompt in prompts for _ in range(copies)], 1
-    ids_BT, mask_BT = pad_prompts(prompts, 0)
-    positions_3BT, _ = batch_positions([prompt.spans for prompt in prompts])
+    ids_BT = pad_sequence([torch.tensor(p.ids) for p in prompts], batch_first=True, padding_side="left")
+    positions_3BT, mask_BT = batch_positions([prompt.spans for prompt in prompts])
     emitted = [decode_positions(prompt.spans, prompt.grids) for prompt in prompts]
     emitted_3BN = torch.stack([torch.cat((p, p[:, -1:].expand(3, N - p.shape[1])), dim=1) for p in emitted], dim=1)
     if lead:

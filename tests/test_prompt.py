@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.presets import PRESETS
-from glmimg.prompt import Prompt, PromptBuilder, glyph_texts, pad_prompts
+from glmimg.prompt import Prompt, PromptBuilder, glyph_texts
 
 CONFIG: dict[str, Any] = copy.deepcopy(PRESETS["tiny"]["vision_language_encoder"])
 START, END, IMAGE = 64, 65, CONFIG["image_token_id"]
@@ -100,13 +100,6 @@ def test_another_tokenizer_is_refused() -> None:
     with pytest.raises(CheckpointError, match="<sop>"):
         pieces = {f"p{k}": k for k in range(600)}
         PromptBuilder(Tokenizer(models.WordLevel(pieces, unk_token="p0")), CONFIG)
-
-
-def test_batches_are_padded_on_the_left(builder: PromptBuilder) -> None:
-    short, long = builder.build("a", (1, 1)), builder.build("abc", (1, 1))
-    ids, mask = pad_prompts([short, long], builder.pad_id)
-    assert ids[0].tolist() == [builder.pad_id] * 2 + list(short.ids) and ids[1].tolist() == list(long.ids)
-    assert mask.sum(1).tolist() == [len(short.ids), len(long.ids)] and not mask[0, :2].any()
 
 
 @pytest.mark.parametrize(

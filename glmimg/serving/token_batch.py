@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from glmimg.generator import Decoding, TokenGenerator
 from glmimg.prompt import Prompt
@@ -184,11 +184,9 @@ class TokenBatch:
     def _load(self) -> None:
         """Lays out, on the device, what a step needs, after the batch has changed."""
         device, drawings = self.model.device, self.drawings
-        longest = max(drawing.length for drawing in drawings)
 
         def stacked(name: str) -> torch.Tensor:
-            rows = [getattr(drawing, name) for drawing in drawings]
-            return torch.stack([F.pad(row, (0, longest - len(row))) for row in rows]).to(device)
+            return pad_sequence([getattr(drawing, name) for drawing in drawings], batch_first=True).to(device)
 
         self._ids_PN, self._keep_PN, self._uniform_PN = map(stacked, ("ids_N", "keep_N", "uniform_N"))
         self._some_kept = any(bool(drawing.keep_N[drawing.at :].any()) for drawing in drawings)
