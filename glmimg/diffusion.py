@@ -223,19 +223,14 @@ SAMPLERS: dict[str, Callable[[Velocity, Tensor, Schedule, OnStep], Tensor]] = {
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def training_timesteps(
-    batch: int, generator: torch.Generator, *, mean: float = 0.0, std: float | None = 1.0, total: int = 1000
-) -> Tensor:
-    """Integer timesteps 0..total-1 as the decoder is told them, fp32 (B,) on the CPU.
+def training_timesteps(batch: int, generator: torch.Generator, *, mean: float = 0.0) -> Tensor:
+    """Integer timesteps 0..999 as the decoder is told them, fp32 (B,) on the CPU.
 
-    Logit-normal in u = (t + 1) / total with `mean` and `std`; uniform if `std` is None. The shift to the picture's
-    size comes after, in `training_sigmas`, so a larger picture is trained at higher noise with the same draw.
+    Logit-normal in u = (t + 1) / 1000 around `mean`. The shift to the picture's size comes after, in `training_sigmas`,
+    so a larger picture is trained at higher noise with the same draw.
     """
-    if std is None:
-        u = torch.rand(batch, generator=generator)
-    else:
-        u = torch.sigmoid(mean + std * torch.randn(batch, generator=generator))
-    return (u * total).floor().clamp(0, total - 1)
+    u = torch.sigmoid(mean + torch.randn(batch, generator=generator))
+    return (u * 1000).floor().clamp(0, 999)
 
 
 def training_sigmas(timesteps_B: Tensor, patches: int, config: Config) -> Tensor:
