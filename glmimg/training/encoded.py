@@ -164,29 +164,22 @@ def encode_tokens(
 
 
 @torch.no_grad()
-def encode_latents(
-    directory: Path, cache: SceneCache | EditCache | FolderCache, vae: Autoencoder, count: int, *, minutes: float = 0.0
-) -> int:
-    """Write normalised latents of the first `count` scenes, or of as many as `minutes` allow; returns how many."""
+def encode_latents(directory: Path, cache: SceneCache | EditCache | FolderCache, vae: Autoencoder, count: int) -> None:
+    """Write normalised latents of the first `count` scenes."""
     directory.mkdir(parents=True, exist_ok=True)
     count = min(count, len(cache))
     if not count:
         raise BadInput("the scene cache is empty: render scenes first")
     height, width = cache.settings["height"] // vae.factor, cache.settings["width"] // vae.factor
     out = np.empty((count, 16, height, width), dtype=np.float16)
-    begun, done = time.monotonic(), 0
-    device = vae.vae.device
+    begun, device = time.monotonic(), vae.vae.device
     size, layout = (16, torch.channels_last) if device.type == "cpu" else (128, torch.contiguous_format)
     for start in range(0, count, size):
         pixels = to_pixels([cache.picture(k) for k in range(start, min(start + size, count))], device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             part = vae.encode(pixels.contiguous(memory_format=layout))
         out[start : start + len(part)] = part.to(torch.float16).cpu().numpy()
-        done = start + len(part)
         if start % 1600 == 0:
-            print(f"latents {done}/{count}, {time.monotonic() - begun:.0f} s", flush=True)
-        if minutes and time.monotonic() - begun > minutes * 60:
-            break
+            print(f"latents {start + len(part)}/{count}, {time.monotonic() - begun:.0f} s", flush=True)
     with atomic_file(directory / "latents.npy") as partial:
-        np.save(partial, out[:done])
-    return done
+        np.save(partial, out)
