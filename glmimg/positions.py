@@ -80,7 +80,7 @@ def batch_positions(sequences: Sequence[Sequence[Span]]) -> tuple[torch.Tensor, 
 
 
 def rotary_tables(
-    positions_3BT: torch.Tensor, rope: Mapping[str, Any], head_dim: int, dtype: torch.dtype = torch.float32
+    positions_3BT: torch.Tensor, rope: Mapping[str, Any], head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines_BTR for `positions_3BT`, on their device; `rope` is the configuration's rope_parameters.
 
@@ -97,4 +97,4 @@ def rotary_tables(
     frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size))
     runs = frequencies.split(sections)
     angles = torch.cat([positions_3BT[k % 3, ..., None].float() * run for k, run in enumerate(runs)], dim=-1)
-    return angles.cos().repeat(1, 1, 2).to(dtype), angles.sin().repeat(1, 1, 2).to(dtype)
+    return angles.cos().repeat(1, 1, 2), angles.sin().repeat(1, 1, 2)

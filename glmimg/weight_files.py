@@ -191,7 +191,6 @@ def fill(
     device: str | torch.device,
     dtype: torch.dtype | None,
     skip: Callable[[str], bool] = lambda name: False,
-    check_finite: bool = True,
     apart: Callable[[str], str] = lambda name: "",
 ) -> None:
     """Gives a module built on the meta device its weights, and raises CheckpointError before reading if any misfits.
@@ -212,7 +211,7 @@ def fill(
         )
     tensors: dict[str, Any] = {}
     for _, names in groupby(sorted(expected, key=apart), apart):
-        tensors |= weights.load(names, device=device, dtype=dtype, check_finite=check_finite)
+        tensors |= weights.load(names, device=device, dtype=dtype)
     module.load_state_dict(tensors, strict=False, assign=True)
 
 

@@ -39,14 +39,13 @@ def init_checkpoint(
     *,
     seed: int = 0,
     dtype: str = "float32",
-    training_texts: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Writes a whole folder at `directory`, which must not exist yet, and returns it.
 
-    `preset` is a name of glmimg.presets.PRESETS or a dict of that form. `training_texts` are what the tokenizer's
-    merges are learnt from; without them a few dozen built-in words serve, and the rest of the vocabulary is unused. All
-    weights are in memory at once, as float32: presets are small. `progress(done, total)` is told the bytes written.
+    `preset` is a name of glmimg.presets.PRESETS or a dict of that form. The tokenizer's merges are learnt from a few
+    dozen built-in words, and the rest of the vocabulary is unused. All weights are in memory at once, as float32:
+    presets are small. `progress(done, total)` is told the bytes written.
     """
     import torch
 
@@ -58,7 +57,7 @@ def init_checkpoint(
     target = expanded(directory)
     require_absent(target)
     with atomic_folder(target, replace=False) as folder:
-        write_settings(folder, values, train_bpe(training_texts or [_WORDS], values))
+        write_settings(folder, values, train_bpe([_WORDS], values))
         models = build_models(values, seed=seed)
         width = getattr(torch, dtype).itemsize
         sizes = {name: width * sum(p.numel() for p in model.parameters()) for name, model in models.items()}

@@ -124,7 +124,6 @@ def check_dataset(
     *,
     max_tokens: int,
     captions_needed: bool = True,
-    duplicates: bool = True,
     thumbnail: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -149,15 +148,13 @@ def check_dataset(
                 findings += _shape(example.reference.label, reference[0], reference_fit)
             digest += reference[1] if reference else ""
             usable.append(Checked(example, picture.size, fit, reference_fit, digest, tokens))
-            if duplicates:
-                prints.append(_print(picture))
+            prints.append(_print(picture))
             if thumbnail:
                 picture.thumbnail((thumbnail, thumbnail))
                 thumbnails.append(picture)
         if progress is not None:
             progress(number, len(dataset.examples))
-    if duplicates:
-        findings += _duplicates(usable, prints)
+    findings += _duplicates(usable, prints)
     if 0 < len(usable) < 5:
         findings.append(Finding("few pictures", "", f"only {len(usable)} of them can be trained on"))
     return Report(dataset, tuple(usable), tuple(findings), tuple(thumbnails))

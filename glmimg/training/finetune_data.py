@@ -42,7 +42,6 @@ def survey(
     checkpoint: Checkpoint,
     config: FineTuneConfig,
     *,
-    duplicates: bool = True,
     thumbnail: int = 0,
     progress: Progress | None = None,
 ) -> Report:
@@ -70,7 +69,6 @@ def survey(
         count,
         max_tokens=most,
         captions_needed=not config.captions.trigger,
-        duplicates=duplicates,
         thumbnail=thumbnail,
         progress=progress,
     )
