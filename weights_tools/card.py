@@ -6,7 +6,6 @@ there is said to be missing, not made up.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,12 +17,12 @@ from glmimg.checkpoint import COMPONENTS, EMBEDDED, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import CONFIG_KEY, parameters
 from glmimg.weight_files import contained
-from glmimg.weights_tools.rewrite import LINEAGE
+from glmimg.weights_tools.rewrite import LINEAGE, Bytes
 from glmimg.weights_tools.streaming import Progress
+from glmimg.weights_tools.verify import sha256_of
 
 __all__ = ["card", "describe", "write_card"]
 
-_PIECE = 1 << 22
 _MAX_RECORD = 4 << 20  # bytes of training.json, lineage.json or ATTRIBUTION.md
 _TITLES = {
     "vision_language_encoder": "token generator, vision tower, codebook",
@@ -202,16 +201,8 @@ def _text(path: Path) -> str | None:
 
 def _hashes(checkpoint: Checkpoint, progress: Progress | None) -> dict[str, dict[str, Any]]:
     files = [file for name in COMPONENTS for file in checkpoint.weights[name].files]
-    total = sum(file.stat().st_size for file in files)
-    done, found = 0, {}
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while piece := stream.read(_PIECE):
-                digest.update(piece)
-                done += len(piece)
-                if progress:
-                    progress(done, total)
-        name = f"{file.parent.name}/{file.name}"
-        found[name] = {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-    return found
+    told = Bytes(progress, sum(file.stat().st_size for file in files))
+    return {
+        f"{file.parent.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": sha256_of(file, told)}
+        for file in files
+    }

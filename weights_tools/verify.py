@@ -24,7 +24,7 @@ from glmimg.weights_tools.layouts import Contents, read_contents, read_folder, s
 from glmimg.weights_tools.rewrite import Bytes
 from glmimg.weights_tools.streaming import PIECE, Progress, torch_dtype
 
-__all__ = ["CHECKSUMS", "Report", "verify"]
+__all__ = ["CHECKSUMS", "Report", "sha256_of", "verify"]
 
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 _NEEDED = (
@@ -182,7 +182,8 @@ def _listed_files(root: Path) -> list[str]:
     return sorted(filter(safe_path, names))
 
 
-def _sha256(path: Path, told: Bytes) -> str:
+def sha256_of(path: Path, told: Bytes) -> str:
+    """Of a file; `told` hears of each piece."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as stream:
         while piece := stream.read(PIECE):
@@ -193,7 +194,7 @@ def _sha256(path: Path, told: Bytes) -> str:
 
 def _write_checksums(root: Path, told: Bytes) -> int:
     names = _listed_files(root)
-    lines = [f"{_sha256(root / name, told)}  {name}\n" for name in names]
+    lines = [f"{sha256_of(root / name, told)}  {name}\n" for name in names]
     with atomic_file(root / CHECKSUMS) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return len(lines)
@@ -213,7 +214,7 @@ def _compare_checksums(root: Path, told: Bytes) -> tuple[int, list[str]]:
             found.append(f"{CHECKSUMS} names {name!r:.100}, which is no file of this folder")
         elif not (root / name).is_file():
             found.append(f"{name} is in {CHECKSUMS} and is missing")
-        elif _sha256(root / name, told) != digest.lower():
+        elif sha256_of(root / name, told) != digest.lower():
             found.append(f"{name} has changed since {CHECKSUMS} was written")
     unlisted = [name for name in _listed_files(root) if name not in listed and name.endswith(".safetensors")]
     return len(listed), found + [f"{name} is not in {CHECKSUMS}" for name in unlisted]
