@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from glmimg.errors import BadInput
+from glmimg.cli_progress import Count
+from glmimg.errors import BadInput, UnknownName
 
 if TYPE_CHECKING:
     from glmimg.dataset.checking import Finding, Report
@@ -41,7 +42,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def columns_of(arguments: argparse.Namespace) -> dict[str, str]:
     from glmimg.dataset.reading import COLUMNS
-    from glmimg.errors import UnknownName
 
     columns = {}
     for text in arguments.column or ():
@@ -56,7 +56,6 @@ def columns_of(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _check(arguments: argparse.Namespace) -> int:
     from glmimg.checkpoint import Checkpoint
-    from glmimg.cli_progress import Count
     from glmimg.dataset.page import write_page
     from glmimg.dataset.reading import read_dataset
     from glmimg.training.finetune_config import FineTuneConfig

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from glmimg.cli_progress import Count
 from glmimg.config import parse_size
 from glmimg.errors import BadInput
 
@@ -43,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.tokens_share <= 1:
         raise BadInput(f"--tokens-share {args.tokens_share}: give a number from 0 to 1")
     from glmimg.checkpoint import Checkpoint
-    from glmimg.cli_progress import Count
     from glmimg.corpus.stickers import StickerBank
     from glmimg.evaluation.concepts import Judge
     from glmimg.evaluation.drawers import PipelineModel

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmimg.cli_dataset import add_data_options, columns_of
+from glmimg.cli_progress import Count, _bar, _duration, draw
 from glmimg.errors import BadInput
 
 if TYPE_CHECKING:
@@ -85,7 +86,6 @@ def _finetune(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     if not arguments.output and (arguments.find_rate or not arguments.dry_run):
         raise BadInput(f"no place for the result: glmimg finetune {arguments.data} -o my-adapter")
-    from glmimg.cli_progress import Count
     from glmimg.pipelines.finetune import FineTunePipeline
     from glmimg.training.processes import Processes
 
@@ -185,7 +185,6 @@ def _told(plan: Plan, pipeline: FineTunePipeline) -> str:
 
 
 def _find_rate(pipeline: FineTunePipeline, report: Any, arguments: argparse.Namespace, main: bool) -> int:
-    from glmimg.cli_progress import Count
     from glmimg.pipelines.finetune_plan import find_rate
     from glmimg.pipelines.finetune_plot import draw_curve
 
@@ -214,8 +213,6 @@ class _Line:
         self._held_out: float | None = None
 
     def __call__(self, step: FineTuneStep) -> None:
-        from glmimg.cli_progress import _bar, _duration, draw
-
         self._held_out = self._held_out if step.held_out is None else step.held_out
         now, done = time.monotonic(), step.step == step.total
         if not done and now - self._drawn < (0.1 if self.live else 20.0):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmimg.cli_progress import Bars
 from glmimg.config import SHORT_NAMES, parse_size
 from glmimg.errors import BadInput
 
@@ -384,7 +385,6 @@ class _Report:
     """Draws progress, writes files as pictures come, prints what was written."""
 
     def __init__(self, arguments: argparse.Namespace, count: int) -> None:
-        from glmimg.cli_progress import Bars
 
         self.arguments = arguments
         self.count = count

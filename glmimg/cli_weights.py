@@ -6,6 +6,8 @@ import argparse
 import json
 from collections.abc import Callable
 
+from glmimg.cli_progress import ByteBar
+from glmimg.errors import BadInput
 from glmimg.presets import PRESETS
 
 __all__ = ["convert", "init", "inspect", "verify"]
@@ -27,9 +29,6 @@ def init(parser: argparse.ArgumentParser) -> Run:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    from glmimg.cli_progress import ByteBar
-    from glmimg.errors import BadInput
-
     if arguments.like is None:
         if arguments.scale is not None:
             raise BadInput("--scale is for --like PATH: the sizes of a preset are fixed")
@@ -74,7 +73,6 @@ def inspect(parser: argparse.ArgumentParser) -> Run:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from glmimg.cli_progress import ByteBar
     from glmimg.weights_tools.inspect import as_text, finite, inspect
 
     report = inspect(arguments.checkpoint, stats=arguments.stats, depth=arguments.depth, progress=ByteBar("inspect"))
@@ -91,7 +89,6 @@ def verify(parser: argparse.ArgumentParser) -> Run:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from glmimg.cli_progress import ByteBar
     from glmimg.weights_tools.verify import verify
 
     report = verify(
@@ -136,7 +133,6 @@ def convert(parser: argparse.ArgumentParser) -> Run:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from glmimg.cli_progress import ByteBar
     from glmimg.weights_tools.convert import convert
     from glmimg.weights_tools.streaming import parse_size
 

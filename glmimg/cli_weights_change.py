@@ -8,6 +8,9 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from glmimg.cli_progress import ByteBar, Count
+from glmimg.config import parse_size as picture_size
+from glmimg.errors import BadInput, UnknownName
 from glmimg.packed_format import BITS, GROUP
 
 if TYPE_CHECKING:
@@ -65,8 +68,6 @@ def _quantize(arguments: argparse.Namespace) -> int:
     _require_used(arguments)
     from glmimg.backends import pick_backend
     from glmimg.checkpoint import Checkpoint
-    from glmimg.cli_progress import ByteBar, Count
-    from glmimg.config import parse_size as picture_size
     from glmimg.weights_tools.quantize import quantize_checkpoint
     from glmimg.weights_tools.streaming import parse_size
 
@@ -128,8 +129,6 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 def _require_used(arguments: argparse.Namespace) -> None:
     """BadInput for flags that would change nothing."""
-    from glmimg.errors import BadInput, UnknownName
-
     if arguments.sensitivity not in (None, "weights", "outputs"):
         raise UnknownName.of("sensitivity", arguments.sensitivity, ("weights", "outputs"))
     if arguments.sensitivity and arguments.budget is None:
@@ -192,8 +191,6 @@ def merge(parser: argparse.ArgumentParser) -> Run:
 
 def _merge(arguments: argparse.Namespace) -> int:
     from glmimg.checkpoint import COMPONENTS
-    from glmimg.cli_progress import ByteBar
-    from glmimg.errors import BadInput
     from glmimg.weights_tools.merge import (
         average_checkpoints,
         ema_weights,
@@ -248,7 +245,6 @@ def diff(parser: argparse.ArgumentParser) -> Run:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from glmimg.cli_progress import ByteBar
     from glmimg.weights_tools.diff import diff_checkpoints, draw_diff
 
     found = diff_checkpoints(arguments.a, arguments.b, ByteBar("diff"))
@@ -300,7 +296,6 @@ def card(parser: argparse.ArgumentParser) -> Run:
 
 
 def _card(arguments: argparse.Namespace) -> int:
-    from glmimg.cli_progress import ByteBar
     from glmimg.weights_tools.card import card, describe, write_card
 
     words = {"license": arguments.license, "base": arguments.base}

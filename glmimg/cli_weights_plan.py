@@ -8,7 +8,11 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from glmimg.cli_progress import Count
 from glmimg.cli_weights_change import SHOWN, table
+from glmimg.config import check_size
+from glmimg.config import parse_size as picture_size
+from glmimg.errors import BadInput, UnknownName
 
 if TYPE_CHECKING:
     from glmimg.weights_tools.costs import Costs
@@ -62,9 +66,6 @@ def plan(parser: argparse.ArgumentParser) -> Run:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from glmimg.config import check_size
-    from glmimg.config import parse_size as picture_size
-    from glmimg.errors import BadInput
     from glmimg.weights_tools.costs import costs_of
 
     others = ("method", "batch_size", "rank") if arguments.train is None else ("n",)
@@ -107,7 +108,6 @@ def _pictures(
     work = Workload(*size, arguments.n or 1, steps, not arguments.no_guidance)
     if arguments.measure:
         from glmimg.backends import pick_backend
-        from glmimg.cli_progress import Count
         from glmimg.weights_tools.timing import measure_work
 
         backend = pick_backend(arguments.measure)
@@ -136,7 +136,6 @@ def _pictures(
 def _training(
     arguments: argparse.Namespace, costs: Costs, machine: Machine, size: tuple[int, int], kind: str | None
 ) -> int:
-    from glmimg.errors import UnknownName
     from glmimg.lora import TARGETS
     from glmimg.weights_tools.plan import made_first
     from glmimg.weights_tools.train_plan import METHODS, TrainWork, choose_training, train_options

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from glmimg.config import check_size
 from glmimg.errors import BadInput, GlmimgError
 
 if TYPE_CHECKING:
@@ -82,8 +83,6 @@ def require_possible(
     source: Checkpoint, backend: Backend, *, dtype: str | None, size: tuple[int, int] | None, bank: str | None
 ) -> None:
     """Raises what `report` would, before anything is written for it."""
-    from glmimg.config import check_size
-
     if size is not None:
         check_size(size[1], size[0], min_size=source.settings.min_size, max_size=source.settings.max_size)
     backend.resolve_dtype(dtype)
