@@ -11,7 +11,7 @@ as transformers' GlmImageProcessor and the published chat template make them (re
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,27 +125,14 @@ class PromptBuilder:
     def _reference_ids(self, ids_HW: torch.Tensor) -> list[int]:
         if ids_HW.dim() != 2 or int(ids_HW.min()) < 0 or int(ids_HW.max()) >= self.codebook_size:
             raise BadInput(f"a reference is a grid of ids below {self.codebook_size}, got {tuple(ids_HW.shape)}")
-        return [int(token) for token in ids_HW.flatten().tolist()]
+        return ids_HW.flatten().tolist()
 
 
 # Glyphs: what stands in quotation marks goes to the glyph encoder, first all of '...', then “...”, "..." and 「...」.
 
 _CURLY_STRAIGHT_CORNER = (r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"\u300c([^\u300c\u300d]*)\u300d")
-
-
-def _published(caption: str) -> list[str]:
-    return _spans(caption, r"'([^']*)'")
-
-
-def _words(caption: str) -> list[str]:
-    return _spans(caption, r"(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)")
-
-
-def _spans(caption: str, single: str) -> list[str]:
-    return [span for pattern in (single, *_CURLY_STRAIGHT_CORNER) for span in re.findall(pattern, caption)]
-
-
-GLYPH_RULES: dict[str, Callable[[str], list[str]]] = {"published": _published, "words": _words}
+# What of '...' counts, by each rule.
+GLYPH_RULES = {"published": r"'([^']*)'", "words": r"(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)"}
 
 
 def glyph_texts(caption: str, rule: str = "published") -> list[str]:
@@ -156,4 +143,4 @@ def glyph_texts(caption: str, rule: str = "published") -> list[str]:
     """
     if rule not in GLYPH_RULES:
         raise UnknownName.of("glyph rule", rule, GLYPH_RULES)
-    return GLYPH_RULES[rule](caption)
+    return [span for pattern in (GLYPH_RULES[rule], *_CURLY_STRAIGHT_CORNER) for span in re.findall(pattern, caption)]
