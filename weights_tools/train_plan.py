@@ -110,10 +110,7 @@ def train_options(
             for bits in (_BITS if method == "lora" else (16,))
             for checkpointing in ((False, True) if bits == 16 else (True,))
         ]
-        order = {(o.method, o.bits, o.checkpointing): place for place, o in enumerate(mine)}
-        found += sorted(
-            mine, key=lambda o: (not o.fits, methods.index(o.method), -o.bits, order[o.method, o.bits, o.checkpointing])
-        )
+        found += sorted(mine, key=lambda o: (not o.fits, methods.index(o.method), -o.bits))
     return found
 
 
@@ -167,15 +164,11 @@ def _option(
     return TrainOption(stage, method, bits, checkpointing, learning, weights, state, activations, peak, seconds, short)
 
 
-def _ends(stage: str) -> tuple[str, ...]:
-    return tuple(end for group in TARGETS[stage].values() for end in group)
-
-
 def _targets(costs: Costs, stage: str) -> list[tuple[int, int]]:
     """(rows, columns) of every layer that an adapter changes."""
     shapes = costs.shapes[COMPONENT[stage]]
     prefix = "model.language_model." if stage == "generator" else ""
-    ends = tuple(f".{end}.weight" for end in _ends(stage))
+    ends = tuple(f".{end}.weight" for group in TARGETS[stage].values() for end in group)
     return [
         (shape[0], shape[1]) for name, shape in shapes.items() if name.startswith(prefix) and f".{name}".endswith(ends)
     ]
@@ -200,7 +193,7 @@ def _activations(costs: Costs, work: TrainWork, stage: str, method: str) -> tupl
     """(tokens of the batch, bytes once, bytes of each layer) that are kept for the way back without checkpointing."""
     picture = Workload(work.height, work.width, work.batch, 1, False)
     width = _width(costs, stage)
-    adapters = sum(work.rank * 2 for _ in _targets(costs, stage)) // max(1, costs.layers(COMPONENT[stage]))
+    adapters = 2 * work.rank * len(_targets(costs, stage)) // max(1, costs.layers(COMPONENT[stage]))
     if stage == "generator":
         text = costs.configs["vision_language_encoder"]["text_config"]
         heads, keys = int(text["num_attention_heads"]), int(text["num_key_value_heads"])
@@ -228,10 +221,6 @@ def _forward_flops(costs: Costs, work: TrainWork, stage: str) -> float:
     tokens = costs.tokens(picture) + PROMPT_TOKENS
     numbers = sum(math.prod(shape) for shape in _targets(costs, stage))
     width, layers = _width(costs, stage), costs.layers("vision_language_encoder")
-    head = (
-        2.0
-        * costs.tokens(picture)
-        * width
-        * int(costs.configs["vision_language_encoder"]["text_config"]["vision_vocab_size"])
-    )
+    vocabulary = int(costs.configs["vision_language_encoder"]["text_config"]["vision_vocab_size"])
+    head = 2.0 * costs.tokens(picture) * width * vocabulary
     return work.batch * (2.0 * numbers * tokens + 4.0 * tokens**2 * width * layers + head)
