@@ -17,7 +17,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -42,6 +43,7 @@ __all__ = [
     "parse_adapter",
     "row_lengths",
     "save_adapter",
+    "split_number",
     "target_names",
 ]
 
@@ -152,17 +154,18 @@ class Adapter:
 
 def parse_adapter(text: str) -> tuple[str, float]:
     """(path, strength) of "path:0.7"; the strength is 1 where none is written, or where a folder has the whole name."""
-    path, colon, number = text.rpartition(":")
-    strength = 1.0
-    if not colon or os.path.isdir(text):
-        path = text
-    else:
-        try:
-            strength = float(number)
-        except ValueError:
-            path = text
+    path, strength = split_number(text, os.path.isdir)
     _require_strength(path, strength, text)
     return path, strength
+
+
+def split_number(text: str, is_place: Callable[[str], bool]) -> tuple[str, float]:
+    """(path, number) of "path:0.7"; the number is 1 where none is written, or where all of it is a place."""
+    path, colon, number = text.rpartition(":")
+    if colon and not is_place(text):
+        with suppress(ValueError):
+            return path, float(number)
+    return text, 1.0
 
 
 def _require_strength(path: str, strength: float, told: object) -> None:

@@ -18,7 +18,7 @@ import torch
 from glmimg.atomic_write import expanded
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
-from glmimg.lora import COMPONENT, Low, change_of, open_adapters
+from glmimg.lora import COMPONENT, Low, change_of, open_adapters, split_number
 from glmimg.packed_format import CONFIG_KEY
 from glmimg.torch_state import plain_torch
 from glmimg.weight_files import FLOATS, codebook_digest
@@ -55,13 +55,7 @@ class MergeResult:
 
 def parse_weighted(text: str) -> tuple[str, float]:
     """(path, weight) of "PATH" or "PATH:WEIGHT"; the weight is 1 where none is written, or the whole is a path."""
-    path, colon, number = text.rpartition(":")
-    if not colon or os.path.exists(text):
-        return text, 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        return text, 1.0
+    path, weight = split_number(text, os.path.exists)
     if not math.isfinite(weight) or not path:
         raise BadInput(f"{text!r}: give PATH or PATH:WEIGHT with a finite weight, such as {path or 'PATH'}:0.5")
     return path, weight
