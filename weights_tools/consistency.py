@@ -131,7 +131,7 @@ def _tokenizer(contents: Contents, language: dict[str, Any]) -> Iterator[str]:
     yield from (f"{path}: {token} is missing" for token in _SPECIALS if token not in ids)
     if ids.get("<|image|>", language["image_token_id"]) != language["image_token_id"]:
         yield f"{path}: <|image|> is {ids['<|image|>']}, in the config {language['image_token_id']}"
-    fixed = ((tokenizer.get("padding") or {}).get("strategy") or {}) if tokenizer.get("padding") else {}
+    fixed = (tokenizer.get("padding") or {}).get("strategy")
     length = fixed.get("Fixed", 0) if isinstance(fixed, dict) else 0
     if length > text["max_position_embeddings"]:
         yield f"{path}: pads every text to {length} tokens, more than the model's {text['max_position_embeddings']}"

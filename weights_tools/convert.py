@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ def _write_single(contents: Contents, target: Path, progress: Progress | None) -
             continue
         text = _text(data) if len(data) <= _INLINE else None
         if text is None:
-            tensors[FILE + path] = StoredTensor(TensorSpec("U8", (len(data),)), _bytes_once(data))
+            tensors[FILE + path] = StoredTensor(TensorSpec("U8", (len(data),)), partial(iter, (data,)))
         else:
             metadata[FILE + path] = text
     for component, part in contents.tensors.items():
@@ -330,7 +331,3 @@ def _text(data: bytes) -> str | None:
         return data.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _bytes_once(data: bytes) -> Any:
-    return lambda: iter((data,))

@@ -123,10 +123,6 @@ ALL_PACKAGES: tuple[Package, ...] = (
 )
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def fetch(package: Package, cache: Path) -> Path:
     """The package's file in `cache`, downloaded when absent; raises BadInput when its hash is not the pinned one."""
     path = cache / package.filename
@@ -149,7 +145,7 @@ def fetch(package: Package, cache: Path) -> Path:
             done = subprocess.run(command, cwd=cache, capture_output=True, text=True, check=False)
         if not path.exists():
             raise BadInput(f"'{' '.join(command)}' left no {package.filename}: {done.stderr.strip()[-400:]}")
-    found = _sha256(path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != package.sha256:
         raise BadInput(
             f"{path.name} has sha256 {found}, pinned is {package.sha256}: delete the file and fetch again; "

@@ -56,8 +56,7 @@ class _Slot:
 
 def place_bytes(model: TokenGenerator) -> int:
     """What a slot's keys and values of one token take."""
-    width = 2 * model.layer_count * model.key_heads * model.head_width
-    return width * torch.empty((), dtype=model.dtype).element_size()
+    return 2 * model.layer_count * model.key_heads * model.head_width * model.dtype.itemsize
 
 
 class TokenBatch:
