@@ -23,7 +23,7 @@ from glmimg.errors import BadInput, GlmimgError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["METADATA_KEY", "open_picture", "read_metadata", "save_png", "to_pil", "to_tensor"]
+__all__ = ["METADATA_KEY", "open_picture", "read_metadata", "save_png", "to_pil", "to_tensor", "write_png"]
 
 METADATA_KEY = "glmimg"
 MAX_PIXELS = 80_000_000  # beyond this a small file can be a trap that fills the memory
@@ -85,11 +85,16 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] |
     """
     if Path(path).suffix.lower() != ".png":
         raise BadInput(f"{path}: pictures are written as .png, the format that can carry their settings")
+    with atomic_file(path) as temporary:
+        write_png(image, temporary, metadata)
+
+
+def write_png(image: Image.Image, target: Path | BinaryIO, metadata: Mapping[str, Any] | None = None) -> None:
+    """The file that `save_png` makes."""
     info = PngInfo()
     if metadata is not None:
         info.add_text(METADATA_KEY, json.dumps(metadata))
-    with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    image.save(target, format="PNG", pnginfo=info)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Letters: H x W tokens of a grid, h x w pixels.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from glmimg.config import require
-from glmimg.image_io import METADATA_KEY, open_picture, to_tensor
+from glmimg.image_io import open_picture, to_tensor, write_png
 from glmimg.pipelines.image_to_image import reference_digest
 from glmimg.pipelines.request import Request, build_prompts, check_request
 from glmimg.pipelines.stages import Stages
@@ -153,10 +151,7 @@ def picture_file(image: Image.Image, job: Job, metadata: Mapping[str, Any] | Non
     """The picture's file; only a PNG carries how it was made."""
     data = io.BytesIO()
     if job.output_format == "png":
-        info = PngInfo()
-        if metadata is not None:
-            info.add_text(METADATA_KEY, json.dumps(metadata))
-        image.save(data, "PNG", pnginfo=info)
+        write_png(image, data, metadata)
     else:
         image.save(data, job.output_format.upper(), quality=max(1, job.compression))
     return data.getvalue()
