@@ -76,7 +76,7 @@ class GeneratorLearner:
         logits_BNV = self._logits(batch)
         labels_BN = batch.labels_BN.to(logits_BNV.device)
         losses = F.cross_entropy(logits_BNV.flatten(0, 1), labels_BN.flatten(), reduction="none")
-        return self._mean(losses.view(labels_BN.shape), batch)
+        return batch.mean(losses.view(labels_BN.shape), self.config.preview_weight)
 
     def keep(self, batch: GeneratorBatch, seed: int) -> torch.Tensor:
         """How far each token's distribution is from what it was (Kullback and Leibler's); where all weights learn, and
@@ -86,7 +86,8 @@ class GeneratorLearner:
         with torch.no_grad(), unchanged(self.model):
             before_BNV = self._logits(batch).log_softmax(-1)
         now_BNV = self._logits(batch).log_softmax(-1)
-        return self._mean(F.kl_div(now_BNV, before_BNV, reduction="none", log_target=True).sum(-1), batch)
+        apart_BN = F.kl_div(now_BNV, before_BNV, reduction="none", log_target=True).sum(-1)
+        return batch.mean(apart_BN, self.config.preview_weight)
 
     def _logits(self, batch: GeneratorBatch) -> torch.Tensor:
         """Logits_BNV of all that is emitted."""
@@ -96,10 +97,6 @@ class GeneratorLearner:
         norm = language_model.norm  # the head's own weight may be packed
         logits: torch.Tensor = self.model.lm_head(emitted_BND.to(norm.weight.dtype)).float()
         return logits
-
-    def _mean(self, losses_BN: torch.Tensor, batch: GeneratorBatch) -> torch.Tensor:
-        """Over the tokens, preview tokens weighted."""
-        return batch.mean(losses_BN, self.config.preview_weight)
 
 
 @dataclass
