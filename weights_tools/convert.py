@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder, expanded, require_absent
+from glmimg.atomic_write import expanded, require_absent
 from glmimg.checkpoint import PICTURE_PARTS, STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.torch_state import plain_torch
@@ -29,12 +29,11 @@ from glmimg.weights_tools.layouts import (
     StoredTensor,
     read_contents,
 )
-from glmimg.weights_tools.rewrite import SHARD_BYTES, Bytes
+from glmimg.weights_tools.rewrite import SHARD_BYTES, Bytes, new_folder
 from glmimg.weights_tools.streaming import (
     Progress,
     TensorSpec,
     require_space,
-    sync_folder,
     tensor_writer,
 )
 
@@ -48,7 +47,7 @@ __all__ = [
     "prune",
     "with_dtype",
     "write_folder",
-    "write_synced",
+    "write_file",
 ]
 
 LAYOUTS = ("folder", "single", "decoder", "gguf")
@@ -213,10 +212,10 @@ def write_folder(
     target = expanded(target)
     require_space(target, contents.nbytes + sum(map(len, contents.files.values())))
     shared = Bytes(progress, contents.nbytes).part
-    with atomic_folder(target, replace=False) as folder:
+    with new_folder(target) as folder:
         for path, data in contents.files.items():
             if not (path.endswith(".index.json") and path.partition("/")[0] in contents.tensors):
-                write_synced(folder / path, data)
+                write_file(folder / path, data)
         for component, tensors in contents.tensors.items():
             stem, limit, shards = _arrangement(contents, component, shard_bytes)
             file = folder / component / f"{stem}.safetensors"
@@ -224,9 +223,7 @@ def write_folder(
             index = file.with_name(file.name + ".index.json")
             theirs = contents.files.get(f"{component}/{index.name}")
             if theirs and index.exists() and _same_index(json.loads(theirs), json.loads(index.read_bytes())):
-                write_synced(index, theirs)  # to the byte
-        sync_folder(folder)
-    sync_folder(target.absolute().parent)
+                write_file(index, theirs)  # to the byte
 
 
 def _arrangement(
@@ -314,12 +311,9 @@ def _same_index(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
     return size == ours["metadata"]["total_size"] and theirs["weight_map"] == ours["weight_map"]
 
 
-def write_synced(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    path.write_bytes(data)
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:

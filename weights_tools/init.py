@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder, expanded, require_absent
+from glmimg.atomic_write import expanded, require_absent
 from glmimg.checkpoint import BUILDERS, save_component
 from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS, Preset
 from glmimg.torch_state import plain_torch
-from glmimg.weights_tools.rewrite import sync_files
-from glmimg.weights_tools.streaming import Progress, sync_folder
+from glmimg.weights_tools.rewrite import new_folder
+from glmimg.weights_tools.streaming import Progress
 
 __all__ = ["build_models", "init_checkpoint", "preset_of", "train_bpe", "write_settings"]
 
@@ -56,7 +56,7 @@ def init_checkpoint(
         raise BadInput(f"seed {seed}: give a whole number from 0 to 2**63 - 1")
     target = expanded(directory)
     require_absent(target)
-    with atomic_folder(target, replace=False) as folder:
+    with new_folder(target) as folder:
         write_settings(folder, values, train_bpe([_WORDS], values))
         models = build_models(values, seed=seed)
         width = getattr(torch, dtype).itemsize
@@ -68,8 +68,6 @@ def init_checkpoint(
             done += sizes[name]
             if progress:
                 progress(done, sum(sizes.values()))
-        sync_files(folder)
-    sync_folder(target.absolute().parent)
     return target
 
 

@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_folder, expanded, require_absent
+from glmimg.atomic_write import expanded, require_absent
 from glmimg.checkpoint import COMPONENTS, STEMS, empty_component
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import CONFIG_KEY
 from glmimg.torch_state import plain_torch
-from glmimg.weights_tools.convert import DTYPES, as_json, with_dtype, write_synced
+from glmimg.weights_tools.convert import DTYPES, as_json, with_dtype, write_file
 from glmimg.weights_tools.fit import PARTS, expected_shapes
 from glmimg.weights_tools.inspect import open_headers
-from glmimg.weights_tools.rewrite import SHARD_BYTES, Bytes
+from glmimg.weights_tools.rewrite import SHARD_BYTES, Bytes, new_folder
 from glmimg.weights_tools.streaming import (
     PIECE,
     Progress,
@@ -28,7 +28,6 @@ from glmimg.weights_tools.streaming import (
     TensorWriter,
     cast_pieces,
     require_space,
-    sync_folder,
     tensor_writer,
 )
 
@@ -67,19 +66,17 @@ def init_like(
     total = sum(spec.nbytes for plan in plans.values() for spec in plan.values())
     require_space(target, total)
     shared = Bytes(progress, total).part
-    with atomic_folder(target, replace=False) as folder:
+    with new_folder(target) as folder:
         for path, data in source.files.items():
             if path.startswith(_KEPT):
-                write_synced(folder / path, data)
+                write_file(folder / path, data)
         index = {key: value for key, value in source.json("model_index.json").items() if key != PARTS}
-        write_synced(folder / "model_index.json", as_json(index))
+        write_file(folder / "model_index.json", as_json(index))
         for number, (name, plan) in enumerate(plans.items()):
-            write_synced(folder / name / "config.json", as_json(configs[name]))
+            write_file(folder / name / "config.json", as_json(configs[name]))
             file = folder / name / f"{STEMS[name]}.safetensors"
             with tensor_writer(file, plan, shard_bytes=SHARD_BYTES, progress=shared) as writer:
                 _random(name, configs[name], seed * len(COMPONENTS) + number, plan, writer)
-        sync_folder(folder)
-    sync_folder(target.absolute().parent)
     return target
 
 

@@ -31,11 +31,11 @@ __all__ = [
     "LINEAGE",
     "SHARD_BYTES",
     "Bytes",
+    "new_folder",
     "pass_through",
     "record",
     "require_new",
     "rewritten",
-    "sync_files",
     "write_component",
 ]
 
@@ -79,7 +79,7 @@ def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[P
     target = expanded(target)
     require_new(target, source)
     require_space(target, needed)
-    with atomic_folder(target, replace=False) as folder:
+    with new_folder(target) as folder:
         root = source.root
         for part in (root, *(contained(root, path) for path in sorted(root.iterdir()) if path.is_dir())):
             for pattern in _SETTINGS:
@@ -90,17 +90,19 @@ def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[P
                         shutil.copyfile(contained(part, file), copied)
         _lineage(folder, source)  # damage should be told before hours of work, not after
         yield folder
-        sync_files(folder)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that becomes `target` when the block ends well, all of whose files then survive a power cut."""
+    with atomic_folder(target, replace=False) as folder:
+        yield folder
+        for file in folder.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+        sync_folder(folder)
     sync_folder(target.absolute().parent)
-
-
-def sync_files(folder: Path) -> None:
-    """Makes every file in a folder survive a power cut, before the folder gets its name."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-    sync_folder(folder)
 
 
 def write_component(
