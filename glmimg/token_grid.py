@@ -133,6 +133,11 @@ class TokenGrid:
     def width(self) -> int:
         return self.grid[1] * TOKEN_SIDE
 
+    def emitted(self, preview: bool = True) -> torch.Tensor:
+        """Ids_N in the order of emission, with the preview grid's, if there is one, or without."""
+        before = [self.preview_HW] if preview and self.preview_HW is not None else []
+        return torch.cat([ids_HW.flatten() for ids_HW in (*before, self.ids_HW)])
+
     def require(self, codebook_size: int, checkpoint: str | None = None) -> None:
         """Refuse to be used with another checkpoint than the one that made this grid."""
         if codebook_size != self.codebook_size:

@@ -270,8 +270,7 @@ def grid_logits(model: TokenModel, prompt: Prompt, grid: TokenGrid) -> tuple[tor
     """The logits_NV (fp32, on the CPU) that say each token of a grid, told this prompt, and those tokens emitted_N."""
     if prompt.preview is not None and grid.preview_HW is None:
         raise BadInput("this grid has no preview, as those of edits: extract_tokens of its picture gives one")
-    grids = [grid.ids_HW] if prompt.preview is None or grid.preview_HW is None else [grid.preview_HW, grid.ids_HW]
-    emitted_N = torch.cat([ids_HW.flatten() for ids_HW in grids])
+    emitted_N = grid.emitted(prompt.preview is not None)
     ids_1T = torch.cat([torch.tensor(prompt.ids), emitted_N])[None]
     positions_31T = span_positions([*prompt.spans, *prompt.grids])[0][:, None]
     return model.forward_logits(ids_1T, positions_31T)[0, len(prompt.ids) - 1 : -1].float().cpu(), emitted_N

@@ -38,7 +38,7 @@ from glmimg.token_sampling import TokenSampling, generate_tokens
 from glmimg.training.encoded import moved
 from glmimg.training.generator_task import GeneratorBatch, emitted_logits, teacher_forced
 
-__all__ = ["Reward", "RewardBatch", "RewardTask", "card_reward", "emitted"]
+__all__ = ["Reward", "RewardBatch", "RewardTask", "card_reward"]
 
 Reward = Callable[[np.ndarray, Record], float]
 _COUNTED = {
@@ -177,7 +177,7 @@ class RewardTask:
         for k, record in enumerate(records):
             images = self._painted(record, sources[k], grids[k * samples : (k + 1) * samples], **self.options)
             rewards[k] = torch.tensor([self.reward(np.asarray(image), record) for image in images])
-        emitted_BN = torch.stack([emitted(grid, not edits) for grid in grids])
+        emitted_BN = torch.stack([grid.emitted() for grid in grids])
         previews = 0 if edits else emitted_BN.shape[1] - grids[0].ids_HW.numel()
         drawn = teacher_forced(rows, emitted_BN, emitted_BN, previews, self.stages.prompts.pad_id)
         before_BTV = self.stages.generator.forward_logits(drawn.ids_BT, drawn.positions_3BT).cpu()
@@ -237,10 +237,3 @@ class RewardTask:
 
 def _parts(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(record.part for record in records))
-
-
-def emitted(grid: TokenGrid, with_preview: bool) -> torch.Tensor:
-    """Ids_N in the order of emission."""
-    if not with_preview or grid.preview_HW is None:
-        return grid.ids_HW.flatten()
-    return torch.cat([grid.preview_HW.flatten(), grid.ids_HW.flatten()])

@@ -31,7 +31,6 @@ from glmimg.corpus.stickers import StickerBank
 from glmimg.corpus.words import COLOURS, SHAPES, STYLE_NAMES
 from glmimg.errors import BadInput
 from glmimg.evaluation.reinforce import add_flags, carry_out, prepared
-from glmimg.evaluation.reward_task import emitted
 from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.token_sampling import TokenSampling, generate_tokens
@@ -96,7 +95,7 @@ class LanguageTask:
         told, shown = ([prompts.build(text, grid, preview) for text in texts] for texts in zip(*pairs, strict=True))
         generators = [torch.Generator().manual_seed((first_seed + k) % 2**63) for k in range(len(told))]
         grids = generate_tokens(self.stages.generator, told, generators, self.sampling)
-        ids_BN, previews = torch.stack([emitted(one, True) for one in grids]), preview[0] * preview[1]
+        ids_BN, previews = torch.stack([one.emitted() for one in grids]), preview[0] * preview[1]
         first, second = (teacher_forced(rows, ids_BN, ids_BN, previews, prompts.pad_id) for rows in (told, shown))
         before_BTV = self.stages.generator.forward_logits(first.ids_BT, first.positions_3BT).cpu()
         return WordingBatch(second, first.emitted(before_BTV))
