@@ -22,36 +22,28 @@ Message = dict[str, Any]
 
 def token_progress(work: Work, drawing: Drawing, grids: tuple[torch.Tensor | None, torch.Tensor]) -> Message:
     preview_HW, target_HW = grids
-    return {
-        "type": "progress",
-        "id": work.job.id,
-        "stage": "tokens",
-        "step": drawing.at,
-        "total": drawing.length,
-        "picture": drawing.number // work.request.candidates,
-        **_times(time.monotonic() - drawing.began, drawing.at - drawing.lead, drawing.length - drawing.at),
-        "preview": None if preview_HW is None else preview_HW.tolist(),
-        "target": target_HW.tolist(),
-    }
+    shown = {"preview": None if preview_HW is None else preview_HW.tolist(), "target": target_HW.tolist()}
+    number, seconds = drawing.number // work.request.candidates, time.monotonic() - drawing.began
+    return _progress(work, "tokens", number, drawing.at, drawing.length, seconds, drawing.lead) | shown
 
 
 def decoder_progress(work: Work, number: int, step: int, total: int, seconds: float) -> Message:
+    return _progress(work, "decoder", number, step, total, seconds) | {"preview": None, "target": None}
+
+
+def _progress(work: Work, stage: str, number: int, step: int, total: int, seconds: float, lead: int = 0) -> Message:
+    """Seconds since the stage began with the picture, and until it will have done its part: as the pipelines' Event
+    has it; of the steps `lead` were done before."""
     return {
         "type": "progress",
         "id": work.job.id,
-        "stage": "decoder",
+        "stage": stage,
         "step": step,
         "total": total,
         "picture": number,
-        **_times(seconds, step, total - step),
-        "preview": None,
-        "target": None,
+        "seconds": round(seconds, 3),
+        "eta": round(seconds / max(1, step - lead) * (total - step), 3),
     }
-
-
-def _times(seconds: float, done: int, left: int) -> Message:
-    """Since the stage began with the picture, and until it will have done its part: as the pipelines' Event has it."""
-    return {"seconds": round(seconds, 3), "eta": round(seconds / max(1, done) * left, 3)}
 
 
 def partial(work: Work, picture: int, number: int, image: Image.Image) -> Message:
