@@ -123,7 +123,7 @@ async def edits(request: Request) -> Response:
         raise validation_problem(error.errors()) from error
     for data in images:
         service.require_picture(data)
-    job = service.job(body, images=tuple(images), region=_box(body.region))
+    job = service.job(body, images=tuple(images), region=body.region and tuple(body.region))
     return await answer(service, request, job, body, "image_edit")
 
 
@@ -154,14 +154,7 @@ async def decode(body: schemas.DecodeRequest, request: Request) -> Response:
 async def regions(body: schemas.RegionRequest, request: Request) -> Response:
     """Pictures of a given layout of which the tokens inside a region are drawn anew."""
     service = _service(request)
-    return await answer(service, request, service.job(body, region=_box(body.region)), body, "image_generation")
-
-
-def _box(region: list[int] | None) -> tuple[int, int, int, int] | None:
-    if region is None:
-        return None
-    left, top, right, bottom = region
-    return left, top, right, bottom
+    return await answer(service, request, service.job(body, region=tuple(body.region)), body, "image_generation")
 
 
 @router.get("/files/{name}", response_model=None, tags=["pictures"])
