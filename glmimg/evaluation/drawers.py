@@ -7,7 +7,6 @@ Legend: B batch, T sequence, N emitted tokens, C latent channels, H x W pixels.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from glmimg.backends import pick_backend
 from glmimg.diffusion import interpolate, noise_like, training_sigmas, training_timesteps, velocity_target
 from glmimg.image_io import to_tensor
 from glmimg.packed_format import parameters
@@ -177,19 +177,9 @@ class PipelineModel:
             "backend": {name: str(place.device) for name, place in self.stages.backends.items()},
             "threads": torch.get_num_threads(),
             "seconds_per_picture": round(seconds[len(seconds) // 2], 3) if seconds else None,
-            "peak_memory_mb": peak_memory(),
+            "peak_memory_mb": pick_backend("cpu").memory().peak >> 20 or None,
             "finished": time.strftime("%Y-%m-%d"),
         }
-
-
-def peak_memory() -> int | None:
-    """Megabytes of resident memory at its highest, or None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
 def _parts(n: int, size: int) -> list[slice]:
