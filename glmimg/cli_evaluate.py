@@ -12,16 +12,10 @@ from glmimg.cli_progress import Count
 from glmimg.config import parse_size
 from glmimg.errors import BadInput
 
-__all__ = ["add_arguments", "evaluate", "run"]
+__all__ = ["evaluate"]
 
 
 def evaluate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    """The row of the command table."""
-    add_arguments(parser)
-    return run
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="embedded", metavar="PATH|HUB_ID", help="default: the embedded model")
     parser.add_argument("--bank", type=Path, required=True, metavar="FOLDER", help="sticker bank of the corpus")
     parser.add_argument("-o", "--output", type=Path, default=Path("report-card"), metavar="FOLDER", help="%(default)s")
@@ -36,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", type=Path, metavar="FOLDER", help="another concept judge than the shipped one")
     parser.add_argument("--no-ocr", action="store_true", help="leave the written words out")
     parser.add_argument("--json", action="store_true", help="print the report's JSON instead of its place")
+    return _evaluate
 
 
-def run(args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace) -> int:
     if args.n < 1 or (args.edits is not None and args.edits < 0):
         raise BadInput("--n takes a whole number from 1, --edits one from 0")
     if not 0 <= args.tokens_share <= 1:
