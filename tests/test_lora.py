@@ -16,7 +16,7 @@ from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.lora import TARGETS, Adapter, merge, open_adapters, parse_adapter, save_adapter, target_names
 from glmimg.packed_linear import PackedLinear, quantize
 from glmimg.training.generator_task import forward_states
-from glmimg.training.lora_layers import LoraLinear, attach, detach, unchanged
+from glmimg.training.lora_layers import LoraLinear, attach, unchanged
 
 MODELS = {"generator": Checkpoint.generator, "decoder": Checkpoint.decoder}
 
@@ -31,6 +31,13 @@ def trained(model: Any, stage: str, *, dora: bool = False, seed: int = 1) -> dic
             if layer.magnitude is not None:
                 layer.magnitude.mul_(torch.empty_like(layer.magnitude).uniform_(0.8, 1.2, generator=stream))
     return layers
+
+
+def detach(model: Any) -> None:
+    """Puts the layers back that `attach` replaced."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLinear):
+            model.set_submodule(name, module.base_layer)
 
 
 def make(folder: Path, base: Path, stage: str, *, dora: bool = False, seed: int = 1, **info: Any) -> Path:

@@ -18,7 +18,7 @@ from glmimg.errors import BadInput
 from glmimg.fused_linear import product
 from glmimg.lora import Low, row_lengths, target_names
 
-__all__ = ["LoraLinear", "attach", "detach", "unchanged"]
+__all__ = ["LoraLinear", "attach", "unchanged"]
 
 
 class _Adapted(torch.autograd.Function):
@@ -149,10 +149,3 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.off = False
-
-
-def detach(model: nn.Module) -> None:
-    """Puts the layers back that `attach` replaced."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLinear):
-            model.set_submodule(name, module.base_layer)
