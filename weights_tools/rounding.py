@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from glmimg.errors import BadInput
 from glmimg.torch_state import plain_torch
 from glmimg.weight_grid import on_grid
 from glmimg.weights_tools.merge import Change, MergeResult, Model, _everywhere, _open, _write
-from glmimg.weights_tools.streaming import Progress
 
 __all__ = ["round_checkpoint", "rounded"]
 
@@ -43,13 +41,10 @@ def round_checkpoint(
     target: str | Path,
     digits: int,
     *,
-    components: Sequence[str] = COMPONENTS,
-    keep: Sequence[str] = KEEP,
     only: str = "",
     steps: int = 0,
-    progress: Progress | None = None,
 ) -> MergeResult:
-    """Writes `base` with the weights of those components rounded, but tensors whose names start with one of `keep`.
+    """Writes `base` with the weights of COMPONENTS rounded, but tensors whose names start with one of KEEP.
 
     `only`: a regular expression that a name, as "transformer.proj_out.bias", must hold. `steps`: of matrices (see
     `on_grid`), 0 to round their digits too.
@@ -67,18 +62,16 @@ def round_checkpoint(
     def change(component: str, name: str) -> Change:
         return lambda own, part: on_grid(own, steps) if steps and own.dim() > 1 else rounded(own, digits)
 
-    everywhere = _everywhere(readers, components, change)
+    everywhere = _everywhere(readers, COMPONENTS, change)
     changes = {
         component: {
             name: one
             for name, one in mine.items()
-            if not name.startswith(tuple(keep)) and wanted.search(f"{component}.{name}")
+            if not name.startswith(KEEP) and wanted.search(f"{component}.{name}")
         }
         for component, mine in everywhere.items()
     }
-    return _write(
-        checkpoint, readers, target, changes, progress, "round", {"digits": digits, "steps": steps, "only": only}
-    )
+    return _write(checkpoint, readers, target, changes, None, "round", {"digits": digits, "steps": steps, "only": only})
 
 
 def main(argv: list[str] | None = None) -> int:
