@@ -126,7 +126,7 @@ class Packed(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
 
-    def __init__(self, shape: Sequence[int], bits: int, group: int, bias: Tensor | None) -> None:
+    def __init__(self, shape: Sequence[int], bits: int, bias: Tensor | None = None) -> None:
         super().__init__()
         rows, columns = shape[:2]
         self.bits = bits
@@ -134,7 +134,7 @@ class Packed(nn.Module):
             packed, scale = torch.empty(*shape, dtype=torch.int8), torch.empty(rows)
         else:
             packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
-            scale = torch.empty(rows, columns // group_size(columns, group))
+            scale = torch.empty(rows, columns // group_size(columns))
         self.register_buffer("weight_packed", packed)
         self.register_buffer("weight_scale", scale)
         self.bias: Any = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -147,10 +147,8 @@ class Packed(nn.Module):
 class PackedLinear(Packed):
     """Stands where a linear layer stood."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bits: int, group: int = GROUP, bias: Tensor | None = None
-    ) -> None:
-        super().__init__((out_features, in_features), bits, group, bias)
+    def __init__(self, in_features: int, out_features: int, bits: int, bias: Tensor | None = None) -> None:
+        super().__init__((out_features, in_features), bits, bias)
         self.in_features, self.out_features = in_features, out_features
 
     def extra_repr(self) -> str:
@@ -171,8 +169,8 @@ class PackedLinear(Packed):
 class PackedEmbedding(Packed):
     """Stands where an embedding stood: the rows asked for are gathered packed, then made whole."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int, group: int = GROUP) -> None:
-        super().__init__((num_embeddings, embedding_dim), bits, group, None)
+    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int) -> None:
+        super().__init__((num_embeddings, embedding_dim), bits)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     def extra_repr(self) -> str:
@@ -188,7 +186,7 @@ class PackedConv2d(Packed):
     """Stands where a convolution stood, in 8 bits."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(conv.weight.shape, 8, GROUP, conv.bias)
+        super().__init__(conv.weight.shape, 8, conv.bias)
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
