@@ -51,12 +51,15 @@ def main(connection: Connection, settings: ServerSettings) -> None:
         send({"type": "broken", "message": f"{error}" if isinstance(error, GlmimgError) else repr(error)})
         return
     send({"type": "ready", **about})
-    desk = _Desk(engine, send)
+    from glmimg.backends import pick_backend
+
+    desk, processor = _Desk(engine, send), pick_backend("cpu")
     told = 0.0
     while True:
         if time.monotonic() - told >= STATS_EVERY:
             told = time.monotonic()
-            send({"type": "stats", "rss": _resident(), "batch": engine.drawn_together, "taken": engine.taken()})
+            rss = processor.memory().allocated
+            send({"type": "stats", "rss": rss, "batch": engine.drawn_together, "taken": engine.taken()})
         try:
             if not connection.poll(STATS_EVERY):
                 continue
@@ -183,12 +186,3 @@ def _open(
         "pid": os.getpid(),
     }
     return engine, about
-
-
-def _resident() -> int | None:
-    """Bytes of memory that this process holds, where the system tells."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
