@@ -207,11 +207,17 @@ def test_progress_that_nobody_reads_is_replaced() -> None:
     assert [message.get("step") for message in seen] == [998, 999, None]
 
 
-def test_a_start_that_fails_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    command = ["serve", "--model", str(tmp_path / "absent"), "--port", "0"]
-    assert main(command) == 1
+def test_a_start_that_fails_is_one_line(tiny_copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before the worker starts, and in it."""
+    assert main(["serve", "--model", str(tiny_copy / "absent"), "--port", "0"]) == 2
     told = capfd.readouterr().err.strip().splitlines()
     assert len(told) == 1 and "absent" in told[0], told
+    file = next((tiny_copy / "transformer").glob("*.safetensors"))
+    header = b'{"proj_out.bias":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert main(["serve", "--model", str(tiny_copy), "--port", "0"]) == 1
+    told = capfd.readouterr().err.strip().splitlines()
+    assert "transformer" in told[0] and not any("Traceback" in line for line in told), told
 
 
 def test_an_address_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
