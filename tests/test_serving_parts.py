@@ -218,6 +218,7 @@ def test_a_start_that_fails_is_one_line(tiny_copy: Path, capfd: pytest.CaptureFi
     assert main(["serve", "--model", str(tiny_copy), "--port", "0"]) == 1
     told = capfd.readouterr().err.strip().splitlines()
     assert "transformer" in told[0] and not any("Traceback" in line for line in told), told
+    assert told[-1].startswith("glmimg: no picture could be drawn")
 
 
 def test_an_address_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from glmimg.errors import BadInput, Cancelled, out_of_memory
+from glmimg.errors import BadInput, Cancelled, GlmimgError, out_of_memory
 from glmimg.pipelines.stages import Stages
 from glmimg.serving import messages
 from glmimg.serving.decoding import choose, decode, first_look
@@ -404,7 +404,8 @@ class Engine:
         if work.over:
             return
         if not isinstance(error, BadInput):  # that is the client's own, and may hold its prompt
-            logger.error("a request failed", exc_info=error)
+            told = isinstance(error, GlmimgError)  # where it comes from says nothing more
+            logger.error("a request failed: %s", error, exc_info=None if told else error)
         self.send(messages.refusal(work.job, error))
         with self._changed:
             self._leave(work)
