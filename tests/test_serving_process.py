@@ -156,8 +156,9 @@ def test_under_load_everybody_is_answered_when_it_is_stopped(tiny_checkpoint: Pa
 def test_it_can_be_stopped_while_the_model_loads(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model_index.json")  # whoever reads it waits for ever
     with started(tmp_path, "--model", str(tmp_path)) as process:
+        began = time.monotonic()
         while not (workers := children(process.pid)):
-            assert process.poll() is None
+            assert process.poll() is None and time.monotonic() - began < 60
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 130 and gone(workers)
