@@ -6,7 +6,7 @@ generators everywhere, so that a seed means the same picture on every device.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -175,9 +175,6 @@ class Accelerator(Backend):
 
     def empty_cache(self) -> None:
         self.module().empty_cache()
-        if hasattr(torch.accelerator, "empty_host_cache"):  # pinned memory, which torch keeps as well (2.11)
-            with suppress(RuntimeError):  # where a kind of device has none
-                torch.accelerator.empty_host_cache()
 
     def hardware(self) -> str:
         return str(self.module().get_device_name(self.device.index))

@@ -27,6 +27,11 @@ class Cuda(Accelerator):
             return f"the device does not answer: {str(error).splitlines()[0]}"
         return None
 
+    def empty_cache(self) -> None:
+        super().empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # pinned memory, which torch keeps as well (2.11)
+            torch.accelerator.empty_host_cache()  # devices without such memory of torch's own crash at it
+
     def _has_bf16(self) -> bool:
         # Emulated bfloat16 (before Ampere) is slower than float32; float16 overflows in the decoder.
         return torch.cuda.get_device_capability(self.device) >= (8, 0) or torch.version.hip is not None
