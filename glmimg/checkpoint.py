@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from glmimg.atomic_write import atomic_folder
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import CONFIG_KEY
-from glmimg.weight_files import WeightFiles, contained, fill, json_object
+from glmimg.supported import require_supported
+from glmimg.weight_files import WeightFiles, contained, fill, json_object, put
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,7 @@ class CheckpointSettings:
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     token_guidance: float
     token_candidates: int
     keep_unchanged: float
@@ -123,6 +125,7 @@ class CheckpointSettings:
                 temperature=generation.get("temperature", 1.0),
                 top_p=generation.get("top_p", 1.0),
                 top_k=generation.get("top_k", 50),  # as transformers where the file is silent, as the published is
+                min_p=generation.get("min_p", 0.0),
                 token_guidance=generation.get("token_guidance", 1.0),
                 token_candidates=generation.get("token_candidates", 1),
                 keep_unchanged=generation.get("keep_unchanged", 0.0),
@@ -175,6 +178,7 @@ class Checkpoint:
         if not (root / "processor/tokenizer.json").is_file():
             raise CheckpointError(f"{root}/processor/tokenizer.json is missing: not downloaded completely?")
         settings = CheckpointSettings.read(root)
+        require_supported(root, _json, settings.patch_size, settings.vae_scale)
         return cls(root, str(model), settings, {part: WeightFiles(contained(root, root / part)) for part in COMPONENTS})
 
     @cached_property
@@ -202,9 +206,12 @@ class Checkpoint:
         from tokenizers import Tokenizer
 
         try:
-            return Tokenizer.from_file(str(self.root / "processor/tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(self.root / "processor/tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{self.root}/processor/tokenizer.json cannot be read: {error}") from error
+        tokenizer.no_truncation()  # the file keeps those of the last cut or padded call before it was saved
+        tokenizer.no_padding()
+        return tokenizer
 
     def generator(
         self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, vision: bool = False
@@ -213,7 +220,7 @@ class Checkpoint:
         model = self.skeleton("vision_language_encoder")
         if not vision:
             model.model.visual = model.model.vqmodel = None
-        self._fill("vision_language_encoder", model, device, dtype, _prefixed(() if vision else _VISION))
+        self._fill("vision_language_encoder", model, device, dtype, skip=_prefixed(() if vision else _VISION))
         rotary = model.model.language_model.rotary_emb
         model.model.language_model.rotary_emb = type(rotary)(model.config.text_config).to(device)
         return model.eval()
@@ -225,7 +232,7 @@ class Checkpoint:
         self.require_picture_parts()
         model = self.skeleton("vision_language_encoder")
         model.model.language_model = model.lm_head = None
-        self._fill("vision_language_encoder", model, device, dtype, _prefixed(_LANGUAGE))
+        self._fill("vision_language_encoder", model, device, dtype, skip=_prefixed(_LANGUAGE))
         return model.model.visual.eval(), model.model.vqmodel.eval()
 
     def decoder(
@@ -243,8 +250,13 @@ class Checkpoint:
 
     def glyph_encoder(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> T5EncoderModel:
         """The encoder of quoted text."""
+        import torch
+
         model = self.skeleton("text_encoder")
-        self._fill("text_encoder", model, device, dtype, _prefixed((SECOND_NAME,)))
+        self._fill("text_encoder", model, device, dtype, skip=_prefixed((SECOND_NAME,)))
+        if dtype == torch.float16:  # where these overflow; transformers keeps them wide too
+            wide = [name for name, _ in model.named_parameters() if name.endswith(".DenseReluDense.wo.weight")]
+            put(model, self.weights["text_encoder"].load(wide, device=device, dtype=torch.float32))
         model.set_input_embeddings(model.shared)
         return model.eval()
 
@@ -255,7 +267,7 @@ class Checkpoint:
         model = self.skeleton("vae")
         if not encoder:
             model.encoder = model.quant_conv = None
-        self._fill("vae", model, device, dtype, _prefixed(() if encoder else _VAE_ENCODER))
+        self._fill("vae", model, device, dtype, skip=_prefixed(() if encoder else _VAE_ENCODER))
         return model.eval()
 
     def require_picture_parts(self) -> None:
@@ -275,16 +287,8 @@ class Checkpoint:
             model.generation_config = GenerationConfig.from_dict(generation)
         return model
 
-    def _fill(
-        self,
-        component: str,
-        model: torch.nn.Module,
-        device: str | torch.device,
-        dtype: torch.dtype | None,
-        skip: Callable[[str], bool] = lambda name: False,
-        apart: Callable[[str], str] = lambda name: "",
-    ) -> None:
-        fill(model, self.weights[component], device=device, dtype=dtype, skip=skip, apart=apart)
+    def _fill(self, component: str, model: torch.nn.Module, device: Any, dtype: Any, **which: Any) -> None:
+        fill(model, self.weights[component], device=device, dtype=dtype, **which)
 
 
 def _build_generator(config: dict[str, Any]) -> GlmImageForConditionalGeneration:

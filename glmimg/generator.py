@@ -80,7 +80,7 @@ class TokenGenerator:
         adapted = next((name for name, module in text.named_modules() if hasattr(module, "base_layer")), None)
         if adapted:
             raise CheckpointError(f"{adapted} carries an adapter: merge it into the weights before generating")
-        if config.hidden_act != "silu":
+        if config.hidden_act not in ("silu", "swish"):  # two names of one
             raise CheckpointError(f"hidden_act {config.hidden_act!r} is not supported; the published one is 'silu'")
         self.embed = text.embed_tokens
         table = self.embed.weight_scale if isinstance(self.embed, PackedEmbedding) else self.embed.weight

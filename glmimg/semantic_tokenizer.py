@@ -45,7 +45,8 @@ def fit_reference(width: int, height: int, min_size: int = 512, max_size: int = 
     limit = max(TOKEN_SIDE, max_size // TOKEN_SIDE * TOKEN_SIDE)
 
     def snapped(side: int) -> int:
-        return min(limit, max(TOKEN_SIDE, math.floor(side * scale / TOKEN_SIDE + 0.5) * TOKEN_SIDE))
+        # half a token's side to the even one, as the published processor
+        return min(limit, max(TOKEN_SIDE, round(side // 2 * scale / (TOKEN_SIDE // 2)) * TOKEN_SIDE))
 
     fitted = snapped(width), snapped(height)
     # Rounding a thin picture can push it over the limit by one token: widen its short side.

@@ -257,6 +257,9 @@ def _some(names: list[str]) -> str:
 def _find(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing: not a GLM-Image checkpoint, or not downloaded completely")
+    whole = folder / "model.safetensors"  # transformers takes it before an index, which it leaves behind on saving
+    if whole.is_file():
+        return [contained(folder, whole)]
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
         names = sorted(set(read_index(indices[0]).values()))

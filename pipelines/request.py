@@ -129,6 +129,7 @@ def default_config(stages: Stages) -> SamplingConfig:
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
+        min_p=settings.min_p,
         token_guidance=settings.token_guidance,
         token_candidates=settings.token_candidates,
         keep_unchanged=settings.keep_unchanged,

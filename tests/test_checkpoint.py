@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,11 @@ def test_settings(tiny_checkpoint: Path, tiny_copy: Path) -> None:
     assert (settings.vae_scale, settings.patch_size) == (8, 2)
     assert settings.scheduler["base_shift"] == 0.25
     path = tiny_copy / GENERATOR / "generation_config.json"
-    path.write_text('{"token_guidance": 1.5, "token_candidates": 3, "keep_unchanged": 0.5}')
+    path.write_text('{"token_guidance": 1.5, "token_candidates": 3, "keep_unchanged": 0.5, "min_p": 0.2}')
     changed = Checkpoint.open(tiny_copy).settings
     assert (settings.token_guidance, changed.token_guidance) == (1.0, 1.5)
     assert (settings.token_candidates, changed.token_candidates) == (1, 3)
+    assert (settings.min_p, changed.min_p) == (0.0, 0.2)
     assert (settings.keep_unchanged, changed.keep_unchanged) == (0.0, 0.5)
     path.write_text("{}")
     published = Checkpoint.open(tiny_copy).settings
@@ -363,3 +365,64 @@ def test_settings_and_tokenizer_are_in_the_hash(file: str, tiny_checkpoint: Path
     path = tiny_copy / file
     path.write_text(path.read_text() + "\n")
     assert Checkpoint.open(tiny_copy).hash != Checkpoint.open(tiny_checkpoint).hash
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        (
+            "transformer/config.json",
+            lambda config: config.update(patch_size=1),
+            "decoder patches of 1 and a VAE factor of 8",
+        ),
+        (
+            "model_index.json",
+            lambda index: index["scheduler"].__setitem__(1, "FlowMatchLCMScheduler"),
+            "LCMScheduler is",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            lambda config: config.update(_class_name="UniPC"),
+            "scheduler UniPC is not",
+        ),
+        (
+            "processor/processor_config.json",
+            lambda c: c["image_processor"].update(image_mean=[0.48, 0.45, 0.4]),
+            "image_mean",
+        ),
+        (
+            "processor/processor_config.json",
+            lambda c: c["image_processor"].update(do_normalize=False),
+            "do_normalize False",
+        ),
+    ],
+)
+def test_settings_that_would_change_pictures_unseen_are_refused(
+    tiny_copy: Path, file: str, change: Callable[[Any], object], told: str
+) -> None:
+    value = json.loads((tiny_copy / file).read_text())
+    change(value)
+    (tiny_copy / file).write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match=told):
+        Checkpoint.open(tiny_copy)
+
+
+def test_what_saving_anew_leaves_behind(tiny_copy: Path) -> None:
+    """Padding and cuts of the last call, and an index of shards beside the whole file."""
+    from transformers import AutoTokenizer
+
+    before = Checkpoint.open(tiny_copy).tokenizer().encode("a red apple").ids
+    theirs = AutoTokenizer.from_pretrained(tiny_copy / "processor")
+    theirs(["a", "b c d"], padding="max_length", max_length=8, truncation=True)
+    theirs.save_pretrained(tiny_copy / "processor")
+    assert '"padding": null' not in (tiny_copy / "processor/tokenizer.json").read_text()
+    assert Checkpoint.open(tiny_copy).tokenizer().encode("a red apple").ids == before
+    (tiny_copy / GENERATOR / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert Checkpoint.open(tiny_copy).generator() is not None
+
+
+def test_float16_keeps_wide_what_overflows_in_it(tiny_checkpoint: Path) -> None:
+    encoder = Checkpoint.open(tiny_checkpoint).glyph_encoder("cpu", torch.float16)
+    dtypes = {name.rpartition("layer.1.")[2]: p.dtype for name, p in encoder.named_parameters()}
+    assert dtypes["DenseReluDense.wo.weight"] == torch.float32 and dtypes["DenseReluDense.wi_0.weight"] == torch.float16
+    assert encoder(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state.isfinite().all()

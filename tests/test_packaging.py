@@ -122,7 +122,17 @@ def test_only_backends_name_devices() -> None:
 ROWS = [
     {"errors"},
     {"atomic_write", "backends", "config", "fused_linear", "packed_format", "presets", "torch_state"},
-    {"attention", "image_io", "packed_linear", "positions", "prompt", "token_grid", "weight_files", "weight_grid"},
+    {
+        "attention",
+        "image_io",
+        "packed_linear",
+        "positions",
+        "prompt",
+        "supported",
+        "token_grid",
+        "weight_files",
+        "weight_grid",
+    },
     {"autoencoder", "decoder", "diffusion", "generator", "glyph_encoder", "semantic_tokenizer", "token_sampling"},
     {"checkpoint", "corpus", "dataset", "lora"},
     {"training", "weights_tools"},

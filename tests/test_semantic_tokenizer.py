@@ -107,6 +107,8 @@ def test_references_fit_both_grids(size: tuple[int, int]) -> None:
 
 def test_references_of_a_whole_size_stay() -> None:
     assert fit_reference(1024, 768) == (1024, 768)
+    # halves of a token go to the even one, as transformers' smart_resize rounds half the picture's sides
+    assert fit_reference(720, 720) == (704, 704) and fit_reference(1296, 1296) == (1280, 1280)
     assert fit_reference(256, 256, min_size=64, max_size=512) == (256, 256)
     assert fit_reference(64, 64, min_size=64, max_size=512) == (64, 64)
 

@@ -1,0 +1,40 @@
+"""Settings of a checkpoint that would change its pictures if they were passed over: what is not known is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glmimg.errors import CheckpointError
+
+__all__ = ["require_supported"]
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+PATCH, VAE_FACTOR = 2, 8
+# Of the processor: references are read as the published one reads them.
+_PICTURES = {"image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "do_rescale": True}
+
+
+def require_supported(root: Path, read: Callable[[Path], dict[str, Any]], patch: int, vae_factor: int) -> None:
+    """CheckpointError unless patches, scheduler and picture processor are those that the loops are written for.
+
+    `read` gives the object in a json file.
+    """
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise CheckpointError(f"{root}: {what}: other pictures would come out than its makers meant")
+
+    sizes = f"decoder patches of {patch} and a VAE factor of {vae_factor}"
+    require((patch, vae_factor) == (PATCH, VAE_FACTOR), f"{sizes} are not supported; {PATCH} and {VAE_FACTOR} are")
+    *_, named = read(root / "model_index.json").get("scheduler") or [SCHEDULER]
+    for name in (named, read(root / "scheduler/scheduler_config.json").get("_class_name", SCHEDULER)):
+        require(name == SCHEDULER, f"scheduler {name} is not supported; {SCHEDULER} is")
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        told = read(root / "processor" / file) if (root / "processor" / file).is_file() else {}
+        told = told.get("image_processor", told)
+        for key, known in _PICTURES.items():
+            value = told.get(key, known)
+            several = value if isinstance(value, list) else [value]
+            require(all(one == known for one in several), f"the processor's {key} {value} is not supported; {known} is")
