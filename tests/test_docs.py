@@ -165,7 +165,7 @@ def test_rows_are_those_that_imports_keep_to() -> None:
 def test_checkpoint_settings_are_those_that_are_read() -> None:
     read = set(re.findall(r'generation\.get\("(\w+)"', (ROOT / "glmimg/checkpoint.py").read_text()))
     listed = first_column("docs/checkpoint-format.md", "key | default")
-    assert read == listed | {"temperature", "top_p", "top_k"}
+    assert read == listed | {"temperature", "top_p", "top_k", "min_p"}
 
 
 def test_every_command_is_mentioned() -> None:
