@@ -8,8 +8,9 @@ import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MADE = "glmimg-"  # in the names of folders that are being written, and of nobody's own
 _FULL_TEXT = ("No space left", "os error 28", "Disk quota", "os error 122", "File too large", "os error 27")
 
 
@@ -72,8 +74,10 @@ def atomic_folder(target: str | Path, *, replace: bool = True) -> Iterator[Path]
     meanwhile stays: what was made is kept under another name, and BadInput tells it.
     """
     target = expanded(target)
-    with _explained(target):
-        temporary = Path(_beside(target, tempfile.mkdtemp))
+    with _explained(target), ExitStack() as stack:
+        _clear_abandoned(target)
+        temporary = Path(_beside(target, tempfile.mkdtemp, _MADE))
+        _held(temporary, stack)
         try:
             yield temporary
             _open_to(temporary, 0o777 & ~_umask())
@@ -90,6 +94,30 @@ def atomic_folder(target: str | Path, *, replace: bool = True) -> Iterator[Path]
                 shutil.rmtree(replaced, ignore_errors=True)  # on NFS, files that are still open stay
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _held(folder: Path, stack: ExitStack) -> bool:
+    """Locks a folder that is being written until the stack ends; False if a process that lives holds it, or unknown."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows; or gone
+        return False
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _clear_abandoned(target: Path) -> None:
+    """Deletes folders that killed processes left of `target` half-written, as large as a checkpoint."""
+    for left in target.parent.glob(f".{glob.escape(_short(target.stem))}.{_MADE}*"):
+        with suppress(OSError), ExitStack() as stack:
+            if left.is_dir() and time.time() - left.stat().st_mtime > 5 and _held(left, stack):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def clear_leftovers(target: str | Path) -> None:
@@ -135,7 +163,8 @@ def disk_full(error: BaseException) -> bool:
     """Whether this says that a disk is full, or a quota or file size limit reached; safetensors tells it in words."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
-    return any(sign in str(error) for sign in _FULL_TEXT)
+    before = error.__context__  # torch's writer raises another error at its end
+    return any(sign in str(error) for sign in _FULL_TEXT) or (before is not None and disk_full(before))
 
 
 def expanded(path: str | Path) -> Path:
@@ -185,12 +214,12 @@ def _exchanged(one: Path, other: Path) -> bool:
     return renameat2(here, os.fsencode(os.path.abspath(one)), here, os.fsencode(os.path.abspath(other)), exchange) == 0
 
 
-def _beside(target: Path, make: Callable[..., Any]) -> Any:
+def _beside(target: Path, make: Callable[..., Any], mark: str = "") -> Any:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             os.lstat(target)  # its own name may be too long, told before the work
-        return make(prefix=f".{_short(target.stem)}.", suffix=target.suffix, dir=target.parent)
+        return make(prefix=f".{_short(target.stem)}.{mark}", suffix=target.suffix, dir=target.parent)
     except OSError as error:
         if error.errno in _FULL:
             raise

@@ -123,7 +123,7 @@ def make_card(
         command += ["--steps", str(steps)] if steps else []
         with redirect_stdout(io.StringIO()):
             status = main(command)
-        if status == 130:
+        if status in (130, 143):  # stopped, by hand or by the system
             raise KeyboardInterrupt
         if status:
             raise GlmimgError(f"the report card of {model} could not be made; see above, and: glmimg evaluate --help")

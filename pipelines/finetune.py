@@ -286,15 +286,16 @@ class FineTunePipeline:
             requests=output,
         )
         loop.resume()
-        if loop.step < self.config.steps:
-            loop.run()
-        else:  # through with it, or killed between the last state and the last adapter or pictures
-            if loop.processes.main:
+        last, every = loop.step == self.config.steps, self.config.sample_every
+        if loop.step:  # killed, perhaps, between a state and its adapter or pictures
+            if last and loop.processes.main:
                 save(loop.values)
-            missing = not samples.drawn(stage, loop.step)
+            missing = (last or (every and loop.step % every == 0)) and not samples.drawn(stage, loop.step)
             loop.processes.wait()  # all have looked
             if missing:
                 loop.sample()
+        if not last:
+            loop.run()
         if full and loop.processes.main:
             parts.save_checkpoint(output / "checkpoint", loop.values, self.checkpoint)
         loop.processes.wait()  # what the first has written is read by all
@@ -326,8 +327,11 @@ class FineTunePipeline:
             return
         for name in REQUESTS:  # left over from a run that had ended
             (output / name).unlink(missing_ok=True)
-        for name in (*COMPONENT, "checkpoint", *(f"checkpoint/{part}" for part in COMPONENT.values())):
+        made = ("finetune.json", "data.json", "README.md", "before-after.html", "samples/sheet.png", "checkpoint")
+        for name in (*COMPONENT, *made, *(f"checkpoint/{part}" for part in COMPONENT.values())):
             clear_leftovers(output / name)
+        for left in (output / "samples").glob(".*.png"):
+            left.unlink(missing_ok=True)
         given = {name: value for name, value in self.config.to_dict().items() if value is None}
         resolved = {name: value for name, value in self._settings().items() if name in given and value is not None}
         settings = self._settings() | given | {"resolved": resolved}  # --config of another kind of run has its own

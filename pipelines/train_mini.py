@@ -45,7 +45,7 @@ from glmimg.training.encoded import (
     require_tokenizer,
 )
 from glmimg.training.folder import FolderCache
-from glmimg.training.loop import Run, Task, TrainConfig
+from glmimg.training.loop import Run, Task, TrainConfig, ended
 from glmimg.training.optimizer import train_only
 from glmimg.training.processes import Processes
 from glmimg.training.record import add_command, checkpoint_record, chunks_record
@@ -446,4 +446,4 @@ def main(argv: list[str] | None = None) -> int:
 __all__ = ["SHARES", "STAGES", "MiniTraining", "Preset", "Scale", "main"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, "train_mini"))

@@ -91,6 +91,27 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "x").read_text() == "kept" and not aside.exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="locks")
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom glmimg.atomic_write import atomic_folder\n"
+        "with atomic_folder(sys.argv[1]) as folder:\n    (folder / 'x').write_text('x' * 100)\n    os._exit(9)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False)
+    (left,) = tmp_path.iterdir()
+    mine = tmp_path / ".out.20261130"  # somebody's own
+    mine.mkdir()
+    with atomic_folder(tmp_path / "out") as folder:  # just made: it may be a process's that has not locked it yet
+        assert left.is_dir()
+    for path in (left, mine):
+        os.utime(path, (0, 0))
+    with atomic_folder(tmp_path / "out") as folder:
+        os.utime(folder, (0, 0))
+        with atomic_folder(tmp_path / "out"):  # another's that lives is let alone
+            assert folder.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", mine.name}
+
+
 def test_full_disks_are_told_by_number_and_in_words(tmp_path: Path) -> None:
     from safetensors import SafetensorError
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ import torch
 
 from glmimg.atomic_write import locked
 from glmimg.corpus.cache import SceneCache
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, GlmimgError
 from glmimg.presets import PRESETS
 from glmimg.training.autoencoder_task import AutoencoderTask
-from glmimg.training.loop import Run, TrainConfig, open_board
+from glmimg.training.loop import Run, TrainConfig, ended, open_board
 from glmimg.weights_tools.init import build_models
 
 
@@ -189,3 +191,42 @@ def test_an_average_that_is_asked_for_later_begins_at_the_weights(
     assert run.resume()
     for name, value in run.modules["vae"].state_dict().items():
         assert torch.equal(run.ema["vae"][name], value), name
+
+
+def test_logs_are_cut_where_the_state_is(scenes: SceneCache, tmp_path: Path, models: dict) -> None:
+    """Rows after the last state are a killed run's, and a full disk tears one."""
+    first = Run(AutoencoderTask(models["vae"], [scenes], scenes), config(), tmp_path)
+    first.train()
+    log = tmp_path / "log.jsonl"
+    kept = log.read_text()
+    log.write_text(kept + '{"step": 99, "position": 1}\n{"step": 100, "pos')
+    again = Run(AutoencoderTask(models["vae"], [scenes], scenes), config(steps=6), tmp_path)
+    assert again.resume()
+    again.train()
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert log.read_text().startswith(kept) and rows[-1]["step"] == 6 and all(row["step"] <= 6 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_finishes_the_step_and_saves(name: str, scenes: SceneCache, tmp_path: Path, models: dict) -> None:
+    class Asking(AutoencoderTask):
+        def loss(self, *arguments: Any) -> Any:
+            if run.step == 1:
+                os.kill(os.getpid(), getattr(signal, name))
+            return super().loss(*arguments)
+
+    run = Run(Asking(models["vae"], [scenes], scenes), config(steps=50), tmp_path)
+    before = signal.getsignal(getattr(signal, name))
+    assert ended(lambda: run.train() or 0, "train_mini") == 130
+    assert signal.getsignal(getattr(signal, name)) is before
+    again = Run(AutoencoderTask(models["vae"], [scenes], scenes), config(steps=50), tmp_path)
+    assert again.resume() and again.step == 2
+
+
+def test_programs_tell_in_a_line_what_ended_them(capsys: pytest.CaptureFixture[str]) -> None:
+    def failing(error: BaseException) -> Any:
+        raise error
+
+    for error, status in ((BadInput("no"), 2), (GlmimgError("full"), 1), (KeyboardInterrupt(), 130)):
+        assert ended(lambda error=error: failing(error), "train_mini") == status
+    assert capsys.readouterr().err == "train_mini: no\ntrain_mini: full\ntrain_mini: stopped\n"

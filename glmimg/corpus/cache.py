@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ class SceneCache:
         pictures = np.lib.format.open_memmap(self.directory / "pictures.npy", mode="r+")
         for k in range(start, end):
             pictures[k] = draw(self.scene(k), self.bank)
+        pictures.flush()  # before `done` tells of them: that is on the disk at once
 
 
 def render(
@@ -165,7 +168,15 @@ _opened: list[SceneCache | EditCache] = []  # of a worker: the cache that it dra
 
 
 def _open_in_worker(kind: type[SceneCache] | type[EditCache], directory: Path, bank: Path) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _opened.append(kind(directory, StickerBank(bank)))
+
+
+def _end_with_parent() -> None:
+    """Workers hold both ends of their queue: of one that is killed they would hear nothing, and wait for ever."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _draw_in_worker(rows: tuple[int, int]) -> None:
@@ -209,6 +220,7 @@ class EditCache:
         for k in range(start, end):
             edit = self.edit(k)
             pictures[2 * k], pictures[2 * k + 1] = draw(edit.source, self.bank), draw(edit.target, self.bank)
+        pictures.flush()
 
 
 def render_edits(

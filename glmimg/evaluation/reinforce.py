@@ -36,7 +36,7 @@ from glmimg.evaluation.prompts import Record, make_edits, make_prompts
 from glmimg.evaluation.reward_task import RewardTask, card_reward
 from glmimg.evaluation.scoring import Scorers
 from glmimg.evaluation.text import rapidocr_reader
-from glmimg.training.loop import Run, TrainConfig
+from glmimg.training.loop import Run, TrainConfig, ended
 from glmimg.training.optimizer import train_only
 from glmimg.training.processes import Processes
 from glmimg.training.record import add_command, checkpoint_record, chunks_record
@@ -220,4 +220,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, "reinforce"))

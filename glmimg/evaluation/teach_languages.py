@@ -36,6 +36,7 @@ from glmimg.token_grid import preview_grid, target_grid
 from glmimg.token_sampling import TokenSampling, generate_tokens
 from glmimg.training.encoded import moved
 from glmimg.training.generator_task import GeneratorBatch, emitted_logits, teacher_forced
+from glmimg.training.loop import ended
 from glmimg.training.optimizer import train_only
 
 __all__ = ["LanguageTask", "WordingBatch", "main"]
@@ -193,4 +194,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, "teach_languages"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, locked
 from glmimg.errors import BadInput, GlmimgError
 
 __all__ = ["Ledger", "Metrics", "Totals"]
@@ -81,33 +81,47 @@ class Ledger:
 
     path: Path | None = None
     totals: dict[str, Totals] = field(default_factory=dict)
-    changed: bool = False
+    _new: dict[str, Totals] = field(default_factory=dict, repr=False)  # what is not in the file yet
     _writing: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _adding: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         if self.path is None or not self.path.exists():
             return
         try:
-            rows = json.loads(self.path.read_text(encoding="utf-8"))
-            self.totals = {name: Totals(**row) for name, row in rows.items()}
+            self.totals = self._stored(self.path)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             advice = "name another file, or move this one away"
             raise BadInput(f"{self.path} is no file of usage ({error}): {advice}") from error
 
+    @staticmethod
+    def _stored(path: Path) -> dict[str, Totals]:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {name: Totals(**row) for name, row in rows.items()}
+
     def add(self, client: str, amount: Totals) -> None:
-        self.totals.setdefault(client, Totals()).add(amount)
-        self.changed = True
+        with self._adding:
+            self.totals.setdefault(client, Totals()).add(amount)
+            self._new.setdefault(client, Totals()).add(amount)
 
     def save(self) -> None:
         """Writes what has changed; may be called in any thread."""
         with self._writing:
-            if self.path is None or not self.changed:
+            if self.path is None or not self._new:
                 return
-            self.changed = False
-            rows = {name: one.to_dict() for name, one in self.totals.copy().items()}
+            with self._adding:
+                new, self._new = self._new, {}
             try:
-                with atomic_file(self.path) as temporary:
-                    temporary.write_text(json.dumps(rows, indent=2), encoding="utf-8")
-            except (GlmimgError, OSError) as error:
-                self.changed = True
+                with locked(self.path.with_name(f".{self.path.name}.lock")):  # another server may write there too
+                    stored = self._stored(self.path) if self.path.exists() else {}
+                    for name, amount in new.items():
+                        stored.setdefault(name, Totals()).add(amount)
+                    rows = {name: one.to_dict() for name, one in stored.items()}
+                    with atomic_file(self.path) as temporary:
+                        temporary.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+            except (GlmimgError, OSError, ValueError, TypeError) as error:
+                with self._adding:
+                    for name, amount in self._new.items():
+                        new.setdefault(name, Totals()).add(amount)
+                    self._new = new
                 logger.error("the usage was not written, and is kept for the next time: %s", error)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -25,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glmimg.atomic_write import atomic_file, clear_leftovers, locked
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, Cancelled, GlmimgError
 from glmimg.training.optimizer import Optimizers, on_grids
 from glmimg.training.processes import Processes
 
@@ -135,8 +137,8 @@ class Run:
             "rng": self.generator.get_state(),
             "task": getattr(self.task, "state", dict)(),
         }
-        with atomic_file(self.directory / "state.pt") as temporary:
-            torch.save(state, temporary)
+        with atomic_file(self.directory / "state.pt") as temporary, temporary.open("wb") as stream:
+            torch.save(state, stream)  # by a path it could not tell that the disk is full
 
     def resume(self) -> bool:
         """Continue from state.pt if there is one (tensors only: nothing is unpickled)."""
@@ -228,13 +230,17 @@ class Run:
         with locked(self.directory / ".lock", busy) if self.processes.main else nullcontext():
             if self.processes.main:
                 clear_leftovers(self.directory / "state.pt")
+                cut_log(self.directory / "log.jsonl", self.step)
                 (self.directory / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
                 self.board = open_board(self.directory, self.step)
-            self._train(until_minutes)
-            if self.board:
-                self.board.close()
+            try:
+                with stop_asked() as asked:
+                    self._train(until_minutes, asked)
+            finally:
+                if self.board:
+                    self.board.close()
 
-    def _train(self, until_minutes: float) -> None:
+    def _train(self, until_minutes: float, asked: set[str]) -> None:
         c = self.config
         if c.threads:
             torch.set_num_threads(c.threads)
@@ -249,6 +255,9 @@ class Run:
         mine, all_of_them = self.processes.rank * c.batch_size, self.processes.count * c.batch_size
         with _batches(self.task, c, self.position + mine, all_of_them) as batches:
             while self.progress() < 1 and self.processes.first(time.monotonic() - begun) / 60 < until_minutes:
+                if self.processes.union(asked):
+                    self.save()
+                    raise Cancelled(f"stopped after step {self.step}, which is saved; the same command goes on")
                 batch = next(batches)
                 self.position += all_of_them
                 self.optimizers.scale_learning_rate(self.learning_rate_factor())
@@ -336,6 +345,60 @@ class _Endless(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return self.positions
+
+
+def cut_log(log: Path, step: int) -> None:
+    """Takes out what a killed run wrote after its last state, and a row that a full disk has torn."""
+    if log.is_file():
+        lines = log.read_text().splitlines()
+        kept = [line for line in lines if (found := row_of(line)) is not None and found.get("step", 0) <= step]
+        if kept != lines:
+            with atomic_file(log) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept))
+
+
+def row_of(line: str) -> dict[str, Any] | None:
+    """A line of a log; None for one that is torn."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None
+
+
+def ended(main: Callable[[], int], name: str) -> int:
+    """The exit status of a trainer's program: what stops it is told in a line."""
+    try:
+        return main()
+    except (KeyboardInterrupt, Cancelled) as error:
+        print(f"{name}: {error if isinstance(error, Cancelled) else 'stopped'}", file=sys.stderr)
+        return 130
+    except (GlmimgError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+
+
+@contextmanager
+def stop_asked() -> Iterator[set[str]]:
+    """Ctrl-C, or what batch systems and closed terminals send, is noted in the set; twice stops at once."""
+    asked: set[str] = set()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.add("stop")
+
+    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: old for name in found if (old := signal.getsignal(name)) not in (signal.SIG_IGN, None)}
+    for name in before:
+        signal.signal(name, ask)
+    try:
+        yield asked
+    finally:
+        for name, old in before.items():
+            signal.signal(name, old)
 
 
 def open_board(directory: Path, step: int = 0) -> Any:

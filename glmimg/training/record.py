@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from glmimg.training.loop import row_of
+
 _UNTRAINED: dict[str, Any] = {"steps": 0, "position": 0, "minutes": 0.0}
 
 
@@ -68,7 +70,9 @@ def cost(checkpoint: Path, watts: float = 0.0) -> dict[str, dict[str, float]]:
 
 
 def _held_out(log: Path) -> dict[str, float]:
-    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]  # a full disk tears lines
+    rows = [
+        row for line in log.read_text().splitlines() if (row := row_of(line)) is not None
+    ]  # a full disk tears lines
     found = [{k[9:]: v for k, v in row.items() if k.startswith("held_out_")} for row in rows]
     return next((figures for figures in reversed(found) if figures), {})
 
