@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS
 
 
@@ -18,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser, stages: Sequence[str]) -> None:
     parser.add_argument("--minutes", type=float, help="minutes of the stages named, instead of their share")
     parser.add_argument("--stages", default=",".join(stages), help="comma-separated: " + ", ".join(stages))
     parser.add_argument("--start-from", type=Path, help="continue the weights of this checkpoint folder")
-    parser.add_argument("--preset", default="mini", choices=sorted(PRESETS))
+    parser.add_argument("--preset", default="mini", help=", ".join(sorted(PRESETS)) + ", or a .json file of that form")
     parser.add_argument("--smoke", action="store_true", help="a few concepts and scenes, to see that the chain works")
     parser.add_argument("--large", action="store_true", help="as many scenes as suit an accelerator")
     parser.add_argument("--device", default="cpu", help="where models train: cpu, cuda, cuda:1, npu ...")
@@ -36,3 +37,24 @@ def add_flags(parser: argparse.ArgumentParser, stages: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--watts", type=float, default=0.0, help="drawn by the machine: tells the energy (with --out)")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def checked(a: argparse.Namespace, stages: Sequence[str]) -> list[str]:
+    """The stages that are wanted; BadInput for flags that do not go together."""
+    wanted = [stage for stage in a.stages.split(",") if stage]
+    for stage in wanted:
+        if stage not in stages:
+            raise UnknownName.of("stage", stage, stages)
+    if not (0 <= a.word_share <= 1 and 0 <= a.edit_share <= 1):
+        raise BadInput(f"--word-share {a.word_share}, --edit-share {a.edit_share}: give shares from 0 to 1")
+    if a.out and a.out.exists():
+        raise BadInput(f"--out {a.out} exists: name a folder that does not")
+    if a.compile and "generator" not in wanted:
+        raise BadInput("--compile is for the stage generator, which is not among --stages")
+    if a.resolution and not a.data:
+        raise BadInput("--resolution is for --data: drawn scenes have the sizes of glmimg/corpus/mini.py")
+    idle = {"--scale": a.scale, "--large": a.large, "--smoke": a.smoke, "--tokens-only": a.tokens_only}
+    idle |= {"--word-share": a.word_share != 0.3, "--edit-share": a.edit_share != 0.1}
+    if a.data and (given := [flag for flag, value in idle.items() if value]):
+        raise BadInput(f"{', '.join(given)}: of drawn scenes, not of --data")
+    return wanted

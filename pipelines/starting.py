@@ -5,6 +5,7 @@ Legend: V codes, E code width, D model width.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,38 @@ import torch
 from glmimg.errors import BadInput
 from glmimg.presets import Preset
 
-__all__ = ["on_device", "spell_codes", "start_models"]
+__all__ = ["on_device", "preset_for", "require_same_start", "spell_codes", "start_models"]
+
+
+def preset_for(name: str, start_from: Path | None) -> Preset:
+    """The preset of that name or .json file, with the generation settings of the checkpoint that is gone on with."""
+    from glmimg.checkpoint import Checkpoint
+    from glmimg.weights_tools.init import preset_of
+
+    try:
+        preset = preset_of(json.loads(Path(name).read_text(encoding="utf-8")) if name.endswith(".json") else name)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--preset {name} cannot be read ({error})") from error
+    if start_from is None:
+        return preset
+    file = (
+        Checkpoint.open(start_from).root / "vision_language_encoder/generation_config.json"
+    )  # before hours of drawing
+    told, ours = json.loads(file.read_text(encoding="utf-8")), preset["generation"]
+    return preset | {"generation": ours | {key: told[key] for key in ours if key in told}}
+
+
+def require_same_start(folder: Path, start_from: Path | None) -> None:
+    """BadInput if the state of a stage's folder began from another checkpoint than the one given."""
+    from glmimg.checkpoint import Checkpoint
+
+    file = folder / "started_from.json"
+    told = json.loads(file.read_text(encoding="utf-8")).get("hash") if file.exists() else None
+    if start_from and told not in (None, Checkpoint.open(start_from).hash):
+        raise BadInput(
+            f"{folder} is of a run from checkpoint {told}, and {start_from} is another: give that --start-from to go "
+            "on, or another --work"
+        )
 
 
 def start_models(preset: Preset, seed: int, checkpoint: Path | None) -> dict[str, Any]:

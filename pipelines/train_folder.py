@@ -12,6 +12,7 @@ from glmimg.corpus.cache import SceneCache
 from glmimg.dataset.buckets import bucket_sizes
 from glmimg.dataset.reading import Dataset, read_dataset
 from glmimg.pipelines.train_mini import MiniTraining
+from glmimg.presets import Preset
 from glmimg.prompt import PromptBuilder
 from glmimg.training.folder import HELD_OUT, FolderCache, write_folder
 
@@ -26,6 +27,9 @@ class FolderTraining(MiniTraining):
         super().__init__(*arguments)
         self.data = data
         self.resolution = resolution or self.preset["generation"]["default_size"][0]
+        if resolution:  # what it learns to draw is what it draws unasked
+            generation = self.preset["generation"] | {"default_size": [resolution] * 2}
+            self.preset: Preset = self.preset | {"generation": generation}  # a new one: the table's stays
 
     @cached_property
     def dataset(self) -> Dataset:

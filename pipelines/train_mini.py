@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import cached_property
@@ -31,10 +32,10 @@ from glmimg.corpus.mini import EDITS, LARGE, SMOKE, TRAINED_ON, Scale, draw_all,
 from glmimg.corpus.packages import attribution
 from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
-from glmimg.errors import BadInput, UnknownName
-from glmimg.pipelines.mini_flags import add_flags
-from glmimg.pipelines.starting import on_device, spell_codes, start_models
-from glmimg.presets import PRESETS, Preset
+from glmimg.errors import BadInput
+from glmimg.pipelines.mini_flags import add_flags, checked
+from glmimg.pipelines.starting import on_device, preset_for, require_same_start, spell_codes, start_models
+from glmimg.presets import Preset
 from glmimg.training import recipes
 from glmimg.training.encoded import (
     EncodedEdits,
@@ -42,6 +43,7 @@ from glmimg.training.encoded import (
     encode_latents,
     encode_tokens,
     encoded_already,
+    require_encoder,
     require_tokenizer,
 )
 from glmimg.training.folder import FolderCache
@@ -71,11 +73,9 @@ class MiniTraining:
         device: str = "cpu",
         workers: int = 0,
     ) -> None:
-        if preset not in PRESETS:
-            raise UnknownName.of("preset", preset, PRESETS)
-        self.work, self.preset_name, self.preset, self.scale = work, preset, PRESETS[preset], scale
+        self.preset: Preset = preset_for(preset, start_from)
         self.minutes, self.threads, self.seed, self.start_from = minutes, threads, seed, start_from
-        self.device, self.workers = device, workers
+        self.work, self.scale, self.device, self.workers = work, scale, device, workers
         self.only, self.word_share, self.edit_share, self.tokens_only, self.compile = "", 0.3, 0.1, False, False
         self.changes: dict[str, Any] = {}  # of the recipes
 
@@ -176,14 +176,18 @@ class MiniTraining:
         run = Run(task, config, self.work / stage)
         if run.resume():
             print(f"{stage}: resumed at step {run.step}", file=sys.stderr)
+            require_same_start(self.work / stage, self.start_from)
         elif self.start_from and stage in KEPT:
             # New data from where the checkpoint's own training stopped; the optimizer starts afresh.
             base = checkpoint_record(self.start_from, stage)
             run.position = base["position"]
             if run.processes.main:
-                (self.work / stage / "started_from.json").write_text(json.dumps(base))
+                told = base | {"hash": Checkpoint.open(self.start_from).hash}
+                (self.work / stage / "started_from.json").write_text(json.dumps(told))
         if run.progress() < 1:
             run.train()
+        else:
+            print(f"{stage}: nothing to do, {run.elapsed / 60:.1f} minutes are done: give more", file=sys.stderr)
 
     def _finished(self, stage: str) -> bool:
         file = self.work / stage / "state.pt"
@@ -240,6 +244,7 @@ class MiniTraining:
             self.looked_at(),
             self.scenes("scenes_held_out"),
             preview=self.preset["generation"]["preview_side"],
+            move_codebook=bool(re.search(self.only, "vqmodel.quantize.embedding.weight")),
             seed=self.seed,
             **self.tokenizer_data(),
         )
@@ -282,6 +287,8 @@ class MiniTraining:
         counts |= {f"scenes_{kind}": getattr(scale, f"{kind}_latents") for kind in kinds}
         for name, cache in self.caches():
             count = min(counts.get(name, len(cache)), len(cache))
+            if name == "scenes" and self.scale.tokens:  # a scene without tokens is of no use to the decoder
+                count = min(count, self.scale.tokens)
             if count and not encoded_already(self.work / name / "encoded" / "latents.npy", count):
                 encode_latents(self.work / name / "encoded", cache, vae, count)
 
@@ -355,6 +362,8 @@ class MiniTraining:
         self.load("autoencoder")
         self._spell("decoder", self.models["transformer"].prior_token_embedding.weight)
         self._require_tokens()
+        for name, _ in self.caches():
+            require_encoder(self.work / name / "encoded", self.models["vae"])
         task = DecoderTask(
             self.models["transformer"],
             self.models["text_encoder"],
@@ -400,20 +409,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m glmimg.pipelines.train_mini", description=__doc__)
     add_flags(parser, STAGES)
     a = parser.parse_args(argv)
-    wanted = [stage for stage in a.stages.split(",") if stage]
-    if not (0 <= a.word_share <= 1 and 0 <= a.edit_share <= 1):
-        raise BadInput(f"--word-share {a.word_share}, --edit-share {a.edit_share}: give shares from 0 to 1")
-    if a.out and a.out.exists():
-        raise BadInput(f"--out {a.out} exists: name a folder that does not")
+    wanted = checked(a, STAGES)
     backend = pick_backend(a.device)
-    if a.compile and "generator" not in wanted:
-        raise BadInput("--compile is for the stage generator, which is not among --stages")
     if a.compile:
         backend.need_compiler()
     device = str(backend.device)
-    for stage in wanted:
-        if stage not in STAGES:
-            raise UnknownName.of("stage", stage, STAGES)
     processes = Processes.current(cpu=device == "cpu")
     if device != "cpu" and processes.count > 1:
         raise BadInput(f"--device {device} with {processes.count} processes: several share processors only")

@@ -215,7 +215,7 @@ def _copies(
     kinds = [kind for name, kind in SQUARE.items() if signs or name != "scenes_words"]
     by_feature, by_pixel = list[np.ndarray](), list[np.ndarray]()
     for number, (seed, options) in enumerate(kinds):
-        sampler = SceneSampler(bank, seed=seed, sizes=((model.size, 1.0),), **options)
+        sampler = SceneSampler(bank, seed=seed, sizes=((model.size, 1.0),), held_out=False, **options)
         own = range(number, count, len(kinds))
         part = list({p.tobytes(): p for p in (draw(sampler.sample(k), bank) for k in range(len(own)))}.values())
         if not part:

@@ -109,6 +109,9 @@ class RewardTask:
     ) -> None:
         if not records:
             raise BadInput("no records: give prompts to learn from")
+        for some in (records, edits):
+            if len({(r.scene.height, r.scene.width) for r in some}) > 1:
+                raise BadInput("records of several picture sizes: give records of one size, a batch is of one")
         if samples < 2:
             raise BadInput(f"samples {samples}: give 2 or more, each is measured by the others of its prompt")
         if temperature <= 0:

@@ -24,8 +24,6 @@ from glmimg.checkpoint import Checkpoint
 from glmimg.corpus.words import COLOURS
 from glmimg.errors import BadInput
 
-_FIRST = "encoder.conv_in.weight"
-
 
 class Pictures(Protocol):
     """Anything with a length and uint8 (h, w, 3) pictures: a SceneCache or a user's folder."""
@@ -233,8 +231,10 @@ def same_encoder(vae: Any, start_from: Path | None) -> bool:
     """Whether the encoder is that of the checkpoint still, and so the statistics of its latents."""
     if start_from is None:
         return False
-    then = Checkpoint.open(start_from).weights["vae"].load([_FIRST], device="cpu", dtype=torch.float32)[_FIRST]
-    return torch.equal(vae.state_dict()[_FIRST].cpu().float(), then)
+    weights = Checkpoint.open(start_from).weights["vae"]
+    names = [name for name in weights.infos if name.startswith("encoder.")]
+    then, now = weights.load(names, device="cpu", dtype=torch.float32), vae.state_dict()
+    return all(torch.equal(now[name].cpu().float(), then[name]) for name in names)
 
 
 @torch.no_grad()

@@ -369,7 +369,7 @@ class DecoderTask:
         out = {"loss": float(error.mean())}
         if said.any():
             out["loss_words"] = float(error[said.to(self.device)].mean())
-        if self.edits:
+        if self.edits and self.edits.trained < len(self.edits.tokens):
             rows = np.arange(self.edits.trained, len(self.edits.tokens))
             edits = moved(self._read_edits(self.edits, rows, np.random.default_rng(0)), self.device)
             keep = torch.zeros(len(rows), dtype=torch.bool, device=self.device)

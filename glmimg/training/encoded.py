@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,14 @@ class EncodedEdits:
             places.append([(cache, k) for k in range(len(tokens[-1]))])
         first = [len(some) - min(96, len(some) // 4) for some in tokens]
         self.trained = sum(first)
-        self.tokens, self.latents = _sorted(tokens, first), _sorted(latents, first)
+        self.tokens, self._latents, self._first = _sorted(tokens, first), latents, first
         self._places = [p for some, f in zip(places, first, strict=True) for p in some[:f]]
         self._places += [p for some, f in zip(places, first, strict=True) for p in some[f:]]
+
+    @cached_property
+    def latents(self) -> np.ndarray:
+        """Put together when the decoder first asks: half a gigabyte that the generator has no use for."""
+        return _sorted(self._latents, self._first)
 
     def edit(self, k: int) -> Edit:
         cache, row = self._places[k]
@@ -117,10 +123,25 @@ def require_tokenizer(directory: Path, tokenizer: SemanticTokenizer) -> None:
         )
 
 
+def require_encoder(directory: Path, vae: Any) -> None:
+    """BadInput if a folder's latents came from another VAE's encoder; folders of before tell none."""
+    file = directory / "latents.json"
+    told = json.loads(file.read_text())["encoder"] if file.exists() else None
+    if told not in (None, _digest_of(vae.encoder)):
+        raise BadInput(
+            f"{directory} holds latents of another VAE: delete latents.npy in all such folders and run the stage "
+            "encode_latents again (the decoder then learns new latents)"
+        )
+
+
 def _digest(tokenizer: SemanticTokenizer) -> str:
-    """Of its weights, alike before and after they are rounded to bfloat16 for a checkpoint."""
+    return _digest_of(tokenizer.visual, tokenizer.vqmodel)
+
+
+def _digest_of(*modules: torch.nn.Module) -> str:
+    """Of their weights, alike before and after they are rounded to bfloat16 for a checkpoint."""
     digest = hashlib.sha256()
-    for module in (tokenizer.visual, tokenizer.vqmodel):
+    for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(
                 name.encode() + tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
@@ -181,5 +202,6 @@ def encode_latents(directory: Path, cache: SceneCache | EditCache | FolderCache,
         out[start : start + len(part)] = part.to(torch.float16).cpu().numpy()
         if start % 1600 == 0:
             print(f"latents {start + len(part)}/{count}, {time.monotonic() - begun:.0f} s", flush=True)
+    (directory / "latents.json").write_text(json.dumps({"encoder": _digest_of(vae.vae.encoder)}))
     with atomic_file(directory / "latents.npy") as partial:
         np.save(partial, out)

@@ -46,10 +46,11 @@ class FolderCache:
         return self.pictures[k]
 
     def scene(self, k: int) -> Scene:
-        """One thing, or one for each quoted word of the first caption."""
+        """One thing, or one for each quoted word of the caption that quotes most."""
         height, width, name = self.settings["height"], self.settings["width"], self.captions[k][0]
         whole = Thing("picture", (0, 0, width, height), concept=name)
-        words = [Thing("picture", whole.box, concept=name, word=word) for word in glyph_texts(name)]
+        quoted = max(map(glyph_texts, self.captions[k]), key=len)
+        words = [Thing("picture", whole.box, concept=name, word=word) for word in quoted]
         return Scene(height, width, ("white",), "single:centre", tuple(words or [whole]))
 
     def caption(self, k: int, rng: np.random.Generator) -> str:

@@ -230,7 +230,7 @@ class GeneratorTask:
                 bits = self._losses(batch).mean(0) / np.log(2)
             out[f"{name}preview_bits"] = float(bits[:p].mean())
             out[f"{name}target_bits"] = float(bits[p:-1].mean())
-        if self.edits:
+        if self.edits and self.edits.trained < len(self.edits.tokens):
             rows = np.arange(self.edits.trained, len(self.edits.tokens))
             batch = self._read_edits(self.edits, rows, np.random.default_rng(0))
             with torch.autocast(self.device.type, dtype=torch.bfloat16):

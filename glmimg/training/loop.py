@@ -72,6 +72,11 @@ class TrainConfig:
             raise BadInput("a run needs an end: give steps, minutes or both")
         if self.batch_size < 1 or self.learning_rate <= 0:
             raise BadInput(f"batch_size {self.batch_size} and learning_rate {self.learning_rate} must both be positive")
+        if not (self.clip > 0 and 0 <= self.decay <= 1 and 0 <= self.ema < 1 and math.isfinite(self.minutes)):
+            raise BadInput(
+                f"clip {self.clip}, decay {self.decay}, ema {self.ema}, minutes {self.minutes}: clip must be positive "
+                "(math.inf: off), decay a share from 0 to 1, ema from 0 to less than 1, minutes finite"
+            )
         if not 0 <= self.grid <= 64:
             raise BadInput(f"grid {self.grid}: give 1 to 64 steps in a standard deviation, or 0")
 
@@ -252,6 +257,11 @@ class Run:
         counted = 0
         loss_of = torch.compile(self.task.loss, dynamic=True) if c.compile else self.task.loss
         autocast = torch.autocast(c.device.split(":")[0], dtype=torch.bfloat16, enabled=c.autocast)
+
+        def tell(now: float) -> None:
+            means = {key: float(sum(values)) / len(values) for key, values in sums.items()}
+            self._log({**means, "per_s": counted * all_of_them / max(now - last_log, 1e-6)})
+
         mine, all_of_them = self.processes.rank * c.batch_size, self.processes.count * c.batch_size
         with _batches(self.task, c, self.position + mine, all_of_them) as batches:
             while self.progress() < 1 and self.processes.first(time.monotonic() - begun) / 60 < until_minutes:
@@ -286,8 +296,7 @@ class Run:
                 self.elapsed = self.processes.first(self.elapsed + now - last)
                 last = now
                 if now - last_log > 20:
-                    rate = counted * all_of_them / (now - last_log)
-                    self._log({**{k: float(sum(v)) / len(v) for k, v in sums.items()}, "per_s": rate})
+                    tell(now)
                     sums, counted, last_log = {}, 0, now
                 if self.elapsed - last_save > c.save_minutes * 60:
                     self.save()
@@ -297,6 +306,10 @@ class Run:
                     self._report(sheet=sheet)
                     last_evaluation = time.monotonic()
                     last_sheet = last_evaluation if sheet else last_sheet
+                paused = time.monotonic() - now  # saving and evaluating: no part of `per_s`
+                last_log += paused
+        if counted:
+            tell(time.monotonic())
         self.save()
         self._report(sheet=True)
         self.processes.wait()  # one that leaves while another is still at work may be aborted

@@ -35,6 +35,7 @@ from glmimg.training.processes import Processes
 from glmimg.training.sticker_crops import StickerCrops
 from glmimg.training.teacher_task import FEATURES, Teacher
 
+_RIVALS = 4096  # names that are told apart in a step, at most
 KINDS = ("background", *STYLES, "shape", "sign")
 
 
@@ -172,13 +173,14 @@ class TokenizerTask:
         preview: int = 4,
         crop: int = 4,
         crops_first: int = 180_000,
+        move_codebook: bool = True,
         seed: int = 0,
     ) -> None:
         self.tokenizer, self.train, self.held_out, self.cells = tokenizer, train, held_out, cells
         self.device = tokenizer.visual.device
         self.crops, self.teacher = crops, teacher.to(self.device).eval().requires_grad_(False) if teacher else None
         self.names, self.preview, self.crop, self.crops_first = names, preview, crop, crops_first
-        self.seed, self.processes = seed, Processes.current()
+        self.seed, self.processes, self.move_codebook = seed, Processes.current(), move_codebook
         stickers = crops.bank.stickers if crops else []
         self.name_of = torch.tensor([self.names.index[s.concept] for s in stickers])
         self.kind_of = torch.tensor([KINDS.index(s.style) for s in stickers])
@@ -244,7 +246,7 @@ class TokenizerTask:
         with torch.no_grad():
             flat = unit_BhwE.detach().float().flatten(0, 2)
             ids = (flat @ self.codebook.T).argmax(1)
-            if generator is not None:
+            if generator is not None and self.move_codebook:
                 counts = torch.bincount(ids, minlength=len(self.codebook)).float()
                 sums = torch.zeros_like(self.codebook).index_add_(0, ids, flat)
                 self.processes.total([counts, sums])  # one codebook, whoever saw what
@@ -280,9 +282,11 @@ class TokenizerTask:
         colour = _cross_entropy(self.reader.head_colour(state).flatten(0, 2).float(), truth.colour.flatten())
         named = truth.name >= 0
         said, right_names = state[named], truth.name[named]
-        classes = self.reader.head_class(said).float()
+        among_L, right_names = self._rivals(right_names, generator)
+        head = self.reader.head_class
+        classes = (head(said) if among_L is None else F.linear(said, head.weight[among_L], head.bias[among_L])).float()
         name = F.cross_entropy(classes, right_names)
-        caption = F.cross_entropy(self._name_logits(said), right_names)
+        caption = F.cross_entropy(self._name_logits(said, among_L), right_names)
         commit = (1 - (unit_BhwE.float() * self.codebook[ids]).sum(-1)).mean()
         # Names first, then looks: the decoder needs both.
         loss = (1 + 2 * progress) * pixels + 0.3 * kind + 0.3 * name + 0.1 * caption + 0.1 * colour + 0.5 * commit
@@ -313,9 +317,18 @@ class TokenizerTask:
         B, h, w, _ = pixels.shape
         return pixels.view(B, h, w, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, h * p, w * p)
 
-    def _name_logits(self, state_ND: torch.Tensor) -> torch.Tensor:
+    def _name_logits(self, state_ND: torch.Tensor, among_L: torch.Tensor | None = None) -> torch.Tensor:
         guess = F.normalize(self.reader.head_name(state_ND).float(), dim=-1)
-        return 20 * guess @ self.name_vectors_LE.T
+        vectors_LE = self.name_vectors_LE if among_L is None else self.name_vectors_LE[among_L]
+        return 20 * guess @ vectors_LE.T
+
+    def _rivals(self, right_N: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Of very many names (a user's captions) the right ones and some others, and the right ones' places there."""
+        if len(self.names.keys) <= _RIVALS:
+            return None, right_N
+        others = torch.randint(len(self.names.keys), (_RIVALS,), generator=generator).to(right_N.device)
+        among_L = torch.cat([right_N, others]).unique()
+        return among_L, torch.searchsorted(among_L, right_N)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -1,0 +1,76 @@
+"""How a training begins, and what it refuses before hours of drawing."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from glmimg.autoencoder import Autoencoder
+from glmimg.checkpoint import Checkpoint
+from glmimg.corpus.cache import SceneCache
+from glmimg.errors import BadInput
+from glmimg.pipelines.starting import preset_for, require_same_start
+from glmimg.pipelines.train_mini import main as train_mini
+from glmimg.presets import PRESETS
+from glmimg.training.encoded import encode_latents, require_encoder
+from glmimg.training.loop import TrainConfig
+from glmimg.weights_tools.init import build_models
+
+
+def test_what_cannot_be_gone_on_with_is_told_before_hours_of_drawing(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BadInput, match="no such folder"):
+        preset_for("tiny", tmp_path / "absent")
+    (tmp_path / "own.json").write_text(json.dumps(PRESETS["tiny"]))
+    assert preset_for(str(tmp_path / "own.json"), None) == PRESETS["tiny"]
+    (tmp_path / "torn.json").write_text("{")
+    with pytest.raises(BadInput, match="--preset .*torn.json cannot be read"):
+        preset_for(str(tmp_path / "torn.json"), None)
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    file = copy / "vision_language_encoder/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.3}))
+    assert preset_for("tiny", copy)["generation"]["temperature"] == 0.3
+    assert PRESETS["tiny"]["generation"]["temperature"] != 0.3, "the table's own stays"
+    (tmp_path / "generator").mkdir()
+    started = tmp_path / "generator/started_from.json"
+    started.write_text(json.dumps({"hash": Checkpoint.open(tiny_checkpoint).hash}))
+    require_same_start(tmp_path / "generator", tiny_checkpoint)
+    require_same_start(tmp_path / "generator", None)
+    with pytest.raises(BadInput, match="another --work"):
+        require_same_start(tmp_path / "generator", copy)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--data", "x", "--scale", "words=3", "--tokens-only"], "--scale, --tokens-only: of drawn scenes"),
+        (["--data", "x", "--word-share", "0.9"], "--word-share: of drawn scenes"),
+        (["--resolution", "64"], "--resolution is for --data"),
+        (["--compile", "--stages", "decoder"], "--compile is for the stage generator"),
+    ],
+)
+def test_flags_that_would_be_passed_over_are_refused(flags: list[str], told: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=told):
+        train_mini(["--work", str(tmp_path / "work"), *flags])
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"clip": 0.0}, {"decay": -0.2}, {"ema": 1.0}, {"minutes": math.nan}])
+def test_settings_that_would_train_nothing_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(BadInput, match=next(iter(wrong))):
+        TrainConfig(**({"learning_rate": 1e-3, "batch_size": 1, "steps": 1} | wrong))  # type: ignore[arg-type]
+
+
+def test_latents_of_another_vae_are_refused(scenes: SceneCache, tmp_path: Path) -> None:
+    first, other = (build_models(PRESETS["tiny"], seed=seed)["vae"] for seed in (0, 1))
+    encode_latents(tmp_path / "e", scenes, Autoencoder(first), 16)
+    require_encoder(tmp_path / "e", first)
+    with pytest.raises(BadInput, match="latents of another VAE"):
+        require_encoder(tmp_path / "e", other)
+    (tmp_path / "e/latents.json").unlink()
+    require_encoder(tmp_path / "e", other)  # of before nothing is known
