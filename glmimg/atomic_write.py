@@ -75,9 +75,9 @@ def atomic_folder(target: str | Path, *, replace: bool = True) -> Iterator[Path]
     """
     target = expanded(target)
     with _explained(target), ExitStack() as stack:
-        _clear_abandoned(target)
         temporary = Path(_beside(target, tempfile.mkdtemp, _MADE))
         _held(temporary, stack)
+        _clear_abandoned(target)
         try:
             yield temporary
             _open_to(temporary, 0o777 & ~_umask())

@@ -46,7 +46,7 @@ def fit_reference(width: int, height: int, min_size: int = 512, max_size: int = 
 
     def snapped(side: int) -> int:
         # half a token's side to the even one, as the published processor
-        return min(limit, max(TOKEN_SIDE, round(side // 2 * scale / (TOKEN_SIDE // 2)) * TOKEN_SIDE))
+        return min(limit, max(TOKEN_SIDE, round((side // 2 or 0.5) * scale / (TOKEN_SIDE // 2)) * TOKEN_SIDE))
 
     fitted = snapped(width), snapped(height)
     # Rounding a thin picture can push it over the limit by one token: widen its short side.
