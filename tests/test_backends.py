@@ -48,6 +48,14 @@ def test_refusals() -> None:
                 pick_backend(name)
 
 
+def test_apple_devices_need_a_version_that_attends_rightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("is_built", "is_available"):
+        monkeypatch.setattr(torch.backends.mps, name, lambda: True)
+    for version, usable in (("2.9.1", False), ("2.12.1+cpu", False), ("2.13.0", True), ("3.0.0a0", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert (BACKENDS["mps"].unusable() is None) == usable, version
+
+
 def test_dtypes() -> None:
     backend = pick_backend("cpu")
     assert backend.dtype in (torch.bfloat16, torch.float32)

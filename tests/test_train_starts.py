@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from glmimg.autoencoder import Autoencoder
@@ -16,8 +19,10 @@ from glmimg.errors import BadInput
 from glmimg.pipelines.starting import preset_for, require_same_start
 from glmimg.pipelines.train_mini import main as train_mini
 from glmimg.presets import PRESETS
+from glmimg.training.autoencoder_task import AutoencoderTask
 from glmimg.training.encoded import encode_latents, require_encoder
-from glmimg.training.loop import TrainConfig
+from glmimg.training.folder import FolderCache
+from glmimg.training.loop import Run, TrainConfig
 from glmimg.weights_tools.init import build_models
 
 
@@ -74,3 +79,34 @@ def test_latents_of_another_vae_are_refused(scenes: SceneCache, tmp_path: Path) 
         require_encoder(tmp_path / "e", other)
     (tmp_path / "e/latents.json").unlink()
     require_encoder(tmp_path / "e", other)  # of before nothing is known
+
+
+def test_words_of_any_caption_go_to_the_glyph_encoder(tmp_path: Path) -> None:
+    captions = [["a red sign", 'a sign that says "HELLO"'], ["a fox"]]
+    (tmp_path / "settings.json").write_text(json.dumps({"height": 64, "width": 64, "captions": captions}))
+    np.save(tmp_path / "pictures.npy", np.zeros((2, 64, 64, 3), np.uint8))
+    cache = FolderCache(tmp_path)
+    assert [[thing.word for thing in cache.scene(k).things] for k in range(2)] == [["HELLO"], [""]]
+
+
+def test_the_speed_leaves_evaluation_out_and_the_last_steps_are_told(
+    scenes: SceneCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(AutoencoderTask):
+        def loss(self, *arguments: Any) -> Any:
+            clock[0] += 1.0  # a step of four takes a second
+            return super().loss(*arguments)
+
+        def evaluate(self) -> dict[str, float]:
+            clock[0] += 1000.0
+            return super().evaluate()
+
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    vae = build_models(PRESETS["tiny"], seed=0)["vae"]
+    config = TrainConfig(learning_rate=1e-4, batch_size=4, steps=50, warmup=1, autocast=False, evaluate_minutes=0.5)
+    Run(Slow(vae, [scenes], scenes, crop=32), config, tmp_path).train()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    told = [row for row in rows if "per_s" in row]
+    assert len(told) == 3 and told[-1]["step"] == 50
+    assert all(row["per_s"] == pytest.approx(4.0, rel=0.1) for row in told)
