@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glmimg.cli import main
-from glmimg.cli_progress import Count
+from glmimg.cli_progress import ByteBar, Count
 from glmimg.pipelines.result import metadata_tokens
 
 
@@ -59,23 +59,41 @@ def test_numbers_that_nobody_means(small: list[str], monkeypatch: pytest.MonkeyP
         assert main(["generate", "a cat", *small, *flags]) == 2
 
 
-def test_counted_work_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    for stream, live in ((Terminal(), True), (io.StringIO(), False)):
-        count = Count("encode", stream)
-        for clock[0], done in ((50.0, 2), (53.0, 4), (56.0, 6), (62.0, 10)):  # two in three seconds
-            count(done, 10)
-        assert ("4/10  9.0 s left" in stream.getvalue() and "6/10  6.0 s left" in stream.getvalue()) == live
-        assert stream.getvalue().endswith("[########################] 10/10  12.0 s\n")
-        written = len(stream.getvalue())
-        for clock[0], done in ((70.0, 1), (71.0, 2)):  # the next piece of work has its own clock
-            count(done, 2)
-        assert len(stream.getvalue()) == written
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(("stream", "live"), [(Terminal(), True), (io.StringIO(), False)])
+def test_progress_is_silent_at_first(stream: io.StringIO, live: bool, clock: list[float]) -> None:
+    quick = ByteBar("convert", stream)
+    quick(10**9, 10**9)
+    assert stream.getvalue() == ""
+    bar = ByteBar("convert", stream)
+    for clock[0], done in ((1.0, 1), (3.0, 10**9), (5.0, 2 * 10**9)):
+        bar(done, 2 * 10**9)
+    assert ("1.00/2.00 GB  3.0 s left" in stream.getvalue()) == live
+    assert stream.getvalue().endswith("[########################] 2.00/2.00 GB  5.0 s\n")
+
+
+@pytest.mark.parametrize(("stream", "live"), [(Terminal(), True), (io.StringIO(), False)])
+def test_counted_work_tells_what_is_left(stream: io.StringIO, live: bool, clock: list[float]) -> None:
+    count = Count("encode", stream)
+    for clock[0], done in ((50.0, 2), (53.0, 4), (56.0, 6), (62.0, 10)):  # two in three seconds
+        count(done, 10)
+    assert ("4/10  9.0 s left" in stream.getvalue() and "6/10  6.0 s left" in stream.getvalue()) == live
+    assert stream.getvalue().endswith("[########################] 10/10  12.0 s\n")
+    written = len(stream.getvalue())
+    for clock[0], done in ((70.0, 1), (71.0, 2)):  # the next piece of work has its own clock
+        count(done, 2)
+    assert len(stream.getvalue()) == written
 
 
 def test_ctrl_c_that_a_library_swallows_ends_in_a_line(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -250,29 +249,6 @@ def test_stopped_in_the_middle(
     assert target not in left, "nothing under the final name"
     assert left == [] if stop == "SIGINT" else all(name.startswith(f".{Path(target).stem}.") for name in left)
     assert {path: path.read_bytes() for path in tiny_copy.rglob("*") if path.is_file()} == before
-
-
-def test_progress_is_silent_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    from glmimg.cli_progress import ByteBar
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    for stream, live in ((Terminal(), True), (io.StringIO(), False)):
-        clock[0] = 0.0
-        quick = ByteBar("convert", stream)
-        quick(10**9, 10**9)
-        assert stream.getvalue() == ""
-        bar = ByteBar("convert", stream)
-        for clock[0], done in ((1.0, 1), (3.0, 10**9), (5.0, 2 * 10**9)):
-            bar(done, 2 * 10**9)
-        assert ("1.00/2.00 GB  3.0 s left" in stream.getvalue()) == live
-        assert stream.getvalue().endswith("[########################] 2.00/2.00 GB  5.0 s\n")
 
 
 def test_memory_is_a_piece_not_a_file(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +26,7 @@ from glmimg.errors import BadInput, Cancelled, CheckpointError, GlmimgError
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import BatchOrder, Pictures
 from glmimg.training.finetune_tasks import Learner
-from glmimg.training.loop import open_board
+from glmimg.training.loop import cut_log, open_board, stop_asked
 from glmimg.training.processes import Processes
 
 __all__ = ["REQUESTS", "FineTuneLoop", "FineTuneStep"]
@@ -97,7 +95,7 @@ class FineTuneLoop:
         self.first: list[float] = []
         self.smooth = 0.0
         self.held_out: float | None = None
-        self._stop = False
+        self._stop = set[str]()
         self._ahead: Future[Any] | None = None
         self._board: Any = None
 
@@ -147,7 +145,7 @@ class FineTuneLoop:
             clear_leftovers(self.file)
             for left in self.folder.glob(".tmp*"):  # safetensors' own
                 left.unlink(missing_ok=True)
-            self._cut_log()
+            cut_log(self.folder / "log.jsonl", self.step or -1)  # what begins anew is told anew
         return found
 
     def _read(self) -> None:
@@ -175,15 +173,6 @@ class FineTuneLoop:
             if all(value is not None for value in state.values()):
                 state["step"] = state["step"].cpu()  # type: ignore[union-attr]
                 self.optimizer.state[parameter] = state
-
-    def _cut_log(self) -> None:
-        """Takes out what a killed run wrote after its last state: all, if that is the first, since it begins anew."""
-        log = self.folder / "log.jsonl"
-        if log.is_file():
-            rows = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in rows if self.step and json.loads(line)["step"] <= self.step]
-            with atomic_file(log) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept))
 
     # One step.
 
@@ -295,7 +284,7 @@ class FineTuneLoop:
                 self._log({"held_out": self.held_out} if self.held_out is not None else {})
                 self.save()
                 self.sample()
-            with ThreadPoolExecutor(1) as pool, self._interruptible():
+            with ThreadPoolExecutor(1) as pool, stop_asked() as self._stop:
                 while self.step < config.steps:
                     began = time.perf_counter()
                     rate = self.learning_rate(self.step)
@@ -375,29 +364,6 @@ class FineTuneLoop:
                     (self.requests / name).unlink(missing_ok=True)
                     found.add(name)
         return self.processes.union(found)
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C, or what batch systems and closed terminals send, finishes the step and saves; twice stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def asked(number: int, frame: object) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        found = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-        before = {name: signal.getsignal(name) for name in found if name is not None}
-        before = {name: old for name, old in before.items() if old not in (signal.SIG_IGN, None)}  # as under nohup
-        for name in before:
-            signal.signal(name, asked)
-        try:
-            yield
-        finally:
-            for name, old in before.items():
-                signal.signal(name, old)
 
     def _log(self, row: dict[str, Any]) -> None:
         if not self.processes.main:
