@@ -23,14 +23,13 @@ def preset_for(name: str, start_from: Path | None) -> Preset:
     from glmimg.weights_tools.init import preset_of
 
     try:
-        preset = preset_of(json.loads(Path(name).read_text(encoding="utf-8")) if name.endswith(".json") else name)
+        found = json.loads(Path(name).read_text(encoding="utf-8")) if name.endswith(".json") else name
     except (OSError, ValueError) as error:
         raise BadInput(f"--preset {name} cannot be read ({error})") from error
+    preset = preset_of(found)
     if start_from is None:
         return preset
-    file = (
-        Checkpoint.open(start_from).root / "vision_language_encoder/generation_config.json"
-    )  # before hours of drawing
+    file = Checkpoint.open(start_from).root / "vision_language_encoder/generation_config.json"
     told, ours = json.loads(file.read_text(encoding="utf-8")), preset["generation"]
     return preset | {"generation": ours | {key: told[key] for key in ours if key in told}}
 

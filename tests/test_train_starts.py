@@ -15,7 +15,7 @@ import pytest
 from glmimg.autoencoder import Autoencoder
 from glmimg.checkpoint import Checkpoint
 from glmimg.corpus.cache import SceneCache
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, UnknownName
 from glmimg.pipelines.starting import preset_for, require_same_start
 from glmimg.pipelines.train_mini import main as train_mini
 from glmimg.presets import PRESETS
@@ -33,6 +33,8 @@ def test_what_cannot_be_gone_on_with_is_told_before_hours_of_drawing(
         preset_for("tiny", tmp_path / "absent")
     (tmp_path / "own.json").write_text(json.dumps(PRESETS["tiny"]))
     assert preset_for(str(tmp_path / "own.json"), None) == PRESETS["tiny"]
+    with pytest.raises(UnknownName, match="^preset 'tini'.*did you mean 'tiny'"):
+        preset_for("tini", None)
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(BadInput, match="--preset .*torn.json cannot be read"):
         preset_for(str(tmp_path / "torn.json"), None)

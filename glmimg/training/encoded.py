@@ -202,6 +202,7 @@ def encode_latents(directory: Path, cache: SceneCache | EditCache | FolderCache,
         out[start : start + len(part)] = part.to(torch.float16).cpu().numpy()
         if start % 1600 == 0:
             print(f"latents {start + len(part)}/{count}, {time.monotonic() - begun:.0f} s", flush=True)
-    (directory / "latents.json").write_text(json.dumps({"encoder": _digest_of(vae.vae.encoder)}))
     with atomic_file(directory / "latents.npy") as partial:
         np.save(partial, out)
+    with atomic_file(directory / "latents.json") as partial:  # last: what is killed between is refused, not mixed
+        partial.write_text(json.dumps({"encoder": _digest_of(vae.vae.encoder)}))
