@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmimg.autoencoder import Autoencoder
 from glmimg.corpus.cache import SceneCache, render_edits
@@ -23,6 +24,7 @@ from glmimg.semantic_tokenizer import SemanticTokenizer
 from glmimg.training.decoder_task import DecoderTask, traded
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, encode_latents, encode_tokens
 from glmimg.training.generator_task import GeneratorTask
+from glmimg.training.loop import Run, TrainConfig
 from glmimg.weights_tools.init import train_bpe
 
 
@@ -32,7 +34,7 @@ def encoded(bank: StickerBank, scenes: SceneCache, tmp_path: Path, models: dict)
     pairs = render_edits(tmp_path / "edits", bank, 16, height=64, width=64)
     for name, cache in (("e", scenes), ("ee", pairs)):
         encode_tokens(tmp_path / name, cache, tokenizer, 1)
-        encode_latents(tmp_path / name, cache, vae, 32)
+        encode_latents(tmp_path / name, cache, vae, 48)
     return EncodedScenes(tmp_path / "e", scenes), EncodedEdits((tmp_path / "ee", pairs))
 
 
@@ -113,3 +115,47 @@ def test_tokens_trade_places_under_letters_alone(bank: StickerBank) -> None:
     assert (np.sort(moved[rows, columns], axis=1) == grid[rows, columns]).all(), "each row keeps its own"
     plain = SimpleNamespace(things=[replace(word, spaced=False)])
     assert traded(grid, plain, np.random.default_rng(0), 1.0) is grid  # type: ignore[arg-type]
+
+
+class Products(TorchDispatchMode):
+    """The dtypes that matrices and convolutions are computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes = set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(name in str(func) for name in ("mm.", "conv")):
+            self.dtypes.add(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_nothing_is_halved_where_the_device_has_no_bfloat16(
+    half: bool,
+    encoded: tuple[EncodedScenes, EncodedEdits],
+    models: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("glmimg.backends.cpu._has_bf16", lambda: half)
+    scenes, edits = encoded
+    preset = PRESETS["tiny"]
+    model, vae = models["vision_language_encoder"], Autoencoder(models["vae"])
+    builder = PromptBuilder(train_bpe(["a fox"], preset), preset["vision_language_encoder"])
+    generator = GeneratorTask(model, builder, [scenes], scenes, edits=edits)
+    decoder = DecoderTask(models["transformer"], models["text_encoder"], vae, [scenes], scenes, preset["scheduler"])
+    config = TrainConfig(learning_rate=1e-3, batch_size=4, steps=1)
+    works = {
+        "tokens": lambda: encode_tokens(tmp_path / "t", scenes.cache, SemanticTokenizer.of(model), 1, count=4),
+        "latents": lambda: encode_latents(tmp_path / "t", scenes.cache, vae, 4),
+        "generator": generator.evaluate,
+        "decoder": decoder.evaluate,
+        "picture": lambda: decoder.draw(torch.zeros(1, 2, 2, dtype=torch.long), [["a"]], steps=1),
+        "steps": Run(generator, config, tmp_path / "run").train,
+    }
+    for name, work in works.items():
+        with Products() as products:
+            work()
+        assert products.dtypes >= {torch.bfloat16} if half else products.dtypes == {torch.float32}, name

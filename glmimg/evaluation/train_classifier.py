@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from glmimg.atomic_write import atomic_file
+from glmimg.backends import pick_backend
 from glmimg.corpus.scenes import GROUP_WEIGHT, SceneSampler, draw
 from glmimg.corpus.stickers import STYLES, StickerBank, may_be_mirrored
 from glmimg.evaluation.concepts import CROP, ConceptNet, Judge, crops_of, default_folder
@@ -178,7 +179,7 @@ def train(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
         pixels, picks = data.batch(batch, generator)
         net.train()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pick_backend("cpu").autocast():
             loss = _loss(net, pixels, picks, data)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

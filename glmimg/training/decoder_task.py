@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from glmimg.autoencoder import Autoencoder
+from glmimg.backends import pick_backend
 from glmimg.corpus.drawing import letter_cells
 from glmimg.corpus.edits import Edit
 from glmimg.corpus.scenes import Scene
@@ -363,7 +364,7 @@ class DecoderTask:
         shown = [(k, 0, 0) for k in range(min(48, len(self.held_out.tokens)))]
         batch = moved(self._read(self.held_out, shown, self.held_out.target), self.device)
         keep = torch.zeros(len(shown), dtype=torch.bool, device=self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with pick_backend(self.device).autocast():
             error = self._velocity_error(batch, batch.ids_Bhw, batch.words, keep, 0)
         said = torch.tensor([bool(w) for w in batch.words])
         out = {"loss": float(error.mean())}
@@ -373,7 +374,7 @@ class DecoderTask:
             rows = np.arange(self.edits.trained, len(self.edits.tokens))
             edits = moved(self._read_edits(self.edits, rows, np.random.default_rng(0)), self.device)
             keep = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with pick_backend(self.device).autocast():
                 out["edit_loss"] = float(self._velocity_error(edits, edits.ids_Bhw, edits.words, keep, 0).mean())
                 alone = replace(edits, reference_BCHW=None)
                 out["edit_loss_alone"] = float(self._velocity_error(alone, edits.ids_Bhw, edits.words, keep, 0).mean())
@@ -388,7 +389,7 @@ class DecoderTask:
         size = (h * PIXELS_PER_TOKEN, w * PIXELS_PER_TOKEN)
         generators = [torch.Generator().manual_seed(seed + k) for k in range(len(ids_Bhw))]
         noise = noise_like((16, h * _LATENTS_PER_TOKEN, w * _LATENTS_PER_TOKEN), generators).to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with pick_backend(self.device).autocast():
             states, mask = self.glyphs.encode(words)
             ids = patch_ids(ids_Bhw.to(self.device))
             told = self.decoder.condition(ids, states, mask, size=size)

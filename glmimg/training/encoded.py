@@ -19,6 +19,7 @@ import torch
 
 from glmimg.atomic_write import atomic_file
 from glmimg.autoencoder import Autoencoder
+from glmimg.backends import pick_backend
 from glmimg.corpus.cache import EditCache, SceneCache, pictures_of
 from glmimg.corpus.edits import Edit
 from glmimg.errors import BadInput
@@ -173,7 +174,7 @@ def encode_tokens(
         blocks = pictures_of(cache, n, workers)
     for start, pictures in zip(range(0, n, 64), blocks, strict=True):
         pixels = to_pixels(list(pictures), tokenizer.visual.device)
-        with torch.autocast(tokenizer.visual.device.type, dtype=torch.bfloat16):
+        with pick_backend(tokenizer.visual.device).autocast():
             small, large = tokenizer.tokenize(pixels, preview), tokenizer.tokenize(pixels)
         rows[start : start + 64] = torch.cat([small.flatten(1), large.flatten(1)], 1).to(torch.int16).cpu().numpy()
         if start % 6400 == 0:
@@ -197,7 +198,7 @@ def encode_latents(directory: Path, cache: SceneCache | EditCache | FolderCache,
     size, layout = (16, torch.channels_last) if device.type == "cpu" else (128, torch.contiguous_format)
     for start in range(0, count, size):
         pixels = to_pixels([cache.picture(k) for k in range(start, min(start + size, count))], device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with pick_backend(device).autocast():
             part = vae.encode(pixels.contiguous(memory_format=layout))
         out[start : start + len(part)] = part.to(torch.float16).cpu().numpy()
         if start % 1600 == 0:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from glmimg.backends import pick_backend
 from glmimg.corpus.edits import instruction
 from glmimg.positions import rotary_tables, span_positions
 from glmimg.prompt import Prompt, PromptBuilder
@@ -226,14 +227,14 @@ class GeneratorTask:
         out = {}
         for name, shuffled in (("", False), ("shuffled_", True)):
             batch = self._read(self.held_out, rows, np.random.default_rng(0), shuffled=shuffled)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with pick_backend(self.device).autocast():
                 bits = self._losses(batch).mean(0) / np.log(2)
             out[f"{name}preview_bits"] = float(bits[:p].mean())
             out[f"{name}target_bits"] = float(bits[p:-1].mean())
         if self.edits and self.edits.trained < len(self.edits.tokens):
             rows = np.arange(self.edits.trained, len(self.edits.tokens))
             batch = self._read_edits(self.edits, rows, np.random.default_rng(0))
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with pick_backend(self.device).autocast():
                 out["edit_bits"] = float(self._losses(batch)[:, :-1].mean() / np.log(2))
         return out
 

@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glmimg.atomic_write import atomic_file, clear_leftovers, locked
+from glmimg.backends import pick_backend
 from glmimg.errors import BadInput, Cancelled, GlmimgError
 from glmimg.training.optimizer import Optimizers, on_grids
 from glmimg.training.processes import Processes
@@ -256,7 +257,7 @@ class Run:
         sums: dict[str, list[float | torch.Tensor]] = {}  # what each step told; not every batch tells everything
         counted = 0
         loss_of = torch.compile(self.task.loss, dynamic=True) if c.compile else self.task.loss
-        autocast = torch.autocast(c.device.split(":")[0], dtype=torch.bfloat16, enabled=c.autocast)
+        autocast = pick_backend(c.device).autocast() if c.autocast else nullcontext()
 
         def tell(now: float) -> None:
             means = {key: float(sum(values)) / len(values) for key, values in sums.items()}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glmimg.backends import pick_backend
 from glmimg.errors import BadInput
 from glmimg.training.processes import Processes
 from glmimg.weight_grid import on_grid
@@ -99,10 +100,11 @@ class Muon(torch.optim.Muon):
 
 
 def _orthogonal(x_NRC: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
-    """Newton and Schulz' iteration towards the nearest orthogonal matrices, in bf16 as published for Muon."""
+    """Newton and Schulz' iteration towards the nearest orthogonal matrices, in bf16 as published for Muon where the
+    device has it."""
     a, b, c = coefficients
     tall = x_NRC.shape[1] > x_NRC.shape[2]
-    x_NRC = (x_NRC.mT if tall else x_NRC).bfloat16()
+    x_NRC = (x_NRC.mT if tall else x_NRC).to(pick_backend(x_NRC.device).dtype)
     x_NRC = x_NRC / torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram_NRR = x_NRC @ x_NRC.mT
