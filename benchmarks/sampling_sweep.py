@@ -4,6 +4,7 @@
     python benchmarks/sampling_sweep.py -o sweep '{"guidance_scale": 4, "guidance_interval": [0.5, 1]}'
     python benchmarks/sampling_sweep.py -o sweep --other FOLDER --words --edits 98    # FOLDER against the embedded one
     python benchmarks/sampling_sweep.py -o sweep best_of=4    # the one that it likes best itself
+    python benchmarks/sampling_sweep.py -o sweep any_of=4,8   # right if any is: what choosing could gain at most
 
 One setting at a time is changed from the checkpoint's defaults. The prompts are made as the report card's, from seeds
 that neither the card nor training uses, so settings may be chosen by them. Judged are layout (everything at once
@@ -19,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from glmimg.pipelines.stages import Stages
 SEED = 700_000  # the card's begin at 900,000
 RIGHT = {"layout": "all", "concepts": "top5", "text": "word", "edit": "both"}
 SHOWN = 12
+FURTHER = 100_003  # between the seeds of one prompt's pictures
 
 
 def main() -> None:
@@ -77,16 +80,22 @@ def main() -> None:
     for place, setting in tried:
         if place != opened:  # settings of one checkpoint share its weights
             stages, opened = Stages(Checkpoint.open(place), arguments.backend), place
-        config = {name: value for name, value in setting.items() if name != "best_of"}
+        config = {name: value for name, value in setting.items() if name not in ("best_of", "any_of")}
         model = PipelineModel(TextToImagePipeline(stages), ImageToImagePipeline(stages), config=config)
         count = int(setting.get("best_of", 1))
-        made = draw_best(model, records, count)
-        right = [scorers.score(np.asarray(p), r)[RIGHT[r.part]] for r, p in zip(records, made, strict=True)]
         sources = [Image.fromarray(before) for before, _ in truth]
-        edited = draw_best(model, edits, count, sources)
-        for r, image, (before, after) in zip(edits, edited, truth, strict=True):
-            right.append(edit_score(np.asarray(image), r, before, after, scorers.judge, scorers.reader)["both"])
-        scores.append(np.asarray(right, dtype=float))
+        made, right = list[Image.Image](), np.zeros(len(records) + len(edits))
+        for k in range(int(setting.get("any_of", 1))):
+            drawn, edited = (
+                draw_best(model, [replace(r, seed=r.seed + FURTHER * k) for r in part], count, given)
+                for part, given in ((records, ()), (edits, sources))
+            )
+            made = made or drawn
+            now = [scorers.score(np.asarray(p), r)[RIGHT[r.part]] for r, p in zip(records, drawn, strict=True)]
+            for r, image, (before, after) in zip(edits, edited, truth, strict=True):
+                now.append(edit_score(np.asarray(image), r, before, after, scorers.judge, scorers.reader)["both"])
+            right = np.maximum(right, np.asarray(now, dtype=float))
+        scores.append(right)
         names.append(json.dumps(setting)[1:-1].replace('"', "") or place)
         within = {part: np.array([r.part == part for r in (*records, *edits)]) for part in parts}
         cells = [cell(scores[0][rows], scores[-1][rows]) for rows in within.values()]
