@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmimg.cli_dataset import add_data_options, columns_of
 from glmimg.cli_progress import Count, _bar, _duration, draw
+from glmimg.config import parse_json
 from glmimg.errors import BadInput
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if arguments.config:
         try:
-            settings = json.loads(Path(arguments.config).read_text(encoding="utf-8"))
+            settings = parse_json(Path(arguments.config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BadInput(f"{arguments.config} cannot be read as json ({error})") from error
         if not isinstance(settings, dict):
@@ -141,7 +142,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if not equals:
             raise BadInput(f"--set {text!r}: write NAME=VALUE")
         try:
-            settings[name] = json.loads(value)
+            settings[name] = parse_json(value)
         except ValueError:
             settings[name] = value
     for name in (*_NUMBERS, "stage", "method", "resolution", "max_aspect", "checkpointing", "mirror"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import types
 import typing
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 from glmimg.errors import BadInput, UnknownName
 
-__all__ = ["SHORT_NAMES", "Config", "SamplingConfig", "check_size", "parse_size", "require"]
+__all__ = ["SHORT_NAMES", "Config", "SamplingConfig", "check_size", "parse_json", "parse_size", "require"]
 
 # What flags and requests call a field of SamplingConfig.
 SHORT_NAMES = {
@@ -40,6 +41,14 @@ def require(condition: bool, message: str) -> None:
     """Raises BadInput with `message` unless `condition` holds."""
     if not condition:
         raise BadInput(message)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads of what others wrote: ValueError, too, where it is nested deeper than Python follows."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from glmimg.atomic_write import atomic_file
+from glmimg.config import parse_json
 from glmimg.errors import BadInput, GlmimgError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     with image:
         text = image.info.get(METADATA_KEY)
     try:
-        metadata = json.loads(text) if isinstance(text, str) else None
+        metadata = parse_json(text) if isinstance(text, str) else None
     except ValueError as error:
         raise BadInput(
             f"{name} carries settings that are no json ({error}): it was changed by another program"

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from glmimg.atomic_write import atomic_folder
+from glmimg.config import parse_json
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_linear import PackedLinear
 from glmimg.weight_files import WeightFiles
@@ -241,11 +242,11 @@ def save_adapter(
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except FileNotFoundError as error:
         raise BadInput(f"{folder} has no {CONFIG}: name an adapter's folder") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged ({error!r}): write or download it again") from error
     unknown = [key for key in _REFUSED if config.get(key)]
     unknown += ["bias"] if config.get("bias", "none") != "none" else []
@@ -264,7 +265,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _info(text: str, folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(text))
+        return dict(parse_json(text))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: its notes are damaged ({error}): download it again") from error
 
@@ -274,7 +275,9 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
         patterns = (config.get("alpha_pattern") or {}).items()
         matching = [a for pattern, a in patterns if re.match(rf"(.*\.)?({pattern})$", name)]
         alpha = float(matching[0] if matching else config["lora_alpha"])
-    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+        if not math.isfinite(alpha):
+            raise ValueError(alpha)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, re.error) as error:
         raise CheckpointError(f"adapter_config.json: alpha_pattern or lora_alpha is damaged ({error})") from error
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from glmimg.config import parse_json
 from glmimg.errors import BadInput
 from glmimg.presets import Preset
 
@@ -23,7 +24,7 @@ def preset_for(name: str, start_from: Path | None) -> Preset:
     from glmimg.weights_tools.init import preset_of
 
     try:
-        found = json.loads(Path(name).read_text(encoding="utf-8")) if name.endswith(".json") else name
+        found = parse_json(Path(name).read_text(encoding="utf-8")) if name.endswith(".json") else name
     except (OSError, ValueError) as error:
         raise BadInput(f"--preset {name} cannot be read ({error})") from error
     preset = preset_of(found)

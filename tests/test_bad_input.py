@@ -202,7 +202,9 @@ def test_tokens_of_another_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> 
     assert half.stages.codebook == grid.checkpoint, "another dtype is the same codebook"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": "glmimg.picture/9"}', '{"format": "glmimg.picture/1"}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"a":' * 10**5, '{"format": "glmimg.picture/9"}', '{"format": "glmimg.picture/1"}']
+)
 def test_metadata_of_others(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:

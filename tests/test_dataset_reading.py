@@ -335,6 +335,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     for content, message in (
         ("", "is empty"),
         ("not json\n", "line 1: no json"),
+        ("[" * 10**5, "line 1: no json"),
         ("[1]\n", "line 1: a list"),
         ('{"file_name": ""}\n', "row 1: its column file_name is empty"),
         ('{"file_name": "../../etc/passwd.png"}\n', "outside"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import weakref
 from pathlib import Path
@@ -289,6 +290,11 @@ def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path, monkeyp
     config = json.loads((good / "decoder/adapter_config.json").read_text())
     (damaged("kind") / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
     (damaged("rows") / "adapter_config.json").write_text("{")
+    (damaged("deep") / "adapter_config.json").write_text('{"a":' * 10**5)
+    (damaged("endless") / "adapter_config.json").write_text(json.dumps(config | {"r": math.inf}))
+    (damaged("alpha_pattern") / "adapter_config.json").write_text(
+        json.dumps(config | {"alpha_pattern": {".*": math.nan}})
+    )
     file = damaged("cut") / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     for name, change in (("notes", {"glmimg": "{"}), ("magnitude", {})):
@@ -313,6 +319,9 @@ def test_bad_adapters_are_refused(tiny_checkpoint: Path, tmp_path: Path, monkeyp
         ("kind", BadInput),
         ("rows", CheckpointError),
         ("cut", CheckpointError),
+        ("deep", CheckpointError),
+        ("endless", CheckpointError),
+        ("alpha_pattern", CheckpointError),
         ("notes", CheckpointError),
         ("magnitude", CheckpointError),
         ("rank", CheckpointError),

@@ -134,8 +134,10 @@ def test_keys_are_hashed_found_and_read_again(tmp_path: Path, caplog: pytest.Log
     assert keys.find(first) is None, "a new key takes the old one's place at once"
     found = keys.find(second)
     assert found is not None and (found.priority, found.pictures_per_minute, found.max_requests) == (2, 7, 3)
-    path.write_text("{")
-    assert keys.find(second) is not None and "stay as they were" in caplog.text
+    for damaged in ("{", "[" * 10**5):
+        path.write_text(damaged)
+        assert keys.find(second) is not None and "stay as they were" in caplog.text
+        caplog.clear()
     path.unlink()
     assert keys.find(second) is None, "no file, no key"
     with pytest.raises(BadInput, match="serve key NAME"):
@@ -175,6 +177,14 @@ def test_other_hosts_need_keys() -> None:
     assert ServerSettings(model="/home/ada/secret/model/").name == "model"
     with pytest.raises(BadInput, match="max_batch"):
         ServerSettings(max_batch=0)
+
+
+@pytest.mark.parametrize("flags", [{"watts": float("nan")}, {"watts": -1.0}, {"watts": 5.0, "price": float("inf")}])
+def test_energy_and_its_price_are_numbers(flags: dict[str, float]) -> None:
+    with pytest.raises(BadInput, match="give a number from 0"):
+        ServerSettings(**flags)
+    with pytest.raises(BadInput, match="give both"):
+        ServerSettings(price=0.5)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,8 +261,11 @@ def test_usage_outlives_the_server_and_a_full_disk(tmp_path: Path, caplog: pytes
         here.add("bob", Totals(pictures=pictures))
         here.save()
     assert Ledger(path).totals["bob"] == Totals(pictures=6) and Ledger(path).totals["ada"].pictures == 3
-    for damaged in ("{", "[]", '{"ada": {"cats": 1}}'):
+    one.add("bob", Totals(pictures=1))
+    for damaged in ("{", "[]", '{"ada": {"cats": 1}}', '{"ada": {"cost": "1"}}', '{"ada": {"cost": NaN}}', "[" * 10**5):
         path.write_text(damaged)
+        one.save()
+        assert one._new["bob"] == Totals(pictures=1), "kept for the next time"
         with pytest.raises(BadInput, match="no file of usage"):
             Ledger(path)
 

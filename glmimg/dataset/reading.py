@@ -17,7 +17,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 import unicodedata
@@ -30,6 +29,7 @@ from typing import Any
 
 from PIL import Image
 
+from glmimg.config import parse_json
 from glmimg.dataset.spool import Spool
 from glmimg.errors import BadInput, MissingExtra, UnknownName
 from glmimg.image_io import open_picture
@@ -308,7 +308,7 @@ def _json_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise BadInput(f"{file}, line {number}: no json ({error})") from error
         if not isinstance(row, dict):

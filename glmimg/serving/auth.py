@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmimg.atomic_write import atomic_file, locked
-from glmimg.config import Config, require
+from glmimg.config import Config, parse_json, require
 from glmimg.errors import BadInput
 from glmimg.serving.settings import Problem
 
@@ -86,7 +86,7 @@ class KeyFile:
 
 def _read(path: Path) -> list[Client]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["keys"]
+        rows = parse_json(path.read_text(encoding="utf-8"))["keys"]
         clients = [Client.from_dict(row) for row in rows]
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file; glmimg serve key NAME --keys {path} makes one") from error

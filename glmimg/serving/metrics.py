@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from glmimg.atomic_write import atomic_file, locked
+from glmimg.config import parse_json
 from glmimg.errors import BadInput, GlmimgError
 
 __all__ = ["Ledger", "Metrics", "Totals"]
@@ -90,14 +92,20 @@ class Ledger:
             return
         try:
             self.totals = self._stored(self.path)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             advice = "name another file, or move this one away"
             raise BadInput(f"{self.path} is no file of usage ({error}): {advice}") from error
 
     @staticmethod
     def _stored(path: Path) -> dict[str, Totals]:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Totals(**row) for name, row in rows.items()}
+        rows = parse_json(path.read_text(encoding="utf-8"))
+        try:
+            stored = {name: Totals(**row) for name, row in rows.items()}
+            if not all(math.isfinite(sum(vars(one).values())) for one in stored.values()):
+                raise ValueError("a number is infinite, or none")
+        except (AttributeError, TypeError, OverflowError) as error:
+            raise ValueError(error) from error
+        return stored
 
     def add(self, client: str, amount: Totals) -> None:
         with self._adding:
@@ -119,7 +127,7 @@ class Ledger:
                     rows = {name: one.to_dict() for name, one in stored.items()}
                     with atomic_file(self.path) as temporary:
                         temporary.write_text(json.dumps(rows, indent=2), encoding="utf-8")
-            except (GlmimgError, OSError, ValueError, TypeError) as error:
+            except (GlmimgError, OSError, ValueError) as error:
                 with self._adding:
                     for name, amount in self._new.items():
                         new.setdefault(name, Totals()).add(amount)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request, Security
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
+from glmimg.config import parse_json
 from glmimg.serving import schemas
 from glmimg.serving.answers import answer
 from glmimg.serving.auth import LOCAL
@@ -131,8 +131,8 @@ def _unpacked(name: str, text: str) -> Any:
     if name not in ("adapters", "tokens", "region"):
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise Problem(400, f"{name} is no JSON ({error})", "invalid_value", name) from error
 
 

@@ -59,6 +59,10 @@ class ServerSettings(Config):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: use 1 or more")
         for name in ("timeout", "write_timeout", "stuck"):
             require(getattr(self, name) > 0, f"{name} {getattr(self, name)}: give more than 0 seconds")
+        for name in ("watts", "price"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < math.inf, f"{name} {value}: give a number from 0")
+        require(self.price is None or self.watts is not None, "price is of the energy that watts tells: give both")
         require(self.drain >= 0, f"drain {self.drain}: give 0 seconds or more")
         require(
             self.keys is not None or self.host in ("127.0.0.1", "localhost", "::1"),
