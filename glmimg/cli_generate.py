@@ -193,7 +193,7 @@ def _opened(kind: Any, arguments: argparse.Namespace, source: dict[str, Any] | N
         pipeline = kind.from_pretrained(**place | {"dtype": source["dtype"].get("decoder")})
     made_with, this = source["checkpoint"].get("hash"), pipeline.stages.checkpoint.hash
     if made_with != this:
-        print(f"glmimg: the picture was made with checkpoint {made_with}, this is {this}", file=sys.stderr)
+        print(f"glmimg: the picture was made with checkpoint {made_with!r}, this is {this!r}", file=sys.stderr)
     return pipeline
 
 

@@ -19,8 +19,11 @@ __all__ = [
     "MissingExtra",
     "UnknownName",
     "out_of_memory",
+    "printable",
 ]
 
+# What commands a terminal, turns the direction of writing, or is half of a character.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 # What devices' errors say, then the processor's.
 _OUT_OF_MEMORY = re.compile(
@@ -30,8 +33,16 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
+def printable(text: str) -> str:
+    """`text`, in which others may have a say, with such signs as `\\x1b` written out."""
+    return _UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
+
+
 class GlmimgError(Exception):
     """Base of every error raised on purpose."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class BadInput(GlmimgError, ValueError):

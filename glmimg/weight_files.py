@@ -385,7 +385,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _tensor_info(file: Path, start: int, name: str, entry: dict[str, Any]) -> TensorInfo:
     label = f"tensor {name!r:.100}"
-    name.encode()  # a lone surrogate could be neither printed nor written again: UnicodeEncodeError is a ValueError
+    if not name.isprintable():  # it would command the terminal, or could not even be written again
+        raise ValueError(f"{label} has signs in its name that cannot be printed")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_BITS:
         raise ValueError(f"{label} has the unknown dtype {str(dtype):.20}")

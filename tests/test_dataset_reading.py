@@ -153,7 +153,9 @@ def test_capitals_and_names_that_are_no_text(tmp_path: Path) -> None:
     odd = tmp_path / "odd"
     odd.mkdir()
     Path(os.fsdecode(os.fsencode(odd) + b"/caf\xe9-bar.png")).write_bytes((tmp_path / "a.png").read_bytes())
-    (example,) = read_dataset(odd).examples
+    (odd / "esc\x1b[31m.png").write_bytes((tmp_path / "a.png").read_bytes())
+    example, escape = read_dataset(odd).examples
+    assert escape.label == "esc\\x1b[31m.png", "it would command the terminal"
     assert example.label == "caf\\udce9-bar.png" and example.captions == ("caf bar",)
     assert example.picture.open().size and example.label.encode()
 

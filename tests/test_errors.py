@@ -30,6 +30,13 @@ def test_one_base_catches_all(name: str) -> None:
     assert issubclass(getattr(errors, name), GlmimgError)
 
 
+def test_messages_do_not_command_the_terminal() -> None:
+    told = "\x1b]0;title\x07 \u202etxt\r \ud800 \x9b31m"
+    assert str(BadInput(told)) == r"\x1b]0;title\x07 \u202etxt\r \ud800 \x9b31m"
+    kept = "three\nlines,\ta café, 猫\u3000と犬, \u06a9\u200c\u0647, 👩\u200d🎨"
+    assert str(BadInput(kept)) == kept and str(BadInput(3)) == "3"
+
+
 def test_standard_classes_catch_them_too() -> None:
     assert issubclass(UnknownName, BadInput)
     assert issubclass(BadInput, ValueError)

@@ -52,6 +52,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         file_of(b'{"\\ud800": {"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', FOUR),
         "damaged header",
     ),
+    "a command for terminals": (file_of({"a\x1b[31m": entry(0, 4)}, FOUR), "cannot be printed"),
     "deeply nested": (file_of(b'{"a":' * 200_000), "damaged header"),
     "a number of 5000 digits": (file_of(b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b"]}}"), "damaged header"),
     "duplicate names": (

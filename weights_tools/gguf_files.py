@@ -119,6 +119,8 @@ def read_gguf(path: Path) -> Contents:
         raise CheckpointError(f"{path} was written for machines of the other byte order")
     reached = 0
     for tensor in sorted(found.values(), key=lambda tensor: tensor.data_offset):
+        if not tensor.name.isprintable():
+            raise CheckpointError(f"{path}: tensor {tensor.name!r:.100} has signs in its name that cannot be printed")
         if tensor.data_offset < reached:
             raise CheckpointError(f"{path}: tensor {tensor.name!r:.100} overlaps another: do not use this file")
         reached = tensor.data_offset + tensor.n_bytes

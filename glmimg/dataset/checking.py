@@ -16,7 +16,7 @@ from PIL import Image
 
 from glmimg.dataset.buckets import Fit, fit_to_bucket
 from glmimg.dataset.reading import Dataset, Example, Source
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, printable
 from glmimg.prompt import glyph_texts
 
 __all__ = ["KINDS", "Checked", "Finding", "Report", "check_dataset"]
@@ -97,7 +97,7 @@ class Report:
         quoted = sum(any(glyph_texts(c) for c in checked.example.captions) for checked in self.usable)
         sides = [side for checked in self.usable for side in checked.size]
         return {
-            "place": self.dataset.place.encode(errors="backslashreplace").decode(),  # as `shown_name`
+            "place": printable(self.dataset.place),  # as `shown_name`
             "kind": self.dataset.kind,
             "pictures": len(self.dataset.examples),
             "usable": len(self.usable),

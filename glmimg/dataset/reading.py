@@ -31,7 +31,7 @@ from PIL import Image
 
 from glmimg.config import parse_json
 from glmimg.dataset.spool import Spool
-from glmimg.errors import BadInput, MissingExtra, UnknownName
+from glmimg.errors import BadInput, MissingExtra, UnknownName, printable
 from glmimg.image_io import open_picture
 
 __all__ = ["COLUMNS", "SUFFIXES", "Dataset", "Example", "Source", "name_caption", "read_dataset", "shown_name"]
@@ -165,7 +165,7 @@ def name_caption(stem: str) -> str:
 
 def shown_name(path: Path, root: Path | None = None) -> str:
     """What messages and files call it: a name that is no UTF-8 could be neither printed nor written."""
-    return (path.name if root is None else str(path.relative_to(root))).encode(errors="backslashreplace").decode()
+    return printable(path.name if root is None else str(path.relative_to(root)))
 
 
 def _pictures(root: Path) -> list[Path]:
