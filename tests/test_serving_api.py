@@ -305,6 +305,10 @@ def test_what_a_request_may_not_do(http: httpx.Client) -> None:
     refused(400, "no image", edit(data=form, files={"x": (None, "y")}))
     one = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nx\r\n--b--\r\n'
     refused(400, "prompt", edit(content=one, headers={"Content-Type": "Multipart/Form-Data; boundary=b"}))
+    cut = one[:-2].replace(b"--b--", b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nthe same\r\n')
+    refused(400, "cut short", edit(content=cut, headers={"Content-Type": "multipart/form-data; boundary=b"}))
+    refused(400, "prompt is given twice", edit(data={"prompt": ["one", "two"]}, files={"image": photo()}))
+    refused(400, "cannot be read: Missing boundary", edit(content=one, headers={"Content-Type": "multipart/form-data"}))
     refused(400, "no path or url", edit(data=form | {"image": "/etc/passwd"}, files={"x": (None, "")}))
     refused(400, "PNG, JPEG or WebP", edit(data=form, files={"image": b"hello"}))
     refused(400, "damaged", edit(data=form, files={"image": photo((200, 200))[:150]}))

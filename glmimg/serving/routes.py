@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 
 from glmimg.config import parse_json
@@ -93,11 +94,15 @@ async def edits(request: Request) -> Response:
         raise Problem(400, "send multipart/form-data with the pictures as files: no url is fetched", "invalid_body")
     images: list[bytes] = []
     fields: dict[str, Any] = {}
+    most = service.settings.max_body
+    parser = _Form(request.headers, request.stream(), max_files=MAX_REFERENCES, max_fields=64, max_part_size=most)
     try:
-        form = await request.form(max_files=MAX_REFERENCES, max_fields=64, max_part_size=service.settings.max_body)
-    except (LookupError, ValueError) as error:  # of names and texts in odd encodings
+        form = await parser.parse()
+    except (LookupError, ValueError, MultiPartException) as error:  # of names and texts in odd encodings as well
         raise Problem(400, f"the form cannot be read: {error}", "invalid_body") from error
     try:
+        if not parser.whole:
+            raise Problem(400, "the form is cut short: its last boundary is missing", "invalid_body")
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name in ("image", "image[]"):
@@ -109,6 +114,8 @@ async def edits(request: Request) -> Response:
                     raise Problem(400, f"file {name!r} is not used here: {advice}", "unsupported_parameter", name)
             elif name in ("image", "image[]"):
                 raise Problem(400, "an image is a file, not text: no path or url is read", "invalid_value", "image")
+            elif name in fields:
+                raise Problem(400, f"{name} is given twice", "invalid_value", name)
             else:
                 fields[name] = _unpacked(name, value)
     finally:
@@ -125,6 +132,15 @@ async def edits(request: Request) -> Response:
         service.require_picture(data)
     job = service.job(body, images=tuple(images), region=body.region and tuple(body.region))
     return await answer(service, request, job, body, "image_edit")
+
+
+class _Form(MultiPartParser):
+    """Starlette's, which leaves out a part that does not end: `whole` tells whether all have come."""
+
+    whole = False
+
+    def on_end(self) -> None:
+        self.whole = True
 
 
 def _unpacked(name: str, text: str) -> Any:
