@@ -92,7 +92,7 @@ def merge_adapters(
     for one in stacked:
         for stage, adapter in one.stages.items():
             infos = readers[COMPONENT[stage]].infos
-            shapes = {n.removesuffix(".weight"): i.shape for n, i in infos.items() if n.endswith(".weight")}
+            shapes = {n.removesuffix(".weight"): i.shape for n, i in infos.items() if n.endswith(".weight") and i.shape}
             adapter.require_fit({name: (shape[0], shape[-1]) for name, shape in shapes.items()}, codebook, one.name)
             for name, low in adapter.layers.items():
                 if not all(bool(tensor.isfinite().all()) for tensor in low[:3] if tensor is not None):
