@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from glmimg.checkpoint import Checkpoint
 from glmimg.cli import main
@@ -133,6 +134,13 @@ def test_refusals(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Mon
         convert(tiny_checkpoint, out)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "8", "llama.gguf"]
+
+
+def test_what_nothing_can_be_packed_of_is_not_called_packed(tiny_copy: Path, tmp_path: Path) -> None:
+    file = next((tiny_copy / "transformer").glob("*.safetensors"))
+    save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(BadInput, match="transformer has nothing to pack in q4_0"):
+        convert(tiny_copy, tmp_path / "out.gguf", dtype="q4_0")
 
 
 def test_damaged_files(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def write_gguf(
     if long:
         raise BadInput(f"tensor {long[0]!r} has a longer name than GGUF's {_LONGEST} bytes")
     packed = _packed_layers(component, tensors) if quantized else set()
+    if quantized and not packed:
+        raise BadInput(f"{component} has nothing to pack in {quantized}: rows must hold whole blocks of 32 weights")
     written = {
         name: _Tensor(library, tensor, _type(name, quantized) if name in packed else None)
         for name, tensor in tensors.items()
