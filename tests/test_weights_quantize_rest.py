@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from glmimg.weights_tools.convert import convert
 from glmimg.weights_tools.diff import diff_checkpoints
 from glmimg.weights_tools.inspect import inspect
 from glmimg.weights_tools.merge import merge_adapters
+from glmimg.weights_tools.packing_plan import Unit
 from glmimg.weights_tools.quantize import quantize_checkpoint
 from glmimg.weights_tools.verify import verify
 
@@ -69,3 +71,17 @@ def test_other_tools_take_the_rest(tiny_checkpoint: Path, tmp_path: Path) -> Non
         assert 0 < found[key].relative < most and found[key].state == "changed"
     with pytest.raises(BadInput, match="quantised"):
         merge_adapters(small, tmp_path / "m", ["adapter"])
+    convert(small, tmp_path / "decoder.safetensors", to="decoder")
+    convert(tmp_path / "decoder.safetensors", tmp_path / "again", base=small)
+    assert diff_checkpoints(small, tmp_path / "again").equal
+
+
+def test_what_is_packed_may_be_left_out(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def errors(found: Sequence[Unit], group: int) -> dict[str, dict[int, float]]:
+        return {unit.key: dict.fromkeys(unit.allowed, float(not unit.key.startswith("vae/encoder."))) for unit in found}
+
+    budget = sum(WeightFiles(tiny_checkpoint / c).nbytes() for c in COMPONENTS) - 1000
+    done = quantize_checkpoint(tiny_checkpoint, tmp_path / "q", budget=budget, rest=8, errors=errors)
+    assert [name for name, part in done.components.items() if part.matrices] == ["vae"]
+    convert(tmp_path / "q", tmp_path / "t2i", text_to_image_only=True)
+    assert verify(tmp_path / "t2i").problems == []

@@ -17,6 +17,7 @@ from typing import Any
 from glmimg.atomic_write import expanded, require_absent
 from glmimg.checkpoint import PICTURE_PARTS, STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.packed_format import CONFIG_KEY, PACKED
 from glmimg.torch_state import plain_torch
 from glmimg.weight_files import CODEBOOK, FLOATS
 from glmimg.weights_tools.consistency import clashes
@@ -163,6 +164,10 @@ def prune(contents: Contents) -> Contents:
         index = contents.json("model_index.json")
     index = index | {PARTS: TEXT_TO_IMAGE}
     files = contents.files | {"model_index.json": as_json(index)}
+    for component, part in tensors.items():
+        config = contents.config(component) if component in contents.components else {}
+        if config.pop(CONFIG_KEY, None) and not any(name.endswith(PACKED) for name in part):  # all of it left out
+            files[f"{component}/config.json"] = as_json(config)
     path = "vision_language_encoder/generation_config.json"
     if path in files and (contents.json(path).get("token_candidates") or 1) > 1:
         files[path] = as_json(contents.json(path) | {"token_candidates": 1})

@@ -45,7 +45,7 @@ CLASSES = {
 FILE, METADATA = "file:", "metadata:"
 DECODER_PREFIX = "model.diffusion_model."
 _DECODER_PREFIXES = (DECODER_PREFIX, "diffusion_model.", "")
-_DECODER_MARK = "image_projector.proj.weight"
+_DECODER_MARK = "image_projector.proj."
 
 _SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model")
 # One folder deep, no hidden names, nothing that a system could take for a path or a device.
@@ -254,7 +254,7 @@ def _read_file(path: Path) -> Contents:
     if bad:
         raise CheckpointError(f"{path} carries a file named {bad[0]!r:.100}: do not use it")
     for prefix in _DECODER_PREFIXES:
-        if prefix + _DECODER_MARK in reader.infos:
+        if any(name.startswith(prefix + _DECODER_MARK) for name in reader.infos):
             names = {name: name.removeprefix(prefix) for name in reader.infos if not name.startswith(FILE)}
             others = [name for name in names if not name.startswith(prefix)]
             if others:
