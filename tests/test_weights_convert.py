@@ -28,6 +28,7 @@ def sharded(tiny_copy: Path) -> Path:
     save_component(tiny_copy, "transformer", Checkpoint.open(tiny_copy).decoder(), max_shard_size="200KB")
     (tiny_copy / "README.md").write_text("é" * 40_000)
     (tiny_copy / "LICENSE").write_bytes(b"\xff not text")
+    (tiny_copy / "NOTICE").write_text("whose work this is")
     assert len(list((tiny_copy / "transformer").glob("*.safetensors"))) > 2
     return tiny_copy
 
@@ -90,6 +91,15 @@ def test_decoder_file_and_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "whole") == tree(tiny_checkpoint)
     convert(tmp_path / "part" / "transformer", tmp_path / "again.safetensors", to="decoder")
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_shards_of_the_base_come_back(sharded: Path, tmp_path: Path) -> None:
+    convert(sharded, tmp_path / "d.safetensors", to="decoder")
+    convert(tmp_path / "d.safetensors", tmp_path / "back", base=sharded)
+    assert tree(tmp_path / "back") == tree(sharded)
+    convert(sharded, tmp_path / "one", shard_bytes=10**9)
+    convert(tmp_path / "d.safetensors", tmp_path / "whole", base=tmp_path / "one")
+    assert tree(tmp_path / "whole") == tree(tmp_path / "one")
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])

@@ -175,11 +175,13 @@ def test_misfits_are_told(tiny_checkpoint: Path, tmp_path: Path, damage: Callabl
     assert not (tmp_path / "m").exists()
 
 
-def test_a_number_among_the_weights_is_passed_on(tiny_copy: Path, tmp_path: Path) -> None:
+def test_a_number_among_the_weights_and_a_notice_are_passed_on(tiny_copy: Path, tmp_path: Path) -> None:
     adapter(Checkpoint.open(tiny_copy).decoder(), tmp_path / "a", target_modules=["to_q"])
     file = next((tiny_copy / "transformer").glob("*.safetensors"))
     save_file(load_file(file) | {"temperature.weight": torch.tensor(2.0)}, file)
+    (tiny_copy / "NOTICE").write_text("whose work this is")
     merge_adapters(tiny_copy, tmp_path / "m", [tmp_path / "a"])
+    assert (tmp_path / "m/NOTICE").read_text() == "whose work this is"
     assert weights(tmp_path / "m", "transformer")["temperature.weight"] == 2
 
 

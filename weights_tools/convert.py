@@ -293,15 +293,13 @@ def _completed(contents: Contents, base: Contents) -> Contents:
     for component in contents.tensors:
         if f"{component}/config.json" not in files:
             raise BadInput(f"the base holds no {component}")
-        own = {name: data for name, data in contents.files.items() if name.startswith(f"{component}/")}
-        files = {
-            name: data
-            for name, data in (files | own).items()
-            if not (name.startswith(f"{component}/") and name.endswith(".index.json"))
-        }
+        files |= {name: data for name, data in contents.files.items() if name.startswith(f"{component}/")}
     if is_pruned(contents):
         files["model_index.json"] = as_json(base.json("model_index.json") | {PARTS: TEXT_TO_IMAGE})
-    return Contents(contents.layout, base.tensors | contents.tensors, files, base.metadata | contents.metadata)
+    whole = Contents(contents.layout, base.tensors | contents.tensors, files, base.metadata | contents.metadata)
+    indices = [path for path in files if path.endswith(".index.json") and path.partition("/")[0] in contents.tensors]
+    gone = {path for path in indices if not _kept_index(whole, path)}
+    return replace(whole, files={path: data for path, data in files.items() if path not in gone})
 
 
 def _kept_index(contents: Contents, path: str) -> bool:

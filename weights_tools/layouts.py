@@ -191,7 +191,7 @@ def safe_path(path: str) -> bool:
 
 def _is_carried(path: str) -> bool:
     name = path.rpartition("/")[2]
-    return safe_path(path) and (name.endswith(_SUFFIXES) or name.startswith("LICENSE"))
+    return safe_path(path) and (name.endswith(_SUFFIXES) or name.startswith(("LICENSE", "NOTICE")))
 
 
 def _lone_component(root: Path) -> str:

@@ -41,7 +41,7 @@ __all__ = [
 
 LINEAGE = "lineage.json"
 SHARD_BYTES = 5_000_000_000
-_SETTINGS = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "LICENSE*")
+_SETTINGS = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "LICENSE*", "NOTICE*")
 
 
 class Bytes:
