@@ -228,6 +228,8 @@ def test_refusals_write_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypat
         (BadInput, "lies inside", (tiny_checkpoint, tiny_checkpoint / "vae" / "one.safetensors"), {}),
         (BadInput, "lies inside", (tmp_path / "notes.txt", tiny_checkpoint / "x"), {"base": tiny_checkpoint}),
         (BadInput, "no such folder", (tmp_path / "absent", out), {}),
+        (BadInput, "model '': no such folder", ("", out), {}),
+        (BadInput, "holds no GLM-Image component", (tmp_path / "there", "embedded/x"), {"base": "embedded"}),
         (UnknownName, "did you mean 'bfloat16'", (tiny_checkpoint, out), {"dtype": "bfloat"}),
         (UnknownName, "choose from decoder, folder", (tiny_checkpoint, out), {"to": "zip"}),
         (UnknownName, "choose from bfloat16", (tiny_checkpoint, out), {"dtype": "q8_0"}),

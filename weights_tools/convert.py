@@ -97,7 +97,8 @@ def convert(
         raise BadInput("--component is for gguf: the other layouts hold what they always hold")
     component = component or "transformer"
     for read in (source, base):
-        if read is not None and Path(os.path.expanduser(read)).resolve() in target.absolute().resolve().parents:
+        folder = os.path.expanduser(read or "")  # of a hub id no folder need be there
+        if os.path.isdir(folder) and Path(folder).resolve() in target.absolute().resolve().parents:
             raise BadInput(f"{target} lies inside the checkpoint that is read: name a place outside it")
     contents = open_source(source)
     before = contents.nbytes
