@@ -77,12 +77,12 @@ def scale_mask(mask_HW: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def _ids(name: str, ids_HW: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    if not isinstance(ids_HW, torch.Tensor) or ids_HW.is_floating_point() or ids_HW.dtype == torch.bool:
-        raise BadInput(f"{name} ids must be an integer tensor, got {type(ids_HW).__name__}")
+    if not isinstance(ids_HW, torch.Tensor):
+        raise BadInput(f"{name} ids must be an integer tensor, got a {type(ids_HW).__name__}")
+    if ids_HW.is_floating_point() or ids_HW.is_complex() or ids_HW.dtype == torch.bool:
+        raise BadInput(f"{name} ids must be whole numbers, got {str(ids_HW.dtype).removeprefix('torch.')}")
     if ids_HW.dim() != 2 or ids_HW.numel() == 0:
         raise BadInput(f"{name} ids must be a grid of h x w, got shape {tuple(ids_HW.shape)}")
-    if ids_HW.is_complex():
-        raise BadInput(f"{name} ids must be whole numbers, got {str(ids_HW.dtype).removeprefix('torch.')}")
     ids_HW = ids_HW.to(torch.int64)  # unsigned ones have no least and largest in torch
     low, high = int(ids_HW.min()), int(ids_HW.max())
     if low < 0 or high >= codebook_size:
