@@ -31,7 +31,7 @@ class Outer(Config):
 def test_json_round_trip() -> None:
     config = Outer("x", Inner(0.25), (1, 2, 3), (4, 5.5), 7, True, {"a": 1.5})
     assert Outer.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert Outer.from_dict({"name": "x"}) == Outer("x")
+    assert Outer.from_dict({"name": "x"}) == Outer("x") == Outer.from_dict(Outer("x").to_dict())
 
 
 def test_an_int_serves_as_a_float() -> None:
@@ -50,6 +50,7 @@ def test_an_int_serves_as_a_float() -> None:
         ({"name": "x", "pair": [1]}, "Outer.pair"),
         ({"name": "x", "limit": True}, "Outer.limit is True"),
         ({"name": "x", "limit": "many"}, "Outer.limit is 'many'"),
+        ({"name": "x", "pair": [1, True]}, "Outer.pair is True; it must be float"),
         ({"name": "x", "inner": {"rat": 1}}, "Inner option 'rat'.*did you mean 'rate'"),
         ({"name": "x", "inner": 3}, "Inner needs an object"),
         ({"name": "x", "weights": {"a": "b"}}, "Outer.weights.a is 'b'"),
@@ -78,18 +79,24 @@ def test_settings_cannot_be_changed() -> None:
         ("num_inference_steps", 0),
         ("num_inference_steps", 1001),
         ("guidance_scale", -1.0),
+        ("guidance_scale", 100.1),
         ("guidance_scale", float("nan")),
         ("guidance_interval", (0.5, 0.5)),
         ("guidance_interval", (-0.1, 1.0)),
+        ("guidance_interval", (0.0, 1.1)),
         ("temperature", -0.1),
+        ("temperature", 10.1),
         ("temperature", float("inf")),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
         ("min_p", 1.0),
+        ("min_p", -0.1),
         ("token_guidance", -2.0),
+        ("token_guidance", 100.1),
         ("token_candidates", 0),
         ("token_candidates", 65),
+        ("keep_unchanged", -0.1),
         ("keep_unchanged", 1.5),
         ("seed", -1),
         ("seed", 2**63),

@@ -250,13 +250,6 @@ def test_the_generator_can_be_consumed(tiny_checkpoint: Path) -> None:
     assert torch.equal(kept.forward_logits(ids, positions), taken.forward_logits(ids, positions))
 
 
-@pytest.mark.parametrize("field", ["temperature", "guidance_scale"])
-def test_numbers_far_off_are_refused(field: str) -> None:
-    for value in (-1.0, 1e3):
-        with pytest.raises(BadInput):
-            SamplingConfig.from_dict({field: value})
-
-
 def test_a_preview_token_counts_as_often_as_it_is_told_to() -> None:
     from glmimg.training.generator_task import GeneratorBatch
 
