@@ -155,6 +155,7 @@ def test_training_timesteps() -> None:
     drawn = training_timesteps(4000, generator())
     assert torch.equal(drawn, drawn.round()) and drawn.min() >= 0 and drawn.max() <= 999
     assert ((drawn > 250) & (drawn < 750)).float().mean() > 0.65 and abs(float(drawn.mean()) - 499.5) < 20
+    assert training_timesteps(4000, generator(), mean=1.0).median() == pytest.approx(731, abs=20)
 
 
 def test_interpolation_and_target_agree() -> None:

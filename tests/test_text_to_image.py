@@ -21,6 +21,7 @@ from glmimg.errors import BackendError, BadInput, Cancelled, UnknownName
 from glmimg.image_io import read_metadata
 from glmimg.pipelines import candidates, text_to_image
 from glmimg.pipelines.best_of import token_bits
+from glmimg.pipelines.request import Request
 from glmimg.pipelines.result import Event, metadata_tokens
 from glmimg.token_grid import TokenGrid
 
@@ -55,6 +56,24 @@ def test_defaults_are_the_checkpoints(pipeline: TextToImagePipeline) -> None:
     assert (defaults.height, defaults.width) == settings.default_size == (256, 256)
     assert (defaults.num_inference_steps, defaults.guidance_scale) == (20, 1.5)
     assert (defaults.temperature, defaults.top_p, defaults.top_k) == (0.9, 0.75, 50)
+
+
+def test_defaults_are_a_checkpoints_own(tiny_copy: Path) -> None:
+    own: dict[str, Any] = {"temperature": 0.8, "top_p": 0.7, "top_k": 40, "min_p": 0.1, "token_guidance": 1.5}
+    own |= {"num_inference_steps": 7, "token_candidates": 3, "keep_unchanged": 0.2}
+    file = tiny_copy / "vision_language_encoder/generation_config.json"
+    told = own | {"decoder_guidance_scale": 2.5, "default_size": [64, 96]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    wanted = SamplingConfig(height=64, width=96, guidance_scale=2.5, **own)
+    assert TextToImagePipeline.from_pretrained(tiny_copy, backend="cpu", dtype="fp32").defaults == wanted
+
+
+def test_a_seed_means_the_same_in_every_version() -> None:
+    """Of tokens, the first layout's is the seed itself."""
+    config = SamplingConfig(height=64, width=64, token_candidates=3)
+    request = Request(("a",), 1, config, (3,))
+    assert [g.initial_seed() for g in request.token_generators()] == [3, 6364136223846793008, 3504900410838810205]
+    assert [g.initial_seed() for g in request.noise_generators([0])] == [6532028347405268032]
 
 
 def test_pictures_of_a_prompt_have_layouts_of_their_own(pipeline: TextToImagePipeline) -> None:
@@ -102,7 +121,8 @@ def test_region_is_drawn_anew_and_the_rest_kept(pipeline: TextToImagePipeline) -
         ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
         ({"seed": 1.5}, "whole number"),
         ({"num_images_per_prompt": 0}, "whole number from 1"),
-        ({"num_images_per_prompt": 10**6}, "at most"),
+        ({"num_images_per_prompt": 4097}, "4097 pictures in one call: at most 4096"),
+        ({"seed": [True]}, "2\\^63"),
         ({"num_inference_steps": 0}, "0 steps"),
         ({"guidance_scale": float("nan")}, "guidance"),
         ({"negative_prompt": "blurry"}, "token_guidance"),

@@ -162,6 +162,9 @@ def test_guidance_leans_away_from_the_empty_caption(model: TokenGenerator) -> No
     # Weight zero is the empty caption alone.
     alone = generate_tokens(model, [empty], [rng(0)])
     assert generate_tokens(model, [prompt], [rng(0)], TokenSampling(guidance=0.0), unconditional=[empty]) == alone
+    # From there on a straight line, that goes through the caption's own at weight one.
+    nearly = TokenSampling(guidance=1 + 1e-6)
+    assert generate_tokens(model, [prompt], [rng(0)], nearly, unconditional=[empty]) == plain
     with pytest.raises(BadInput, match="without caption"):
         generate_tokens(model, [prompt], [rng(0)], TokenSampling(guidance=2.0))
 
