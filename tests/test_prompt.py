@@ -77,8 +77,9 @@ def test_references_stand_first_with_their_ids(builder: PromptBuilder) -> None:
     assert list(prompt.ids[:13]) == [START, 0, 1, 2, 3, 4, 5, END, START, 10, 11, END, *prompt.ids[12:13]]
     assert prompt.references == ((2, 3), (1, 2)) and prompt.grids == ((4, 4),)
     assert prompt.spans == [1, (2, 3), 2, (1, 2), len(prompt.ids) - 11]
-    with pytest.raises(BadInput, match="ids below 64"):
-        builder.build("bluer", (4, 4), references=[torch.tensor([[64]])])
+    for wrong in (torch.tensor([[64]]), torch.tensor([[-1]]), torch.zeros(1, 2, 2, dtype=torch.int64)):
+        with pytest.raises(BadInput, match="ids below 64"):
+            builder.build("bluer", (4, 4), references=[wrong])
 
 
 @pytest.mark.parametrize("text", ["<sop>", "see <|image|>", "<|dit_token_3|>", "a<eop>b", "<|dit_token_65|>"])
@@ -89,8 +90,10 @@ def test_control_tokens_are_refused(builder: PromptBuilder, text: str) -> None:
 
 def test_empty_and_endless_prompts(builder: PromptBuilder) -> None:
     assert decoded(builder, builder.build("", (1, 1))) == "<sop>1 1<eop><|dit_token_64|>"
+    room = builder.max_length - 4 * 5 - len(builder.build("", (4, 5)).ids)
+    assert len(builder.build("a" * room, (4, 5)).ids) == builder.max_length - 4 * 5
     with pytest.raises(BadInput, match="shorten the prompt"):
-        builder.build("a" * 10_000, (4, 4))
+        builder.build("a" * (room + 1), (4, 5))
     many = [torch.zeros(60, 60, dtype=torch.long)] * 3
     with pytest.raises(BadInput, match="10800 the 3 references'.*fewer or smaller references"):
         builder.build("a", (4, 4), references=many)
