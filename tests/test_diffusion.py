@@ -129,13 +129,14 @@ def test_guidance_formula_interval_and_single_forward() -> None:
 
     x = torch.zeros(1, 1, 2, 2)
     velocity = guided(predict, 3.0, (0.2, 0.8))
-    assert velocity(x, 0, 0.5).eq(3).all()
+    assert all(velocity(x, 0, sigma).eq(3).all() for sigma in (0.2, 0.5, 0.8))
     assert velocity(x, 0, 0.9).eq(1).all()
     assert velocity(x, 0, 0.1).eq(1).all()
     assert guided(predict, 1.0)(x, 0, 0.5).eq(1).all()
-    assert calls == [True, False, False, False]
-    with pytest.raises(BadInput, match="interval"):
-        guided(predict, 2.0, (0.8, 0.2))
+    assert calls == [True] * 3 + [False] * 3
+    for wrong in ((2.0, (0.8, 0.2)), (2.0, (-0.1, 1.0)), (2.0, (0.0, 1.1)), (float("nan"), (0.0, 1.0))):
+        with pytest.raises(BadInput, match="interval"):
+            guided(predict, *wrong)
 
 
 def test_noise_of_a_picture_does_not_depend_on_its_batch() -> None:
