@@ -109,7 +109,7 @@ def test_what_a_table_leaves_out_is_told_and_links_are_followed(tmp_path: Path) 
     root = tmp_path / "data"
     picture(root / "left.png")
     (root / "linked.png").symlink_to(picture(tmp_path / "elsewhere.png"))  # as in the hub's cache
-    (root / "metadata.csv").write_text("file_name,text\nlinked.png,a thing,and more\n")
+    (root / "metadata.csv").write_text("file_name,text\nlinked.png,a thing\n")
     found = read_dataset(root)
     assert told(found) == [("linked.png", ("a thing",))] and found.notes == ("left.png is in no row of metadata.csv",)
     (root / "metadata.jsonl").write_text(json.dumps({"file_name": "left.png"}))
@@ -318,6 +318,40 @@ def test_saved_by_datasets(tmp_path: Path) -> None:
         next(copy.glob(name)).write_bytes(b"")
         with pytest.raises(BadInput, match="no datasets folder that can be read"):
             read_dataset(copy)
+
+
+def test_captions_of_a_table_are_not_lost_in_silence(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    for header, row, note in (
+        ("file_name, text", "a.png, a cat", "columns ( text) is read as captions: --column caption=NAME"),
+        ("file_name,id,description", "a.png,1,a cat", "columns (id, description) is read as captions"),
+    ):
+        (tmp_path / "metadata.csv").write_text(f"{header}\n{row}\n")
+        assert note in " ".join(read_dataset(tmp_path).notes)
+    (tmp_path / "metadata.csv").write_text("file_name\na.png\n")
+    assert not read_dataset(tmp_path).notes
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat,\n")
+    assert told(read_dataset(tmp_path)) == [("a.png", ("a cat",))]
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat, on a mat\n")
+    with pytest.raises(BadInput, match="row 1: ' on a mat' lies beyond the last column: put double quotes"):
+        read_dataset(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": NaN}\n')
+    assert told(read_dataset(tmp_path)) == [("a.png", ())]
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".png", "zero\0.png"])
+def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a cat"}) + "\n")
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_dataset(tmp_path).examples[0].picture.open()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(BadInput, match="it is a pipe"):
+        read_dataset(tmp_path).examples[0].picture.open()
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:

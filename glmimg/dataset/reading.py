@@ -72,9 +72,12 @@ class Source:
             return self.data()
         assert self.path is not None
         try:
+            if self.path.is_fifo():  # reading would wait for a writer
+                raise OSError(0, "it is a pipe")
             return self.path.read_bytes()
-        except OSError as error:
-            raise BadInput(f"{self.label} cannot be read ({error.strerror}): take it out, or put it there") from error
+        except (OSError, ValueError) as error:  # ValueError: a table's name with a zero in it
+            why = getattr(error, "strerror", error)
+            raise BadInput(f"{self.label} cannot be read ({why}): take it out, or put it there") from error
 
     def open(self) -> Image.Image:
         """The picture, upright RGB; BadInput if it is none."""
@@ -296,10 +299,14 @@ def _table(file: Path, root: Path, columns: Mapping[str, str], notes: list[str])
         names = list(dict.fromkeys(name for row in rows for name in row))
     else:
         try:
-            reader = csv.DictReader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t")
+            reader = csv.DictReader(io.StringIO(text), restkey="\0", delimiter="," if kind == ".csv" else "\t")
             rows, names = list(reader), [name for name in reader.fieldnames or () if name]
         except csv.Error as error:
             raise BadInput(f"{file} is no table that can be read ({error}): save it again") from error
+        for number, row in enumerate(rows, 1):
+            if any(beyond := row.get("\0", ())):
+                beyond = f"{beyond[0]!r:.60} lies beyond the last column"
+                raise BadInput(f"{file.name}, row {number}: {beyond}: put double quotes around texts with commas")
     return file.name, list(_rows(rows, root, file, columns, names, notes))
 
 
@@ -363,6 +370,9 @@ def _rows(
     """The rows' paths begin at the table's folder, and none may leave `root`."""
     base, found, spool = place.parent if place != root else root, _columns(names, place, columns), Spool()
     guessed = found["reference"] if "reference" not in columns else None
+    others = [name for name in names if name not in found.values()]
+    if others and found["caption"] is None:
+        notes.append(f"none of {place.name}'s columns ({', '.join(others)}) is read as captions: --column caption=NAME")
     for number, row in enumerate(rows, 1):
         if guessed and row.get(guessed):  # the first that is filled: "source" is as often where pictures come from
             if not _names_a_picture(row[guessed]):
@@ -397,7 +407,7 @@ def _columns(names: Sequence[str], place: Path, columns: Mapping[str, str]) -> d
 
 
 def _captions(value: Any) -> tuple[str, ...]:
-    if value is None:
+    if value is None or value != value:  # pandas writes NaN where there is none
         return ()
     texts = value if isinstance(value, (list, tuple)) else [value]
     return tuple(str(text).strip() for text in texts if str(text).strip())
@@ -422,7 +432,7 @@ def _source(value: Any, root: Path, label: str, base: Path, spool: Spool) -> Sou
     path = Path(os.path.abspath(base / value))
     if root not in path.parents:
         raise BadInput(f"{label}: {value} lies outside {root}; keep a data set's pictures in its folder")
-    if not path.exists():  # a name with accents may be written in another form than the file's
+    if not os.path.exists(path):  # a name with accents may be written in another form than the file's
         forms = (path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD"))
-        path = next((form for form in forms if form.exists()), path)
+        path = next((form for form in forms if os.path.exists(form)), path)
     return Source(shown_name(path, root), path)
