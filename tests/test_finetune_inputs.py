@@ -165,3 +165,14 @@ def test_a_disk_that_is_full_at_the_pictures_says_how_to_go_on(
     monkeypatch.undo()
     opened(tiny_checkpoint, tmp_path)(photos, tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "decoder").is_dir()
+
+
+def test_a_picture_that_changes_meanwhile_is_not_kept_as_the_old_one(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    pipeline = opened(tiny_checkpoint, tmp_path / "cache")
+    checked = pipeline.check(photos).usable[0]
+    Image.new("RGB", (64, 64), "blue").save(photos / checked.example.label)
+    with pytest.raises(BadInput, match="was changed while it was encoded"):
+        pipeline.encoder.picture(checked)
+    assert pipeline.encoder.picture_key(checked) not in pipeline.store

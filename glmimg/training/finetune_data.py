@@ -21,6 +21,7 @@ from glmimg.dataset.buckets import bucket_sizes
 from glmimg.dataset.checking import Checked, Report, check_dataset
 from glmimg.dataset.reading import Dataset
 from glmimg.dataset.store import Store
+from glmimg.errors import BadInput
 from glmimg.glyph_encoder import GlyphEncoder
 from glmimg.image_io import to_tensor
 from glmimg.prompt import PromptBuilder, glyph_texts
@@ -121,6 +122,8 @@ class Encoder:
             found[f"{name}preview"] = tokenizer.tokenize(pixels_13HW, preview)[0].int().cpu()
             pixels_13HW = pixels_13HW.to(self.backend.device)
             found[f"{name}latents"] = self._part("autoencoder").encode(pixels_13HW)[0].half().cpu()
+        if checked.digest != "".join(source.digest() for _, source, _ in sources):  # or it would be kept as the old one
+            raise BadInput(f"{checked.example.label} was changed while it was encoded: begin again when all is there")
         self.store.put(key, found)
         return key
 
