@@ -130,7 +130,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if arguments.config:
         try:
-            settings = parse_json(Path(arguments.config).read_text(encoding="utf-8"))
+            settings = parse_json(Path(arguments.config).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise BadInput(f"{arguments.config} cannot be read as json ({error})") from error
         if not isinstance(settings, dict):

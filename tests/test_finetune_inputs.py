@@ -101,6 +101,7 @@ def test_another_method_has_its_own_defaults(tiny_checkpoint: Path, photos: Path
     opened(tiny_checkpoint, tmp_path, stage="decoder")(photos, tmp_path / "out")
     told = json.loads((tmp_path / "out/finetune.json").read_text())
     assert told["resolved"]["learning_rate"] == 5e-4 and told["resolved"]["alpha"] == 2
+    (tmp_path / "out/finetune.json").write_text(json.dumps(told), "utf-8-sig")  # as editors on Windows save it
     parser = argparse.ArgumentParser()
     finetune(parser)
     arguments = parser.parse_args([str(photos), "--config", str(tmp_path / "out/finetune.json"), "--method", "full"])
