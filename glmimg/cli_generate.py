@@ -141,7 +141,9 @@ def _edit(arguments: argparse.Namespace) -> int:
     seed = options.pop("seed")
     from glmimg.image_io import open_picture
     from glmimg.pipelines.image_to_image import ImageToImagePipeline
+    from glmimg.pipelines.request import check_seeds
 
+    check_seeds(seed + (arguments.best_of or arguments.n) - 1, 1)
     images = [open_picture(path) for path in arguments.images]
     pipeline = _opened(ImageToImagePipeline, arguments, source)
     if source is not None:
@@ -355,12 +357,12 @@ def _check_outputs(arguments: argparse.Namespace, count: int) -> None:
 
     read = [*getattr(arguments, "images", ()), arguments.source, arguments.tokens, getattr(arguments, "prompts", None)]
     places = [place for place in (arguments.output, arguments.save_tokens, arguments.preview) if place]
-    if len({os.path.abspath(place) for place in places}) < len(places):
-        raise BadInput("-o, --save-tokens and --preview name the same file: give each its own")
-    for place in places:
-        for own in filter(None, read):
-            for number in range(1, min(count, MOST_NUMBERED) + 1):
-                require_apart(numbered(place, number), own)
+    written = [numbered(place, k) for place in places for k in range(1, min(count, MOST_NUMBERED) + 1)]
+    if len(set(map(os.path.abspath, written))) < len(written):
+        raise BadInput("-o, --save-tokens and --preview name the same file, or one of its numbers: give each its own")
+    for own in filter(None, read):
+        for path in written:
+            require_apart(path, own)
     for flag in ("output", "save_tokens", "preview"):
         value = getattr(arguments, flag)
         if value is None:

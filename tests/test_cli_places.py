@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from glmimg.cli import main
 from glmimg.cli_progress import ByteBar, Count
@@ -33,6 +34,8 @@ def test_what_is_read_is_kept(small: list[str], tmp_path: Path, monkeypatch: pyt
         ["generate", "--from", "f.png", "--save-tokens", "f.png", "-o", "g.png", *small],
         ["generate", "--prompts", "p.txt", "--save-tokens", "p.txt", *small],
         ["generate", "a cat", "-o", "a.png", "--save-tokens", "a.png", *small],
+        ["generate", "a cat", "-o", "a.png", "--save-tokens", "a-2.png", "-n", "2", *small],
+        ["generate", "a cat", "a dog", "-o", "a.png", "--preview", "a-2.png", *small],
         ["edit", "f.png", "--prompt", "red", "--token-candidates", "4", *small],
         ["tokens", "show", "f.png", "-o", "f.png"],
         ["tokens", "extract", "f.png", "-o", "f.png"],
@@ -57,6 +60,13 @@ def test_numbers_that_nobody_means(small: list[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.stdin", None)
     for flags in (["-n", "999999999999"], ["--seed", "9" * 5000], ["--prompts", "-"]):
         assert main(["generate", "a cat", *small, *flags]) == 2
+
+
+@pytest.mark.parametrize("several", ["-n", "--best-of"])
+def test_an_edits_last_seed_is_looked_at_before_the_first_picture(small: list[str], several: str) -> None:
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    assert main(["edit", "red.png", "--prompt", "blue", several, "10", "--seed", str(2**63 - 9), *small, "-q"]) == 2
+    assert [path.name for path in Path().iterdir()] == ["red.png"]
 
 
 class Terminal(io.StringIO):
