@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from PIL import Image
 
 from glmimg.errors import BadInput, MissingExtra
 from glmimg.pipelines.image_to_image import ImageToImagePipeline, Picture
-from glmimg.pipelines.request import require_count
+from glmimg.pipelines.request import check_seeds, require_count
 from glmimg.pipelines.result import Reporter, Result
 from glmimg.pipelines.stages import Stages
 from glmimg.prompt import glyph_texts
@@ -42,6 +42,8 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
     if not isinstance(prompt, str):
         raise BadInput("best_of takes one prompt: call it once for each")
     require_count("count", count)
+    if verifier is not None and not callable(verifier):
+        raise BadInput(f"verifier {verifier!r:.100}: give a function of a picture and its prompt")
     if verifier is None:
         references = options.get("image", ())
         references = references if isinstance(references, (list, tuple)) else [references]
@@ -51,7 +53,7 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
     result = _drawn(pipeline, prompt, count, options)
     reporter, scores = Reporter(options.get("callback"), "judge", count), []
     for k, image in enumerate(result.images):
-        scores.append(float(verifier(image, prompt)))
+        scores.append(_number(verifier(image, prompt)))
         reporter.step((k,), lambda: None)
     if all(map(math.isnan, scores)):
         raise BadInput("the verifier gave no number (nan) for any picture")
@@ -60,16 +62,26 @@ def best_of(pipeline: Any, prompt: str, count: int, verifier: Verifier | None = 
     return Result([result.images[best]], [result.tokens[best]], result.timings, [settings])
 
 
+def _number(score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"the verifier gave {score!r:.100}, which is no number: more is better") from error
+
+
 def _drawn(pipeline: Any, prompt: str, count: int, options: dict[str, Any]) -> Result:
     """All of them, a few at a time where each one's seed follows from the first."""
     seed, tokens = options.pop("seed", None), options.get("tokens")
     if count <= TOGETHER or (isinstance(seed, Sequence) and not isinstance(seed, str)) or isinstance(tokens, Sequence):
         return pipeline(prompt, num_images_per_prompt=count, seed=seed, **options)
+    config = options.get("config")
+    first = config.get("seed", 0) if isinstance(config, Mapping) else getattr(config, "seed", 0)
+    seed = check_seeds(first if seed is None else seed, 1)[0]
+    check_seeds(seed + count - 1, 1)  # the last is not refused after the others are drawn
     parts: list[Result] = []
     for start in range(0, count, TOGETHER):
-        if start:
-            seed = [parts[0].settings[0]["config"]["seed"] + k for k in range(start, min(start + TOGETHER, count))]
-        parts.append(pipeline(prompt, num_images_per_prompt=min(TOGETHER, count - start), seed=seed, **options))
+        some = min(TOGETHER, count - start)
+        parts.append(pipeline(prompt, num_images_per_prompt=some, seed=seed + start, **options))
     timings = {name: sum(part.timings[name] for part in parts) for name in parts[0].timings}
     images = [image for part in parts for image in part.images]
     grids = [grid for part in parts for grid in part.tokens]

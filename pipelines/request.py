@@ -23,7 +23,15 @@ from glmimg.prompt import Prompt, glyph_texts
 from glmimg.token_grid import TokenGrid, preview_grid, region_mask, target_grid
 from glmimg.token_sampling import Forced, TokenSampling
 
-__all__ = ["Request", "build_prompts", "check_prompts", "check_request", "default_config", "require_count"]
+__all__ = [
+    "Request",
+    "build_prompts",
+    "check_prompts",
+    "check_request",
+    "check_seeds",
+    "default_config",
+    "require_count",
+]
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 MAX_PICTURES = 4096  # of one call
@@ -219,7 +227,7 @@ def check_request(
             "negative_prompt changes nothing here: it acts through token guidance (set token_guidance above 1), "
             "through the choice between layouts (token_candidates above 1) and through text in quotation marks"
         )
-    seeds = _seeds(resolved.seed if seed is None else seed, count)
+    seeds = check_seeds(resolved.seed if seed is None else seed, count)
     for grid in grids or ():
         if (grid.height, grid.width) != (resolved.height, resolved.width):
             raise BadInput(
@@ -232,6 +240,13 @@ def check_request(
             raise BadInput(f"region {region!r}: give left, top, right, bottom in pixels")
         region = (int(region[0]), int(region[1]), int(region[2]), int(region[3]))
         region_mask(target_grid(resolved.height, resolved.width), region)
+        drawn = preview_grid(resolved.height, resolved.width, settings.preview_side)
+        for grid in grids or () if default_size is None else ():  # after references none is drawn
+            if grid.preview_HW is not None and grid.preview_HW.shape != drawn:
+                raise BadInput(
+                    f"tokens have a preview grid of {tuple(grid.preview_HW.shape)}, this checkpoint's is {drawn}: "
+                    "take them from a picture of this checkpoint, or without a preview grid"
+                )
     return Request(
         prompts,
         int(num_images_per_prompt),
@@ -266,7 +281,8 @@ def require_count(name: str, value: object) -> None:
         raise BadInput(f"{name} {value!r}: give a whole number from 1")
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
+def check_seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """That of each picture, or BadInput."""
     if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
         seeds = list(seed)
         require(len(seeds) == count, f"{len(seeds)} seeds for {count} pictures: give one seed, or one for each picture")

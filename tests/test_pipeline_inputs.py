@@ -114,6 +114,8 @@ def test_a_verifier_that_gives_no_number(pipeline: TextToImagePipeline) -> None:
     assert best.settings[0]["score"] == 5.0 and best.settings[0]["config"]["seed"] == 1
     with pytest.raises(BadInput, match="nan"):
         best_of(pipeline, "a cat", 2, lambda picture, prompt: float("nan"), **SMALL)
+    with pytest.raises(BadInput, match="the verifier gave None, which is no number"):
+        best_of(pipeline, "a cat", 2, lambda picture, prompt: None, **SMALL)  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,13 @@ def test_wrong_kinds_are_told_before_anything_is_loaded(tiny_checkpoint: Path, m
             pipeline("a fox", callback=wrong, **SMALL)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="count '3': give a whole number"):
         best_of(pipeline, "a fox", "3", lambda *_: 0.0)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="verifier 3: give a function"):
+        best_of(pipeline, "a fox", 3, 3, **SMALL)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="seed 9223372036854775808"):
+        best_of(pipeline, "a fox", 9, lambda *_: 0.0, config={"seed": 2**63 - 8}, **(SMALL | {"seed": None}))
+    other = TokenGrid(torch.zeros(2, 2).long(), 64, torch.zeros(1, 1).long())
+    with pytest.raises(BadInput, match=r"preview grid of \(1, 1\), this checkpoint's is \(4, 4\)"):
+        pipeline("a fox", tokens=other, region=(0, 0, 32, 32), **SMALL)
     with pytest.raises(BadInput, match="data '': give a folder"):
         FineTunePipeline.from_pretrained(tiny_checkpoint, "cpu")("", "out")
 
