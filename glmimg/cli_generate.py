@@ -357,7 +357,9 @@ def _check_outputs(arguments: argparse.Namespace, count: int) -> None:
 
     read = [*getattr(arguments, "images", ()), arguments.source, arguments.tokens, getattr(arguments, "prompts", None)]
     places = [place for place in (arguments.output, arguments.save_tokens, arguments.preview) if place]
-    written = [numbered(place, k) for place in places for k in range(1, min(count, MOST_NUMBERED) + 1)]
+    looks = max(count, arguments.best_of or 1)  # at all that are drawn
+    each = [(place, looks if place == arguments.preview else count) for place in places]
+    written = [numbered(place, k) for place, most in each for k in range(1, min(most, MOST_NUMBERED) + 1)]
     if len(set(map(os.path.abspath, written))) < len(written):
         raise BadInput("-o, --save-tokens and --preview name the same file, or one of its numbers: give each its own")
     for own in filter(None, read):

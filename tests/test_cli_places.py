@@ -29,6 +29,7 @@ def test_what_is_read_is_kept(small: list[str], tmp_path: Path, monkeypatch: pyt
     assert main(["generate", "a cat", *small, "-o", "f.png", "-q"]) == 0
     Path("p.txt").write_text("a cat\n")
     before = Path("f.png").read_bytes()
+    Path("f-2.png").write_bytes(before)
     for command in (
         ["edit", "f.png", "--prompt", "red", "--save-tokens", "f.png", *small],
         ["generate", "--from", "f.png", "--save-tokens", "f.png", "-o", "g.png", *small],
@@ -36,6 +37,7 @@ def test_what_is_read_is_kept(small: list[str], tmp_path: Path, monkeypatch: pyt
         ["generate", "a cat", "-o", "a.png", "--save-tokens", "a.png", *small],
         ["generate", "a cat", "-o", "a.png", "--save-tokens", "a-2.png", "-n", "2", *small],
         ["generate", "a cat", "a dog", "-o", "a.png", "--preview", "a-2.png", *small],
+        ["generate", "--from", "f-2.png", "-o", "a.png", "--preview", "f.png", "--best-of", "2", *small],
         ["edit", "f.png", "--prompt", "red", "--token-candidates", "4", *small],
         ["tokens", "show", "f.png", "-o", "f.png"],
         ["tokens", "extract", "f.png", "-o", "f.png"],
