@@ -372,11 +372,18 @@ def _check_outputs(arguments: argparse.Namespace, count: int) -> None:
         path = Path(value)
         if flag != "save_tokens" and path.suffix.lower() != ".png":
             raise BadInput(f"{path}: pictures are written as .png, the format that can carry their settings")
-        parent = path.absolute().parent
-        while not os.path.exists(parent) and parent != parent.parent:
-            parent = parent.parent
-        if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-            raise BadInput(f"cannot write {path}: name a file in a folder that you may write to")
+        require_place(path, tokens=flag == "save_tokens")
+
+
+def require_place(path: Path, tokens: bool) -> None:
+    """BadInput if no file can be written there; or tokens that would be read as a picture."""
+    if tokens and path.suffix.lower() == ".png":
+        raise BadInput(f"{path}: a token grid is no picture, and would be taken for one: name it {path.stem}.tokens")
+    parent = path.absolute().parent
+    while not os.path.exists(parent) and parent != parent.parent:
+        parent = parent.parent
+    if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise BadInput(f"cannot write {path}: name a file in a folder that you may write to")
 
 
 def require_apart(written: Path, read: str) -> None:

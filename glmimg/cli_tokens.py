@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from glmimg.cli_generate import load_tokens, require_apart
+from glmimg.cli_generate import load_tokens, require_apart, require_place
 
 __all__ = ["diff", "extract", "show"]
 
@@ -76,6 +76,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     from glmimg.image_io import open_picture
 
     require_apart(Path(arguments.output), arguments.image)
+    require_place(Path(arguments.output), tokens=True)
     image = open_picture(arguments.image)
     from glmimg.pipelines.image_to_image import ImageToImagePipeline
 

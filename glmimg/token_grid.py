@@ -235,6 +235,8 @@ class TokenGrid:
 
     @classmethod
     def load(cls, path: str | Path) -> TokenGrid:
+        if Path(path).is_dir():  # safetensors speaks of a device
+            raise BadInput(f"{path} is a folder; the file of a token grid is needed")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

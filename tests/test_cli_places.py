@@ -35,7 +35,6 @@ def test_what_is_read_is_kept(small: list[str], tmp_path: Path, monkeypatch: pyt
         ["generate", "--from", "f.png", "--save-tokens", "f.png", "-o", "g.png", *small],
         ["generate", "--prompts", "p.txt", "--save-tokens", "p.txt", *small],
         ["generate", "a cat", "-o", "a.png", "--save-tokens", "a.png", *small],
-        ["generate", "a cat", "-o", "a.png", "--save-tokens", "a-2.png", "-n", "2", *small],
         ["generate", "a cat", "a dog", "-o", "a.png", "--preview", "a-2.png", *small],
         ["generate", "--from", "f-2.png", "-o", "a.png", "--preview", "f.png", "--best-of", "2", *small],
         ["edit", "f.png", "--prompt", "red", "--token-candidates", "4", *small],
@@ -45,6 +44,24 @@ def test_what_is_read_is_kept(small: list[str], tmp_path: Path, monkeypatch: pyt
     ):
         assert main(command) == 2, command
     assert Path("f.png").read_bytes() == before and Path("p.txt").read_text() == "a cat\n"
+
+
+def test_tokens_have_a_place_of_their_own(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmimg.checkpoint.Checkpoint.vision", lambda *_: pytest.fail("weights were loaded"))
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    Path("folder").mkdir()
+    extract = ["tokens", "extract", "red.png", "--model", small[1], "--backend", "cpu"]
+    for command, told in (
+        ([*extract, "-o", "folder"], "cannot write folder"),
+        ([*extract, "-o", "red.png/x"], "cannot write red.png"),
+        ([*extract, "-o", "new.png"], "name it new.tokens"),
+        (["generate", "a cat", "--save-tokens", "new.png", *small], "name it new.tokens"),
+        (["tokens", "show", "folder"], "folder is a folder"),
+    ):
+        assert main(command) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_several_repetitions_have_layouts_of_their_own(
