@@ -105,7 +105,7 @@ def draw_tokens(
         drawn_BN = ids_BN[::count].clone()  # the loop goes on writing into its own
         reporter.step(
             tuple(range(len(rows))),
-            lambda: _token_preview(stages, request, rows, drawn_BN),
+            _undisturbed(stages, lambda: _token_preview(stages, request, rows, drawn_BN)),
             lambda: [split_grids(ids_N, row) for row, ids_N in zip(rows, drawn_BN.cpu(), strict=True)],
             done=done,
         )
@@ -246,9 +246,22 @@ def decoder_events(
     def on_step(
         pictures: tuple[int, ...], done: int, total: int, latents_BChw: torch.Tensor, x0_BChw: torch.Tensor
     ) -> None:
-        reporter.step(pictures, lambda: to_pil(stages.autoencoder().preview(x0_BChw)))
+        reporter.step(pictures, _undisturbed(stages, lambda: to_pil(stages.autoencoder().preview(x0_BChw))))
 
     return of
+
+
+Look = Callable[[], list[Image.Image] | None]
+
+
+def _undisturbed(stages: Stages, look: Look) -> Look:
+    """That look as the call itself has it, also after the call or in another thread."""
+
+    def alone() -> list[Image.Image] | None:
+        with torch.inference_mode(False), torch.no_grad(), stages.running():
+            return look()
+
+    return alone
 
 
 def _token_preview(

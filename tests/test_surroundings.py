@@ -104,6 +104,20 @@ def test_a_first_call_in_inference_mode_leaves_plain_tensors(tiny_checkpoint: Pa
     assert pipeline("a fox", **SMALL).tokens == opened(tiny_checkpoint)("a fox", **SMALL).tokens
 
 
+def test_a_look_after_the_call_is_that_within_it(tiny_checkpoint: Path) -> None:
+    looks: dict[tuple[str, int], Any] = {}
+
+    def callback(event: Any) -> None:
+        looks[event.stage, event.step] = event.preview, [image.tobytes() for image in event.preview() or ()]
+
+    opened(tiny_checkpoint)("a fox", callback=callback, **SMALL)
+    for step in (("tokens", 20), ("decoder", 2)):
+        preview, before = looks[step]
+        for number, around in enumerate([torch.enable_grad, *AROUND]):
+            with around():
+                assert [image.tobytes() for image in preview()] == before != [], (step, number)
+
+
 def test_adapters_are_not_exchanged_under_a_running_call(tiny_checkpoint: Path, style: Path) -> None:
     pipeline, told = opened(tiny_checkpoint), list[str]()
     before = pipeline("a fox", **SMALL)
