@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from glmimg import Checkpoint, ImageToImagePipeline, TextToImagePipeline
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import write_text
 from glmimg.corpus.scenes import draw
 from glmimg.corpus.sheet import contact_sheet
 from glmimg.corpus.stickers import StickerBank
@@ -104,13 +104,11 @@ def main() -> None:
         pictures += [made[k] for k in shown]
         captions += [f"{names[-1]}: {records[k].prompt}" for k in shown]
         arguments.output.mkdir(parents=True, exist_ok=True)
-        font = bank.directory / "fonts" / "cjk.ttc"  # not in a bank of pictures alone
-        sheet = contact_sheet(pictures, captions, columns=SHOWN, font_path=str(font) if font.exists() else None)
+        sheet = contact_sheet(pictures, captions, columns=SHOWN, font=bank.directory / "fonts" / "cjk.ttc")
         sheet.save(arguments.output / "sheet.png")
         subsets = by_subset([*records, *edits], names, scores)
         told = "\n".join([*lines, "", f"Prompts with seeds from {arguments.first_seed}.", "", *subsets, ""])
-        with atomic_file(arguments.output / "table.md") as temporary:
-            temporary.write_text(told)
+        write_text(arguments.output / "table.md", told)
     print(told)
 
 

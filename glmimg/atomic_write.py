@@ -25,6 +25,7 @@ __all__ = [
     "locked",
     "require_absent",
     "reserve",
+    "write_text",
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -63,6 +64,12 @@ def atomic_file(target: str | Path, *, replace: bool = True, mode: int | None = 
                 _keep(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """A file of UTF-8 text, as `atomic_file` writes it."""
+    with atomic_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-__all__ = ["plain_torch"]
+__all__ = ["plain_torch", "seeded"]
 
 
 @contextmanager
@@ -27,4 +27,14 @@ def plain_torch(*, gradients: bool = False) -> Iterator[None]:
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
             around.callback(torch.set_default_dtype, dtype)
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's global stream on the processor, from which libraries draw first weights, is at its beginning."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield

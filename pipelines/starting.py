@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 
+from glmimg.checkpoint import SECOND_NAME, Checkpoint
 from glmimg.config import parse_json
 from glmimg.errors import BadInput
 from glmimg.presets import Preset
+from glmimg.torch_state import seeded
+from glmimg.training.autoencoder_task import start_from_scratch as start_autoencoder
+from glmimg.training.decoder_task import start_from_scratch as start_decoder
+from glmimg.training.generator_task import start_from_scratch as start_generator
+from glmimg.weights_tools.init import build_models, preset_of
 
-__all__ = ["on_device", "preset_for", "require_same_start", "spell_codes", "start_models"]
+__all__ = ["on_device", "preset_for", "spell_codes", "start_models"]
 
 
 def preset_for(name: str, start_from: Path | None) -> Preset:
     """The preset of that name or .json file, with the generation settings of the checkpoint that is gone on with."""
-    from glmimg.checkpoint import Checkpoint
-    from glmimg.weights_tools.init import preset_of
-
     try:
         found = parse_json(Path(name).read_text(encoding="utf-8")) if name.endswith(".json") else name
     except (OSError, ValueError) as error:
@@ -35,33 +38,14 @@ def preset_for(name: str, start_from: Path | None) -> Preset:
     return preset | {"generation": ours | {key: told[key] for key in ours if key in told}}
 
 
-def require_same_start(folder: Path, start_from: Path | None) -> None:
-    """BadInput if the state of a stage's folder began from another checkpoint than the one given."""
-    from glmimg.checkpoint import Checkpoint
-
-    file = folder / "started_from.json"
-    told = json.loads(file.read_text(encoding="utf-8")).get("hash") if file.exists() else None
-    if start_from and told not in (None, Checkpoint.open(start_from).hash):
-        raise BadInput(
-            f"{folder} is of a run from checkpoint {told}, and {start_from} is another: give that --start-from to go "
-            "on, or another --work"
-        )
-
-
 def start_models(preset: Preset, seed: int, checkpoint: Path | None) -> dict[str, Any]:
     """The four networks by the name of their folder, on the processor: a checkpoint's, or from nothing."""
-    from glmimg.training.autoencoder_task import start_from_scratch as start_autoencoder
-    from glmimg.training.decoder_task import start_from_scratch as start_decoder
-    from glmimg.training.generator_task import start_from_scratch as start_generator
-    from glmimg.weights_tools.init import build_models
-
     models = build_models(preset, seed=seed)
     if checkpoint:
         _load_checkpoint(models, checkpoint)
         return models
     tower = models["vision_language_encoder"].model.visual
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         start_autoencoder(models["vae"])
         start_generator(models["vision_language_encoder"])
         start_decoder(models["transformer"])
@@ -79,15 +63,13 @@ def on_device(models: dict[str, Any], device: str) -> dict[str, Any]:
 
 def _load_checkpoint(models: dict[str, Any], folder: Path) -> None:
     """A checkpoint's weights as fp32 masters, and its measured latents."""
-    from glmimg.checkpoint import Checkpoint
-
     checkpoint = Checkpoint.open(folder)
     for name, module in models.items():
         weights = checkpoint.weights[name]
         state = weights.load(weights.infos, device="cpu", dtype=torch.float32)
         found = {key: tuple(tensor.shape) for key, tensor in state.items()}
         wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        wanted.pop("encoder.embed_tokens.weight", None)  # T5's second name for one tensor
+        wanted.pop(SECOND_NAME, None)
         if differing := [key for key in (wanted | found) if wanted.get(key) != found.get(key)]:
             raise BadInput(
                 f"{folder} is of another --preset: its {name}, {differing[0]}, is {found.get(differing[0], 'absent')}, "

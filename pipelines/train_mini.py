@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,7 @@ from glmimg.corpus.scenes import SceneSampler
 from glmimg.corpus.stickers import StickerBank
 from glmimg.errors import BadInput
 from glmimg.pipelines.mini_flags import add_flags, checked
-from glmimg.pipelines.starting import on_device, preset_for, require_same_start, spell_codes, start_models
+from glmimg.pipelines.starting import on_device, preset_for, spell_codes, start_models
 from glmimg.presets import Preset
 from glmimg.training import recipes
 from glmimg.training.encoded import (
@@ -50,7 +51,7 @@ from glmimg.training.folder import FolderCache
 from glmimg.training.loop import Run, Task, TrainConfig, ended
 from glmimg.training.optimizer import train_only
 from glmimg.training.processes import Processes
-from glmimg.training.record import add_command, checkpoint_record, chunks_record
+from glmimg.training.record import add_command, checkpoint_record, chunks_record, note_start, require_same_start
 from glmimg.weight_files import CODEBOOK
 
 # Shares of the budget; what is left over goes into drawing and encoding scenes.
@@ -168,22 +169,18 @@ class MiniTraining:
 
     # Stages
 
-    def _run(self, stage: str, task: Task, config: TrainConfig) -> None:
-        config = recipes.on_device(replace(config, seed=self.seed), self.device, self.workers)
-        config = replace(config, **self.changes)
+    def _run(self, stage: str, task: Task, recipe: Callable[[float, int], TrainConfig], **more: Any) -> None:
+        config = recipes.on_device(recipe(self.minutes[stage], self.threads), self.device, self.workers)
+        config = replace(config, seed=self.seed, **more, **self.changes)
         if stage in KEPT:
             train_only(self._parts(stage), self.only)
         run = Run(task, config, self.work / stage)
         if run.resume():
             print(f"{stage}: resumed at step {run.step}", file=sys.stderr)
-            require_same_start(self.work / stage, self.start_from)
+            if self.start_from:
+                require_same_start(run.directory, Checkpoint.open(self.start_from), "--start-from")
         elif self.start_from and stage in KEPT:
-            # New data from where the checkpoint's own training stopped; the optimizer starts afresh.
-            base = checkpoint_record(self.start_from, stage)
-            run.position = base["position"]
-            if run.processes.main:
-                told = base | {"hash": Checkpoint.open(self.start_from).hash}
-                (self.work / stage / "started_from.json").write_text(json.dumps(told))
+            note_start(run, stage, Checkpoint.open(self.start_from))
         if run.progress() < 1:
             run.train()
         else:
@@ -204,12 +201,13 @@ class MiniTraining:
             return
         if frozen and not self.start_from:
             raise BadInput(
-                f"{latents[0]} came from a trained VAE: give a checkpoint with that VAE as --start-from ("
-                "folder's state aside) to train what turns latents into pixels, or delete the latents to train it whole"
+                f"{latents[0]} came from a trained VAE: put {self.work / 'autoencoder' / 'state.pt'} aside and give a "
+                "checkpoint with that VAE as --start-from to train what turns latents into pixels, or delete the "
+                "latents to train it whole"
             )
         held_out = self.scenes("scenes_held_out")
         task = AutoencoderTask(self.models["vae"], self.looked_at(), held_out, freeze_encoder=frozen, seed=self.seed)
-        self._run("autoencoder", task, recipes.autoencoder(self.minutes["autoencoder"], self.threads))
+        self._run("autoencoder", task, recipes.autoencoder)
 
     @cached_property
     def crops(self) -> Any:
@@ -222,7 +220,7 @@ class MiniTraining:
 
         # The teacher's own seed: it shares neither batches nor first weights with anything else.
         task = TeacherTask(self.bank, self.crops, seed=self.seed + 11, device=self.device)
-        self._run("teacher", task, recipes.teacher(self.minutes["teacher"], self.threads))
+        self._run("teacher", task, recipes.teacher)
 
     def _trained_teacher(self) -> Any:
         """The teacher of this work folder, or None: a tower that is trained already can do without."""
@@ -248,7 +246,7 @@ class MiniTraining:
             seed=self.seed,
             **self.tokenizer_data(),
         )
-        self._run("tokenizer", task, recipes.tokenizer(self.minutes["tokenizer"], self.threads))
+        self._run("tokenizer", task, recipes.tokenizer)
 
     def tokenizer_data(self) -> dict[str, Any]:
         """What the tokenizer learns from beside whole pictures."""
@@ -343,7 +341,6 @@ class MiniTraining:
         model = self.models["vision_language_encoder"]
         self._spell("generator", model.model.language_model.embed_tokens.weight, model.lm_head.weight)
         self._require_tokens()
-        config = replace(recipes.generator(self.minutes["generator"], self.threads), compile=self.compile)
         task = GeneratorTask(
             model,
             builder,
@@ -353,7 +350,7 @@ class MiniTraining:
             edit_share=self.edit_share,
             seed=self.seed,
         )
-        self._run("generator", task, config)
+        self._run("generator", task, recipes.generator, compile=self.compile)
 
     def decoder(self) -> None:
         from glmimg.autoencoder import Autoencoder
@@ -376,7 +373,7 @@ class MiniTraining:
             word_share=self.word_share,
             seed=self.seed,
         )
-        self._run("decoder", task, recipes.decoder(self.minutes["decoder"], self.threads))
+        self._run("decoder", task, recipes.decoder)
 
     def export(self, out: Path, watts: float = 0.0) -> None:
         """Write the checkpoint folder in bf16 from the averaged weights of each stage; the machine drew `watts`."""

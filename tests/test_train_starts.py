@@ -16,13 +16,14 @@ from glmimg.autoencoder import Autoencoder
 from glmimg.checkpoint import Checkpoint
 from glmimg.corpus.cache import SceneCache
 from glmimg.errors import BadInput, UnknownName
-from glmimg.pipelines.starting import preset_for, require_same_start
+from glmimg.pipelines.starting import preset_for
 from glmimg.pipelines.train_mini import main as train_mini
 from glmimg.presets import PRESETS
 from glmimg.training.autoencoder_task import AutoencoderTask
 from glmimg.training.encoded import encode_latents, require_encoder
 from glmimg.training.folder import FolderCache
 from glmimg.training.loop import Run, TrainConfig
+from glmimg.training.record import require_same_start
 from glmimg.weights_tools.init import build_models
 
 
@@ -46,10 +47,9 @@ def test_what_cannot_be_gone_on_with_is_told_before_hours_of_drawing(
     (tmp_path / "generator").mkdir()
     started = tmp_path / "generator/started_from.json"
     started.write_text(json.dumps({"hash": Checkpoint.open(tiny_checkpoint).hash}))
-    require_same_start(tmp_path / "generator", tiny_checkpoint)
-    require_same_start(tmp_path / "generator", None)
-    with pytest.raises(BadInput, match="another --work"):
-        require_same_start(tmp_path / "generator", copy)
+    require_same_start(tmp_path / "generator", Checkpoint.open(tiny_checkpoint), "--start-from")
+    with pytest.raises(BadInput, match="give that --start-from to go on, or another --work"):
+        require_same_start(tmp_path / "generator", Checkpoint.open(copy), "--start-from")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from glmimg.atomic_write import expanded, require_absent
 from glmimg.checkpoint import BUILDERS, save_component
 from glmimg.errors import BadInput, UnknownName
 from glmimg.presets import PRESETS, Preset
-from glmimg.torch_state import plain_torch
+from glmimg.torch_state import plain_torch, seeded
 from glmimg.weights_tools.rewrite import new_folder
 from glmimg.weights_tools.streaming import Progress
 
@@ -86,12 +86,10 @@ def preset_of(preset: str | Preset) -> Preset:
 @plain_torch()
 def build_models(preset: Preset, *, seed: int = 0) -> dict[str, Any]:
     """The four networks with random weights, by the name of their folder; fp32, on the CPU, in evaluation mode."""
-    import torch
     from transformers.generation.configuration_utils import GenerationConfig
 
     # The libraries initialise from torch's global stream: it is borrowed and put back.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         order = ("vision_language_encoder", "transformer", "text_encoder", "vae")  # of the draws
         models = {name: BUILDERS[name](preset[name]) for name in order}
     language = preset["vision_language_encoder"]

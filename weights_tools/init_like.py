@@ -16,7 +16,7 @@ from glmimg.atomic_write import expanded, require_absent
 from glmimg.checkpoint import COMPONENTS, STEMS, empty_component
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import CONFIG_KEY
-from glmimg.torch_state import plain_torch
+from glmimg.torch_state import plain_torch, seeded
 from glmimg.weights_tools.convert import DTYPES, as_json, with_dtype, write_file
 from glmimg.weights_tools.fit import PARTS, expected_shapes
 from glmimg.weights_tools.inspect import open_headers
@@ -26,6 +26,7 @@ from glmimg.weights_tools.streaming import (
     Progress,
     TensorSpec,
     TensorWriter,
+    as_bytes,
     cast_pieces,
     require_space,
     tensor_writer,
@@ -91,8 +92,7 @@ def _random(
 
     model = empty_component(component, config)
     room = torch.empty(max(_count(module) for module in model.modules()))
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed), torch.no_grad():
         for path, module in model.named_modules():
             empty = dict(module.named_parameters(recurse=False))
             begin = 0
@@ -111,8 +111,8 @@ def _random(
             for name, parameter in empty.items():
                 tensor = f"{path}.{name}" if path else name
                 if tensor in plan:  # the second name of shared weights is not
-                    data: Any = getattr(module, name).detach().reshape(-1).view(torch.uint8).numpy()
-                    pieces = (memoryview(data)[at : at + PIECE] for at in range(0, len(data), PIECE))
+                    data = as_bytes(getattr(module, name))
+                    pieces = (data[at : at + PIECE] for at in range(0, len(data), PIECE))
                     writer.write(tensor, cast_pieces(pieces, "F32", plan[tensor].dtype))
                 setattr(module, name, parameter)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,11 +16,12 @@ def contact_sheet(
     *,
     columns: int = 6,
     cell: int = 192,
-    font_path: str | None = None,
+    font: Path | None = None,
 ) -> Image.Image:
-    """One picture of all `pictures`, each scaled into cell x cell pixels, captions wrapped below."""
+    """One picture of all `pictures`, each scaled into cell x cell pixels, captions wrapped below, in the `font` of that
+    file if it is there, as it is not in a bank of pictures alone."""
     lines = 3 if captions else 0
-    font = ImageFont.truetype(font_path, 11) if font_path else ImageFont.load_default(11)
+    letters = ImageFont.truetype(str(font), 11) if font and font.exists() else ImageFont.load_default(11)
     rows = -(-len(pictures) // columns)
     step = cell + 14 * lines + 6
     sheet = Image.new("RGB", (columns * (cell + 6) + 6, rows * step + 6), (255, 255, 255))
@@ -33,5 +35,5 @@ def contact_sheet(
         if captions:
             wide = any(letter >= "\u2e80" for letter in captions[k])  # Chinese letters are twice as wide
             for line, text in enumerate(textwrap.wrap(captions[k], width=cell // (12 if wide else 6))[:lines]):
-                draw.text((x, y + cell + 2 + 14 * line), text, fill=(30, 30, 30), font=font)
+                draw.text((x, y + cell + 2 + 14 * line), text, fill=(30, 30, 30), font=letters)
     return sheet

@@ -39,10 +39,9 @@ from glmimg.evaluation.text import rapidocr_reader
 from glmimg.training.loop import Run, TrainConfig, ended
 from glmimg.training.optimizer import train_only
 from glmimg.training.processes import Processes
-from glmimg.training.record import add_command, checkpoint_record, chunks_record
+from glmimg.training.record import add_command, chunks_record, note_start, require_same_start
 
 STAGE = "reinforcement"  # in a checkpoint's training.json
-STARTED = "started_from.json"  # in a work folder
 READ_SIDE = 384  # pixels that words are read at: a third of the time, and 29 of 30 true words were read alike
 FIRST_SEED, HELD_OUT_SEED = 500_000, 550_000  # benchmarks: 700,000 and 720,000; the card: 900,000
 # How often each of the card's subsets is asked for: those that hold nothing which training never shows.
@@ -82,28 +81,6 @@ def quick_stages(checkpoint: Checkpoint, backend: Backend, bank: StickerBank) ->
 def _mixed(records: list[Record]) -> list[Record]:
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
     return [records[k] for k in order]
-
-
-def require_same_model(work: Path, checkpoint: Checkpoint) -> None:
-    """BadInput if the work folder is of a run from another checkpoint."""
-    file = work / STARTED
-    told = json.loads(file.read_text()).get("hash") if file.exists() else None
-    if told not in (None, checkpoint.hash):
-        raise BadInput(
-            f"{work} is of a run from checkpoint {told}, and {checkpoint.name} is {checkpoint.hash}: "
-            "give that --model to go on, or another --work"
-        )
-
-
-def begin(run: Run, checkpoint: Checkpoint, stage: str) -> None:
-    """Goes on with what the work folder holds, or begins with prompts that the checkpoint was not trained by before."""
-    if run.resume():
-        print(f"resumed at step {run.step}", file=sys.stderr)
-        return
-    base = checkpoint_record(checkpoint.root, stage)
-    run.position = base["position"]
-    if run.processes.main:
-        (run.directory / STARTED).write_text(json.dumps(base | {"hash": checkpoint.hash}))
 
 
 def write_learnt(run: Run, model: Any, checkpoint: Checkpoint, out: Path, stage: str) -> None:
@@ -155,9 +132,12 @@ def carry_out(
     task: Any, config: TrainConfig, a: argparse.Namespace, checkpoint: Checkpoint, stage: str, argv: list[str] | None
 ) -> int:
     """Trains, or goes on with what --work holds, and writes the checkpoint: what such a program ends with."""
-    require_same_model(a.work, checkpoint)
+    require_same_start(a.work, checkpoint, "--model")
     run = Run(task, config, a.work)
-    begin(run, checkpoint, stage)
+    if run.resume():
+        print(f"resumed at step {run.step}", file=sys.stderr)
+    else:
+        note_start(run, stage, checkpoint)
     if run.processes.main:
         add_command(a.work, sys.argv[1:] if argv is None else argv)
     if run.progress() < 1:

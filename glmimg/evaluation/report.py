@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from glmimg import __version__
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import write_text
 from glmimg.corpus.mini import SQUARE
 from glmimg.corpus.scenes import SceneSampler, draw
 from glmimg.corpus.sheet import contact_sheet
@@ -213,25 +213,21 @@ def _copies(
     """Nearest training scene, as many of each kind, of the model's pictures and of real pictures that were never
     trained on. Scenes that came out alike count once: a copy of them has one nearest, not two."""
     kinds = [kind for name, kind in SQUARE.items() if signs or name != "scenes_words"]
-    by_feature, by_pixel = list[np.ndarray](), list[np.ndarray]()
+    measures: dict[str, Callable[[Sequence[np.ndarray]], np.ndarray]] = {
+        "features": lambda pictures: _whole(judge, pictures),
+        "pixels": lambda pictures: np.stack([thumbnail(p).ravel() for p in pictures]),
+    }
+    chunks: dict[str, list[np.ndarray]] = {name: [] for name in measures}
     for number, (seed, options) in enumerate(kinds):
         sampler = SceneSampler(bank, seed=seed, sizes=((model.size, 1.0),), held_out=False, **options)
         own = range(number, count, len(kinds))
         part = list({p.tobytes(): p for p in (draw(sampler.sample(k), bank) for k in range(len(own)))}.values())
-        if not part:
-            continue
-        by_feature.append(_whole(judge, part))
-        by_pixel.append(np.stack([thumbnail(p).ravel() for p in part]))
+        for name, measure in measures.items() if part else ():
+            chunks[name].append(measure(part))
     found: dict[str, Any] = {}
-    for name, chunks in (("features", by_feature), ("pixels", by_pixel)):
-
-        def rows(pictures: list[np.ndarray], name: str = name) -> np.ndarray:
-            if name == "features":
-                return _whole(judge, pictures)
-            return np.stack([thumbnail(p).ravel() for p in pictures])
-
+    for name, measure in measures.items():
         for source, pictures in (("model", made), ("real", fresh)):
-            near = nearest(rows(pictures), chunks)
+            near = nearest(measure(pictures), chunks[name])
             found.setdefault(f"memorisation/copies by {name}", {})[source] = vars(share(near.copies()))
             found.setdefault(f"memorisation/nearest distance by {name}", {})[source] = vars(mean(near.first.tolist()))
     return found
@@ -269,8 +265,7 @@ def _write(
         "report.html": to_html(report),
     }
     for name, text in texts.items():  # before the sheets: a disk that fills up at those may not lose the figures
-        with atomic_file(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     for part in parts:
         cells: list[np.ndarray] = []
         captions: list[str] = []
@@ -285,6 +280,4 @@ def _write(
 
 
 def _sheet(path: Path, cells: list[np.ndarray], captions: list[str], bank: StickerBank, columns: int) -> None:
-    font = bank.directory / "fonts" / "cjk.ttc"
-    sheet = contact_sheet(cells, captions, columns=columns, cell=144, font_path=str(font) if font.exists() else None)
-    sheet.save(path)
+    contact_sheet(cells, captions, columns=columns, cell=144, font=bank.directory / "fonts" / "cjk.ttc").save(path)

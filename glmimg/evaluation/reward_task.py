@@ -203,7 +203,7 @@ class RewardTask:
     ) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
         drawn, before_BNV = moved(batch.drawn, self.device), batch.before_BNV.to(self.device)
         temperature = self.sampling.temperature
-        logs_BNV = (emitted_logits(self.model, drawn)[..., : self.codes].float() / temperature).log_softmax(-1)
+        logs_BNV = (emitted_logits(self.model, drawn)[..., : self.codes] / temperature).log_softmax(-1)
         before_BNV = (before_BNV / temperature).log_softmax(-1)
         chosen_BN = logs_BNV.gather(-1, drawn.labels_BN[..., None])[..., 0]
         gain = drawn.mean(batch.advantage_B.to(self.device)[:, None] * chosen_BN, self.preview_weight)
@@ -234,8 +234,7 @@ class RewardTask:
     def sheet(self) -> Image.Image | None:
         if not self._sheet or not self._sheet[0]:
             return None
-        font = self.bank.directory / "fonts" / "cjk.ttc"  # not in a bank of pictures alone
-        return contact_sheet(*self._sheet, columns=12, font_path=str(font) if font.exists() else None)
+        return contact_sheet(*self._sheet, columns=12, font=self.bank.directory / "fonts" / "cjk.ttc")
 
 
 def _parts(records: Sequence[Record]) -> list[str]:

@@ -111,7 +111,7 @@ class LanguageTask:
     def _apart(self, batch: WordingBatch) -> torch.Tensor:
         """Kullback-Leibler divergence of each token, (B, N), in nats."""
         shown, before_BNV = moved(batch.shown, self.model.device), batch.before_BNV.to(self.model.device)
-        logs_BNV = emitted_logits(self.model, shown)[..., : self.codes].float().log_softmax(-1)
+        logs_BNV = emitted_logits(self.model, shown)[..., : self.codes].log_softmax(-1)
         before_BNV = before_BNV.log_softmax(-1)
         return (before_BNV.exp() * (before_BNV - logs_BNV)).sum(-1)
 

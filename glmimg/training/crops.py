@@ -12,11 +12,11 @@ import numpy as np
 
 from glmimg.corpus.drawing import letter_cells
 from glmimg.corpus.scenes import Thing
+from glmimg.token_grid import TOKEN_SIDE
 from glmimg.training.encoded import EncodedScenes
 
-__all__ = ["CROPS", "PIXELS_PER_TOKEN", "Places"]
+__all__ = ["CROPS", "Places"]
 
-PIXELS_PER_TOKEN = 32
 CROPS = ((4, 4), (4, 6), (6, 4), (6, 6), (4, 8))  # rows, columns in tokens; what fits in none takes the whole picture
 _LINE = (2, 8)  # a word's letters, 32 or 16 pixels wide and twice as high
 
@@ -31,8 +31,8 @@ class Places:
         words: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {}
         for k in range(len(data.latents) if data.latents is not None else 0):
             for thing in data.cache.scene(k).things:
-                left, top = (v // PIXELS_PER_TOKEN for v in thing.box[:2])
-                right, bottom = (-(-v // PIXELS_PER_TOKEN) for v in thing.box[2:])
+                left, top = (v // TOKEN_SIDE for v in thing.box[:2])
+                right, bottom = (-(-v // TOKEN_SIDE) for v in thing.box[2:])
                 fits = (s for s in shapes if bottom - top <= s[0] and right - left <= s[1])
                 shape = next(fits, self.whole)
                 found[shape].append((k, top, left, min(bottom, h), min(right, w)))
@@ -50,8 +50,8 @@ class Places:
         h, w = self.whole
         cells = letter_cells(thing.sign, thing.word, thing.box)
         (left, top, *_), (*_, right, bottom) = cells[0], cells[-1]
-        corners = top // PIXELS_PER_TOKEN, left // PIXELS_PER_TOKEN
-        ends = min(-(-bottom // PIXELS_PER_TOKEN), h), min(-(-right // PIXELS_PER_TOKEN), w)
+        corners = top // TOKEN_SIDE, left // TOKEN_SIDE
+        ends = min(-(-bottom // TOKEN_SIDE), h), min(-(-right // TOKEN_SIDE), w)
         shape = (min(_LINE[0], h), min(_LINE[1], w))
         fits = all(end - start <= side for start, end, side in zip(corners, ends, shape, strict=True))
         return shape if fits else self.whole, (*corners, *ends)

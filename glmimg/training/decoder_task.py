@@ -35,9 +35,10 @@ from glmimg.diffusion import (
     velocity_target,
 )
 from glmimg.glyph_encoder import GlyphEncoder
-from glmimg.token_grid import patch_ids
+from glmimg.token_grid import TOKEN_SIDE, patch_ids
+from glmimg.torch_state import seeded
 from glmimg.training.autoencoder_task import to_uint8
-from glmimg.training.crops import CROPS, PIXELS_PER_TOKEN, Places
+from glmimg.training.crops import CROPS, Places
 from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from, moved
 
 _LATENTS_PER_TOKEN = 4
@@ -84,9 +85,9 @@ def traded(grid_hw: np.ndarray, scene: Scene, rng: np.random.Generator, share: f
         if thing.spaced and rng.random() < share:
             cells = letter_cells(thing.sign, thing.word, thing.box)
             (left, top, *_), (*_, right, bottom) = cells[0], cells[-1]
-            columns = np.arange(left // PIXELS_PER_TOKEN, -(-right // PIXELS_PER_TOKEN))
+            columns = np.arange(left // TOKEN_SIDE, -(-right // TOKEN_SIDE))
             grid_hw = grid_hw.copy()
-            for row in range(top // PIXELS_PER_TOKEN, -(-bottom // PIXELS_PER_TOKEN)):
+            for row in range(top // TOKEN_SIDE, -(-bottom // TOKEN_SIDE)):
                 grid_hw[row, columns] = grid_hw[row, rng.permutation(columns)]
     return grid_hw
 
@@ -167,8 +168,7 @@ class DecoderTask:
         self.edits, self.edit_share = edits, edit_share if edits else 0.0
         self.codes = int(transformer.config.prior_vq_quantizer_codebook_size)
         width = self.decoder.heads * self.decoder.head_dim
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.where, self.spell = nn.Linear(width, 2 * (_ROWS + 2)), nn.Linear(width, _LETTERS + _PARTS)
             self.count = nn.Linear(int(transformer.config.text_embed_dim), 2 * _NUMBERS)
         self.device = transformer.device
@@ -224,8 +224,8 @@ class DecoderTask:
             if rng is not None:
                 grid = traded(grid, scene, rng, self.trade)
             ids.append(grid[top : top + side_h, left : left + side_w])
-            corner = (top * PIXELS_PER_TOKEN, left * PIXELS_PER_TOKEN)
-            edges = (corner[0] + side_h * PIXELS_PER_TOKEN, corner[1] + side_w * PIXELS_PER_TOKEN)
+            corner = (top * TOKEN_SIDE, left * TOKEN_SIDE)
+            edges = (corner[0] + side_h * TOKEN_SIDE, corner[1] + side_w * TOKEN_SIDE)
             words.append([t.word for t in scene.things if t.word and _meets(t.box, corner, edges)])
             crops.append(corner)
             shown.append(letters(scene)[:, 2 * top : 2 * (top + side_h), 2 * left : 2 * (left + side_w)])
@@ -233,7 +233,7 @@ class DecoderTask:
             torch.from_numpy(np.stack(latents)).float(),
             torch.from_numpy(np.stack(ids).astype(np.int64)),
             words,
-            (h * PIXELS_PER_TOKEN, w * PIXELS_PER_TOKEN),
+            (h * TOKEN_SIDE, w * TOKEN_SIDE),
             torch.tensor(crops, dtype=torch.float32),
             4 * h * w,
             letters_B2P=torch.from_numpy(np.stack(shown)).flatten(2),
@@ -249,8 +249,8 @@ class DecoderTask:
             latents[:, 1],
             ids[:, 1],
             [_quoted(data.edit(int(k))) for k in rows],
-            (h * PIXELS_PER_TOKEN, w * PIXELS_PER_TOKEN),
-            torch.tensor([[top, left]]).mul(PIXELS_PER_TOKEN).float().expand(len(rows), 2),
+            (h * TOKEN_SIDE, w * TOKEN_SIDE),
+            torch.tensor([[top, left]]).mul(TOKEN_SIDE).float().expand(len(rows), 2),
             4 * h * w,
             latents[:, 0],
             ids[:, 0],
@@ -362,23 +362,25 @@ class DecoderTask:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         shown = [(k, 0, 0) for k in range(min(48, len(self.held_out.tokens)))]
-        batch = moved(self._read(self.held_out, shown, self.held_out.target), self.device)
-        keep = torch.zeros(len(shown), dtype=torch.bool, device=self.device)
-        with pick_backend(self.device).autocast():
-            error = self._velocity_error(batch, batch.ids_Bhw, batch.words, keep, 0)
+        batch = self._read(self.held_out, shown, self.held_out.target)
+        error = self._held_out_error(batch)
         said = torch.tensor([bool(w) for w in batch.words])
         out = {"loss": float(error.mean())}
         if said.any():
             out["loss_words"] = float(error[said.to(self.device)].mean())
         if self.edits and self.edits.trained < len(self.edits.tokens):
             rows = np.arange(self.edits.trained, len(self.edits.tokens))
-            edits = moved(self._read_edits(self.edits, rows, np.random.default_rng(0)), self.device)
-            keep = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-            with pick_backend(self.device).autocast():
-                out["edit_loss"] = float(self._velocity_error(edits, edits.ids_Bhw, edits.words, keep, 0).mean())
-                alone = replace(edits, reference_BCHW=None)
-                out["edit_loss_alone"] = float(self._velocity_error(alone, edits.ids_Bhw, edits.words, keep, 0).mean())
+            edits = self._read_edits(self.edits, rows, np.random.default_rng(0))
+            out["edit_loss"] = float(self._held_out_error(edits).mean())
+            out["edit_loss_alone"] = float(self._held_out_error(replace(edits, reference_BCHW=None)).mean())
         return out
+
+    def _held_out_error(self, batch: DecoderBatch) -> torch.Tensor:
+        """`_velocity_error` with nothing dropped, from the same noise each time."""
+        batch = moved(batch, self.device)
+        keep = torch.zeros(len(batch.ids_Bhw), dtype=torch.bool, device=self.device)
+        with pick_backend(self.device).autocast():
+            return self._velocity_error(batch, batch.ids_Bhw, batch.words, keep, 0)
 
     @torch.no_grad()
     def draw(
@@ -386,7 +388,7 @@ class DecoderTask:
     ) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] decoded from given tokens."""
         h, w = ids_Bhw.shape[1:]
-        size = (h * PIXELS_PER_TOKEN, w * PIXELS_PER_TOKEN)
+        size = (h * TOKEN_SIDE, w * TOKEN_SIDE)
         generators = [torch.Generator().manual_seed(seed + k) for k in range(len(ids_Bhw))]
         noise = noise_like((16, h * _LATENTS_PER_TOKEN, w * _LATENTS_PER_TOKEN), generators).to(self.device)
         with pick_backend(self.device).autocast():

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, write_text
 from glmimg.autoencoder import Autoencoder
 from glmimg.backends import pick_backend
 from glmimg.corpus.cache import EditCache, SceneCache, pictures_of
@@ -101,6 +101,14 @@ def draw_from(sources: Sequence[EncodedScenes], rng: np.random.Generator, *, lat
     """One of the sources (each of one picture size), as often as it has scenes, or scenes with latents."""
     counts = np.array([len(s.tokens if s.latents is None or not latents else s.latents) for s in sources], dtype=float)
     return sources[int(rng.choice(len(sources), p=counts / counts.sum()))]
+
+
+def mistaken(ids: torch.Tensor, share: float, codes: int, rng: np.random.Generator) -> torch.Tensor:
+    """The tokens, each with that chance replaced by a random code: who learns from them forgives mistakes."""
+    if not share:
+        return ids
+    wrong = torch.from_numpy(rng.random(ids.shape) < share)
+    return torch.where(wrong, torch.from_numpy(rng.integers(codes, size=ids.shape)), ids)
 
 
 def encoded_already(file: Path, count: int) -> bool:
@@ -205,5 +213,5 @@ def encode_latents(directory: Path, cache: SceneCache | EditCache | FolderCache,
             print(f"latents {start + len(part)}/{count}, {time.monotonic() - begun:.0f} s", flush=True)
     with atomic_file(directory / "latents.npy") as partial:
         np.save(partial, out)
-    with atomic_file(directory / "latents.json") as partial:  # last: what is killed between is refused, not mixed
-        partial.write_text(json.dumps({"encoder": _digest_of(vae.vae.encoder)}))
+    # last: what is killed between is refused, not mixed
+    write_text(directory / "latents.json", json.dumps({"encoder": _digest_of(vae.vae.encoder)}))

@@ -214,11 +214,7 @@ class FineTuneLoop:
                         loss = weight * term(of, _seed(config.seed, number, place)) / config.accumulate
                     loss.backward()
                     total += float(loss.detach())
-        if processes.count > 1:
-            for parameter in self.parameters.values():  # all must exchange the same list
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            processes.average([p.grad for p in self.parameters.values() if p.grad is not None])
+        processes.average(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
         return processes.mean(total), float(norm)
 

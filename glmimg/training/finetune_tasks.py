@@ -18,10 +18,10 @@ from glmimg.decoder import Decoder, ReferenceCache
 from glmimg.diffusion import interpolate, noise_like, training_sigmas, training_timesteps, velocity_target
 from glmimg.prompt import Prompt, PromptBuilder
 from glmimg.token_grid import patch_ids
-from glmimg.training.encoded import moved
+from glmimg.training.encoded import mistaken, moved
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import Pictures
-from glmimg.training.generator_task import GeneratorBatch, forward_states, teacher_forced
+from glmimg.training.generator_task import GeneratorBatch, emitted_logits, teacher_forced
 from glmimg.training.lora_layers import unchanged
 
 __all__ = ["DecoderLearner", "GeneratorLearner", "Learner"]
@@ -64,19 +64,14 @@ class GeneratorLearner:
                 emitted, previews = torch.cat([preview.flatten(), target.flatten()]), preview.numel()
             prompts.append(prompt)
             labels.append(emitted)
-            if rng is not None and self.config.token_noise:
-                wrong = torch.from_numpy(rng.random(len(emitted)) < self.config.token_noise)
-                emitted = torch.where(wrong, torch.from_numpy(rng.integers(self.codes, size=len(emitted))), emitted)
-            shown.append(emitted)
+            shown.append(emitted if rng is None else mistaken(emitted, self.config.token_noise, self.codes, rng))
         labels_BN = F.pad(torch.stack(labels), (0, 1), value=self.end)
         return teacher_forced(prompts, torch.stack(shown), labels_BN, previews, self.builder.pad_id)
 
     def loss(self, batch: GeneratorBatch, seed: int | None) -> torch.Tensor:
         """Mean over the tokens, preview tokens weighted."""
-        logits_BNV = self._logits(batch)
-        labels_BN = batch.labels_BN.to(logits_BNV.device)
-        losses = F.cross_entropy(logits_BNV.flatten(0, 1), labels_BN.flatten(), reduction="none")
-        return batch.mean(losses.view(labels_BN.shape), self.config.preview_weight)
+        batch = moved(batch, self.device)
+        return batch.mean(batch.losses(self._logits(batch)), self.config.preview_weight)
 
     def keep(self, batch: GeneratorBatch, seed: int) -> torch.Tensor:
         """How far each token's distribution is from what it was (Kullback and Leibler's); where all weights learn, and
@@ -91,12 +86,7 @@ class GeneratorLearner:
 
     def _logits(self, batch: GeneratorBatch) -> torch.Tensor:
         """Logits_BNV of all that is emitted."""
-        language_model, batch = self.model.model.language_model, moved(batch, self.device)
-        states_BTD = forward_states(language_model, batch.ids_BT, batch.positions_3BT, self.config.checkpointing)
-        emitted_BND = batch.emitted(states_BTD)
-        norm = language_model.norm  # the head's own weight may be packed
-        logits: torch.Tensor = self.model.lm_head(emitted_BND.to(norm.weight.dtype)).float()
-        return logits
+        return emitted_logits(self.model, moved(batch, self.device), self.config.checkpointing)
 
 
 @dataclass
@@ -131,11 +121,7 @@ class DecoderLearner:
             drop = rng is not None and rng.random() < rules.dropout
             text = rules.texts(captions)[0] if rng is None else "" if drop else rules.choose(captions, rng)
             tokens_HW = one["tokens"].long()
-            if rng is not None and self.config.token_noise:
-                wrong = torch.from_numpy(rng.random(tokens_HW.shape) < self.config.token_noise)
-                other = torch.from_numpy(rng.integers(self.codes, size=tokens_HW.shape))
-                tokens_HW = torch.where(wrong, other, tokens_HW)
-            ids.append(tokens_HW)
+            ids.append(tokens_HW if rng is None else mistaken(tokens_HW, self.config.token_noise, self.codes, rng))
             texts.append(pictures.glyph_states(text))
             dropped.append(drop)
         fits = [pictures.examples[row].fit for row in rows]

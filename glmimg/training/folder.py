@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glmimg.atomic_write import atomic_file, reserve
+from glmimg.atomic_write import reserve, write_text
 from glmimg.corpus.scenes import Scene, Thing
 from glmimg.dataset.checking import Checked, check_dataset
 from glmimg.dataset.reading import Dataset
@@ -108,5 +108,4 @@ def _write(directory: Path, bucket: tuple[int, int], members: Sequence[Checked])
     for k, checked in enumerate(members):
         pictures[k] = np.asarray(checked.fit.apply(checked.example.picture.open()))
     pictures.flush()
-    with atomic_file(file) as partial:
-        partial.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+    write_text(file, json.dumps(settings, ensure_ascii=False))

@@ -23,7 +23,7 @@ from glmimg.backends import pick_backend
 from glmimg.corpus.edits import instruction
 from glmimg.positions import rotary_tables, span_positions
 from glmimg.prompt import Prompt, PromptBuilder
-from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from, moved
+from glmimg.training.encoded import EncodedEdits, EncodedScenes, draw_from, mistaken, moved
 from glmimg.training.layers import causal_attention, rms_norm
 
 
@@ -43,6 +43,11 @@ class GeneratorBatch:
         B, N = self.labels_BN.shape
         where_BN = self.first_B[:, None] + torch.arange(N, device=x_BTC.device)
         return x_BTC[torch.arange(B, device=x_BTC.device)[:, None], where_BN]
+
+    def losses(self, logits_BNV: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy (B, N) in nats of every emitted token."""
+        losses = F.cross_entropy(logits_BNV.flatten(0, 1), self.labels_BN.flatten(), reduction="none")
+        return losses.view(self.labels_BN.shape)
 
     def mean(self, values_BN: torch.Tensor, preview_weight: float) -> torch.Tensor:
         """Over all tokens, a preview token counting `preview_weight` times."""
@@ -120,10 +125,13 @@ def teacher_forced(
     )
 
 
-def emitted_logits(model: Any, batch: GeneratorBatch) -> torch.Tensor:
-    """Logits_BNV of every emitted token; the batch lies on the model's device."""
-    states_BTD = forward_states(model.model.language_model, batch.ids_BT, batch.positions_3BT)
-    return model.lm_head(batch.emitted(states_BTD))
+def emitted_logits(model: Any, batch: GeneratorBatch, checkpointing: bool = False) -> torch.Tensor:
+    """Logits_BNV (fp32) of every emitted token; the batch lies on the model's device."""
+    language_model = model.model.language_model
+    states_BTD = forward_states(language_model, batch.ids_BT, batch.positions_3BT, checkpointing)
+    dtype = language_model.norm.weight.dtype  # the head's own weight may be packed
+    logits: torch.Tensor = model.lm_head(batch.emitted(states_BTD).to(dtype)).float()
+    return logits
 
 
 class GeneratorTask:
@@ -197,19 +205,14 @@ class GeneratorTask:
     def _assemble(
         self, prompts: list[Prompt], tokens_BN: torch.Tensor, rng: np.random.Generator, noise: float, previews: int
     ) -> GeneratorBatch:
-        shown_BN = tokens_BN.clone()
-        for shown_N in shown_BN if noise else ():
-            wrong = torch.from_numpy(rng.random(len(shown_N)) < noise)
-            shown_N[:] = torch.where(wrong, torch.from_numpy(rng.integers(self.codes, size=len(shown_N))), shown_N)
+        shown_BN = torch.stack([mistaken(ids_N, noise, self.codes, rng) for ids_N in tokens_BN])
         labels_BN = F.pad(tokens_BN, (0, 1), value=self.end)
         return teacher_forced(prompts, shown_BN, labels_BN, previews, self.builder.pad_id)
 
     def _losses(self, batch: GeneratorBatch) -> torch.Tensor:
         """Cross-entropy (B, N) in nats of every emitted token and the end."""
         batch = moved(batch, self.device)
-        logits_BNV = emitted_logits(self.model, batch).float()
-        losses = F.cross_entropy(logits_BNV.flatten(0, 1), batch.labels_BN.flatten(), reduction="none")
-        return losses.view(batch.labels_BN.shape)
+        return batch.losses(emitted_logits(self.model, batch))
 
     def loss(
         self, batch: GeneratorBatch, progress: float, generator: torch.Generator

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from glmimg.atomic_write import atomic_file, clear_leftovers, locked
+from glmimg.atomic_write import atomic_file, clear_leftovers, locked, write_text
 from glmimg.backends import pick_backend
 from glmimg.errors import BadInput, Cancelled, GlmimgError
 from glmimg.training.optimizer import Optimizers, on_grids
@@ -169,9 +169,20 @@ class Run:
             self.generator.manual_seed(self.config.seed + 7919 * self.processes.rank + self.step)
         return True
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """Inside: the modules hold their moving averages."""
-        return _Swapped(self.modules, self.ema) if self.config.ema and self.step else nullcontext()
+        if not (self.config.ema and self.step):
+            yield
+            return
+        kept = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
+        try:
+            for name, module in self.modules.items():
+                module.load_state_dict(self.ema[name])
+            yield
+        finally:
+            for name, module in self.modules.items():
+                module.load_state_dict(kept[name])
 
     # Progress
 
@@ -276,10 +287,7 @@ class Run:
                     with autocast:
                         loss, metrics = loss_of(batch, self.progress(), self.generator)
                     loss.backward()
-                if self.processes.count > 1:
-                    for p in self.optimizers.parameters:  # all must exchange the same list
-                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    self.processes.average([p.grad for p in self.optimizers.parameters if p.grad is not None])
+                self.processes.average(self.optimizers.parameters)
                 norm = torch.nn.utils.clip_grad_norm_(self.optimizers.parameters, c.clip)
                 if not torch.isfinite(norm):
                     for p in self.optimizers.parameters:
@@ -367,8 +375,7 @@ def cut_log(log: Path, step: int) -> None:
         lines = log.read_text().splitlines()
         kept = [line for line in lines if (found := row_of(line)) is not None and found.get("step", 0) <= step]
         if kept != lines:
-            with atomic_file(log) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept))
+            write_text(log, "".join(f"{line}\n" for line in kept))
 
 
 def row_of(line: str) -> dict[str, Any] | None:
@@ -423,19 +430,3 @@ def open_board(directory: Path, step: int = 0) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(directory / "board"), purge_step=step + 1 if step else 0)
-
-
-class _Swapped:
-    """Exchange the modules' values with another set of state dicts, and back."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        self.modules, self.states = modules, states
-
-    def __enter__(self) -> None:
-        self.kept = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
-        for name, module in self.modules.items():
-            module.load_state_dict(self.states[name])
-
-    def __exit__(self, *_: object) -> None:
-        for name, module in self.modules.items():
-            module.load_state_dict(self.kept[name])

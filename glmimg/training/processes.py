@@ -54,13 +54,15 @@ class Processes:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def average(self, gradients: Iterable[Tensor]) -> None:
-        """Gives every process the mean, in one exchange per dtype."""
+    def average(self, parameters: Iterable[Tensor]) -> None:
+        """Gives every process the mean of the parameters' gradients, in one exchange per dtype."""
         if self.count == 1:
             return
         kinds: dict[torch.dtype, list[Tensor]] = {}
-        for gradient in gradients:
-            kinds.setdefault(gradient.dtype, []).append(gradient)
+        for parameter in parameters:
+            if parameter.grad is None:  # all must exchange the same list
+                parameter.grad = torch.zeros_like(parameter)
+            kinds.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for members in kinds.values():
             flat = torch.cat([g.flatten() for g in members])
             torch.distributed.all_reduce(flat)

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
-from glmimg.training.loop import row_of
+from glmimg.checkpoint import Checkpoint
+from glmimg.errors import BadInput
+from glmimg.training.loop import Run, row_of
 
+_STARTED = "started_from.json"  # in a run's folder
 _UNTRAINED: dict[str, Any] = {"steps": 0, "position": 0, "minutes": 0.0}
 
 
@@ -23,6 +26,25 @@ def checkpoint_record(checkpoint: Path | None, stage: str) -> dict[str, Any]:
     """What a checkpoint's training.json tells of a stage."""
     file = checkpoint / "training.json" if checkpoint else None
     return dict(json.loads(file.read_text()).get(stage, _UNTRAINED) if file and file.exists() else _UNTRAINED)
+
+
+def note_start(run: Run, stage: str, checkpoint: Checkpoint) -> None:
+    """Of a new run from a checkpoint: its data begin where that one's own training stopped."""
+    base = checkpoint_record(checkpoint.root, stage)
+    run.position = base["position"]
+    if run.processes.main:
+        (run.directory / _STARTED).write_text(json.dumps(base | {"hash": checkpoint.hash}))
+
+
+def require_same_start(directory: Path, checkpoint: Checkpoint, flag: str) -> None:
+    """BadInput if the run in this folder began from another checkpoint than the one that was given with `flag`."""
+    file = directory / _STARTED
+    told = json.loads(file.read_text(encoding="utf-8")).get("hash") if file.exists() else None
+    if told not in (None, checkpoint.hash):
+        raise BadInput(
+            f"{directory} is of a run from checkpoint {told}, and {checkpoint.name} is {checkpoint.hash}: give that "
+            f"{flag} to go on, or another --work"
+        )
 
 
 def add_command(work: Path, arguments: Sequence[str]) -> None:
@@ -39,7 +61,7 @@ def chunks_record(directory: Path, start_from: Path | None, watts: float = 0.0) 
     """
     if not (directory / "state.pt").exists():
         return checkpoint_record(start_from, directory.name)
-    begun = directory / "started_from.json"
+    begun = directory / _STARTED
     base = json.loads(begun.read_text()) if begun.exists() else _UNTRAINED
     state = torch.load(directory / "state.pt", weights_only=True, map_location="cpu")
     config = json.loads((directory / "config.json").read_text())

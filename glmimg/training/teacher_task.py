@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from glmimg.corpus.stickers import STYLES, StickerBank
+from glmimg.torch_state import seeded
 from glmimg.training.sticker_crops import StickerCrops
 
 FEATURES = 256
@@ -65,8 +66,7 @@ class TeacherTask:
         number = {concept: k for k, concept in enumerate(bank.concepts)}
         self.name_of = torch.tensor([number[s.concept] for s in bank.stickers])
         self.style_of = torch.tensor([STYLES.index(s.style) for s in bank.stickers])
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.teacher = Teacher(len(number)).to(self.device)
         self.modules: Mapping[str, nn.Module] = {"teacher": self.teacher}
 

@@ -28,6 +28,7 @@ from glmimg.corpus.stickers import LANGUAGES, STYLES, StickerBank
 from glmimg.corpus.words import COLOURS, SHAPES, SIGNS
 from glmimg.errors import MissingExtra
 from glmimg.semantic_tokenizer import TOKEN_SIDE, SemanticTokenizer
+from glmimg.torch_state import seeded
 from glmimg.training.autoencoder_task import one_of, to_pixels, to_uint8
 from glmimg.training.encoded import moved
 from glmimg.training.folder import FolderCache
@@ -187,8 +188,7 @@ class TokenizerTask:
         visual, vq = tokenizer.visual, tokenizer.vqmodel
         self.name_vectors_LE = self.names.vectors_LE.to(self.device)
         width, kinds = visual.config.hidden_size, len(names.keys)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             reader = Reader(vq.config.embed_dim, width, 2, visual.config.num_heads, tokenizer.patch, 512, 8, kinds)
         self.reader = reader.to(self.device)
         self.codebook = vq.quantize.embedding.weight
