@@ -86,25 +86,26 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parts() -> dict[str, int]:
-    """Bytes resident now: of the process's own memory, and of mapped files."""
+def _status() -> dict[str, int]:
+    """Bytes by what Linux calls them; nothing on other systems."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return {}
-    found = dict(line.split(":", 1) for line in lines if ":" in line)
-    return {"own": int(found["RssAnon"].split()[0]) * 1024, "files": int(found["RssFile"].split()[0]) * 1024}
+    return {name: int(told.split()[0]) * 1024 for name, _, told in (li.partition(":") for li in lines) if "kB" in told}
+
+
+def _parts() -> dict[str, int]:
+    """Bytes resident now: of the process's own memory, and of mapped files."""
+    found = _status()
+    return {"own": found["RssAnon"], "files": found["RssFile"]} if found else {}
 
 
 def _peak() -> int:
     """Highest resident size of this process so far; getrusage, which other systems have, carries over the parent's."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        from glmimg.backends import pick_backend
+    from glmimg.backends import pick_backend
 
-        return pick_backend("cpu").memory().peak
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return _status().get("VmHWM") or pick_backend("cpu").memory().peak
 
 
 if __name__ == "__main__":

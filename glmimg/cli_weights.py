@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from typing import Any
 
 from glmimg.cli_progress import ByteBar
 from glmimg.errors import BadInput
@@ -29,31 +30,20 @@ def init(parser: argparse.ArgumentParser) -> Run:
 
 
 def _init(arguments: argparse.Namespace) -> int:
+    common: dict[str, Any] = {"seed": arguments.seed, "dtype": arguments.dtype, "progress": ByteBar("init")}
     if arguments.like is None:
         if arguments.scale is not None:
             raise BadInput("--scale is for --like PATH: the sizes of a preset are fixed")
         from glmimg.weights_tools.init import init_checkpoint
 
-        made = init_checkpoint(
-            arguments.directory,
-            arguments.preset,
-            seed=arguments.seed,
-            dtype=arguments.dtype,
-            progress=ByteBar("init"),
-        )
+        made = init_checkpoint(arguments.directory, arguments.preset, **common)
     else:
         if arguments.preset != "tiny":  # the default, which --like overrides
             raise BadInput("--preset and --like exclude each other: each names an architecture")
         from glmimg.weights_tools.init_like import init_like
 
-        made = init_like(
-            arguments.directory,
-            arguments.like,
-            scale=1.0 if arguments.scale is None else arguments.scale,
-            seed=arguments.seed,
-            dtype=arguments.dtype,
-            progress=ByteBar("init"),
-        )
+        scale = 1.0 if arguments.scale is None else arguments.scale
+        made = init_like(arguments.directory, arguments.like, scale=scale, **common)
     if arguments.json:
         size = sum(path.stat().st_size for path in made.rglob("*.safetensors"))
         print(json.dumps({"path": str(made), "weight_bytes": size}))

@@ -319,6 +319,6 @@ def _mb(count: int) -> str:
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """Columns as wide as their widest cell, numbers to the right."""
+    """Columns as wide as their widest cell."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 
 from glmimg.errors import BadInput
 
-__all__ = ["BITS", "CONFIG_KEY", "FORMAT", "GROUP", "KERNEL_GROUPS", "PACKED", "SCALE", "group_size", "parameters"]
+__all__ = [
+    "BITS",
+    "CONFIG_KEY",
+    "FORMAT",
+    "GROUP",
+    "KERNEL_GROUPS",
+    "PACKED",
+    "SCALE",
+    "group_size",
+    "packed_shapes",
+    "parameters",
+]
 
 BITS = (8, 4)
 GROUP = 64  # columns that share a scale in 4 bits, unless asked otherwise
@@ -28,6 +39,14 @@ def group_size(columns: int, wanted: int = GROUP) -> int:
         raise BadInput(f"group size {wanted}: give 1 or more, such as {GROUP}")
     fitting = [size for size in KERNEL_GROUPS if size <= wanted and columns % size == 0]
     return fitting[0] if fitting else max(size for size in range(1, min(wanted, columns) + 1) if columns % size == 0)
+
+
+def packed_shapes(shape: Sequence[int], bits: int, group: int = GROUP) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the tensors that a weight of that shape is packed in, and of its scales."""
+    rows, columns = shape[:2]
+    if bits == 8:
+        return tuple(shape), (rows,)
+    return (rows, columns // 2), (rows, columns // group_size(columns, group))
 
 
 def parameters(name: str, dtype: str, shape: Sequence[int]) -> int:

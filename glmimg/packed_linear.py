@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.fused_linear import product
-from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, KERNEL_GROUPS, PACKED, SCALE, group_size
+from glmimg.packed_format import (
+    BITS,
+    CONFIG_KEY,
+    FORMAT,
+    GROUP,
+    KERNEL_GROUPS,
+    PACKED,
+    SCALE,
+    group_size,
+    packed_shapes,
+)
 
 __all__ = [
     "Packed",
@@ -128,15 +138,10 @@ class Packed(nn.Module):
 
     def __init__(self, shape: Sequence[int], bits: int, bias: Tensor | None = None) -> None:
         super().__init__()
-        rows, columns = shape[:2]
         self.bits = bits
-        if bits == 8:
-            packed, scale = torch.empty(*shape, dtype=torch.int8), torch.empty(rows)
-        else:
-            packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
-            scale = torch.empty(rows, columns // group_size(columns))
-        self.register_buffer("weight_packed", packed)
-        self.register_buffer("weight_scale", scale)
+        packed, scale = packed_shapes(shape, bits)
+        self.register_buffer("weight_packed", torch.empty(packed, dtype=torch.int8 if bits == 8 else torch.uint8))
+        self.register_buffer("weight_scale", torch.empty(scale))
         self.bias: Any = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -149,10 +150,7 @@ def _tokenizer(contents: Contents, language: dict[str, Any]) -> Iterator[str]:
 def _growth(step: Any) -> float:
     """How many times longer a text can become by a tokenizer's step and those inside it."""
     if isinstance(step, list):
-        product = 1.0
-        for part in step:
-            product = min(product * _growth(part), 1e300)
-        return product
+        return min(math.prod(map(_growth, step)), 1e300)
     if not isinstance(step, dict):
         return 1.0
     own = 1.0

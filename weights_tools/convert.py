@@ -156,15 +156,13 @@ def prune(contents: Contents) -> Contents:
         component: {
             name: tensor
             for name, tensor in part.items()
-            if name == CODEBOOK or not name.startswith(PICTURE_PARTS.get(component, ("\0",)))
+            if name == CODEBOOK or not name.startswith(PICTURE_PARTS.get(component, ()))
         }
         for component, part in contents.tensors.items()
     }
-    index = {"_class_name": "GlmImagePipeline"}
-    if "model_index.json" in contents.files:
-        index = contents.json("model_index.json")
-    index = index | {PARTS: TEXT_TO_IMAGE}
-    files = contents.files | {"model_index.json": as_json(index)}
+    there = "model_index.json" in contents.files
+    index = contents.json("model_index.json") if there else {"_class_name": "GlmImagePipeline"}
+    files = contents.files | {"model_index.json": as_json(index | {PARTS: TEXT_TO_IMAGE})}
     for component, part in tensors.items():
         config = contents.config(component) if component in contents.components else {}
         if config.pop(CONFIG_KEY, None) and not any(name.endswith(PACKED) for name in part):  # all of it left out

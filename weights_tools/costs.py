@@ -19,6 +19,8 @@ from typing import Any
 
 from glmimg.checkpoint import COMPONENTS, EMBEDDED, PICTURE_PARTS
 from glmimg.errors import BadInput, UnknownName
+from glmimg.fused_linear import COPY_BELOW
+from glmimg.generator import PACK_BELOW
 from glmimg.packed_format import CONFIG_KEY, GROUP
 from glmimg.presets import PRESETS
 from glmimg.token_grid import preview_grid, target_grid
@@ -33,10 +35,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 PROMPT_TOKENS = 64
 GLYPH_TOKENS = 16
-# glmimg.generator.PACK_BELOW: up to here the generator keeps a second, transposed copy while it is built.
-PACK_BELOW = 256 << 20
-# glmimg.fused_linear.COPY_BELOW: up to here the decoder's blocks have a second copy on processors.
-COPY_BELOW = 256 << 20
 # What unpacking a weight for one product reads and writes beside the packed bytes, in bytes for each weight. 8 bits: a
 # copy in 16 bits is written and read, the result is scaled. 4 bits: split, joined, shifted and scaled before that.
 UNPACK_TRAFFIC = {16: 0, 8: 4, 4: 17}
@@ -88,17 +86,20 @@ class Costs:
     def weights(self, component: str, bits: int = 16, *, whole: bool = False, only: str = "") -> int:
         """Of a component, its packable matrices in `bits`; `whole`: with what text-to-image leaves out. `only`: of
         tensors whose name matches this expression."""
-        left_out = () if whole else PICTURE_PARTS.get(component, ())
-        tensors = {
-            name: ("BF16", shape)
-            for name, shape in self.shapes[component].items()
-            if not name.startswith(left_out or ("\0",)) and (not only or re.match(only, name))
-        }
+        tensors = self._tensors(component, whole=whole, only=only)
         total = self.itemsize * sum(math.prod(shape) for _, shape in tensors.values())
         if bits < 16:
             for unit in units(component, tensors, low=bits):
                 total -= unit.kept // 2 * self.itemsize - packed_nbytes(unit, min(unit.allowed), GROUP)
         return total
+
+    def _tensors(
+        self, component: str, *, whole: bool = False, only: str = ""
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape), as `units` takes them."""
+        left_out = () if whole else PICTURE_PARTS.get(component, ())
+        shapes = self.shapes[component].items()
+        return {n: ("BF16", s) for n, s in shapes if not n.startswith(left_out) and re.match(only, n)}
 
     def vae_bytes(self) -> int:
         """The VAE's decoder, in the dtype that it runs in."""
@@ -188,12 +189,7 @@ class Costs:
 
     def _packed_numbers(self, component: str) -> int:
         """Numbers in the matrices that quantising packs."""
-        tensors = {
-            name: ("BF16", shape)
-            for name, shape in self.shapes[component].items()
-            if not name.startswith(PICTURE_PARTS.get(component, ("\0",)))
-        }
-        return sum(unit.kept // 2 for unit in units(component, tensors))
+        return sum(unit.kept // 2 for unit in units(component, self._tensors(component)))
 
     def step_ops(self) -> int:
         """Calls of the device that a step of the generator makes."""
@@ -237,7 +233,7 @@ class Costs:
         sizes = [
             self.itemsize * rows * columns
             for component in ("transformer", "vision_language_encoder")
-            for unit in units(component, {n: ("BF16", s) for n, s in self.shapes[component].items()})
+            for unit in units(component, self._tensors(component, whole=True))
             for rows, columns in unit.layers.values()
         ]
         return 2 * max(sizes, default=0)  # before and after scaling

@@ -57,7 +57,7 @@ def misfits(contents: Contents, component: str) -> dict[str, list[str]]:
     stored = {name: tensor.spec for name, tensor in contents.tensors.get(component, {}).items()}
     expected = expected_shapes(component, contents.config(component), stored)
     left_out = PICTURE_PARTS.get(component, ()) if is_pruned(contents) else ()
-    missing = [name for name in expected if name not in stored and not name.startswith(left_out or ("\0",))]
+    missing = [name for name in expected if name not in stored and not name.startswith(left_out)]
     unexpected = [name for name in stored if name not in expected and name != SECOND_NAME]
     reshaped = [
         f"{name}: {list(stored[name].shape)}, not {list(shape)}"

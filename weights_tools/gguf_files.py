@@ -27,6 +27,7 @@ from glmimg.weights_tools.streaming import (
     Buffer,
     Progress,
     TensorSpec,
+    as_bytes,
     require_space,
     sync_folder,
     torch_dtype,
@@ -219,7 +220,7 @@ def _stored(library: Any, path: Path, tensor: Any, dtype: str) -> StoredTensor:
         for piece in raw(PIECE // size * size):
             array = library.quants.dequantize(numpy.frombuffer(piece, numpy.uint8).reshape(-1, size), kind)
             values = torch.from_numpy(array.reshape(-1)).to(torch_dtype(dtype))
-            yield memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            yield as_bytes(values)
 
     return StoredTensor(TensorSpec(dtype, shape), unpacked)
 

@@ -267,10 +267,8 @@ def _write(
 
             def write(writer: TensorWriter, reader: Any = reader, mine: Any = mine, sums: Any = sums) -> None:
                 for name in reader.infos:
-                    if name not in mine:
-                        writer.write(name, reader.pieces(name))
-                        continue
-                    writer.write(name, _changed(reader, name, mine[name], sums))
+                    own = reader.pieces(name) if name not in mine else _changed(reader, name, mine[name], sums)
+                    writer.write(name, own)
 
             plan = {name: TensorSpec(info.dtype, info.shape) for name, info in reader.infos.items()}
             write_component(folder, component, plan, write, told.part)

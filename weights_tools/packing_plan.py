@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from glmimg.errors import BadInput
-from glmimg.packed_format import group_size
+from glmimg.packed_format import packed_shapes
 
 __all__ = ["EIGHT_ONLY", "PACKABLE", "REST", "Choice", "Unit", "choose", "packed_nbytes", "require_possible", "units"]
 
@@ -106,9 +106,9 @@ def packed_nbytes(unit: Unit, bits: int, group: int) -> int:
     if bits == 16:
         return unit.kept
     total = 0
-    for rows, columns in unit.layers.values():
-        scales = rows if bits == 8 else rows * (columns // group_size(columns, group))
-        total += rows * columns * bits // 8 + scales * _SCALE_BYTES.get(unit.dtype, 2)
+    for shape in unit.layers.values():
+        packed, scale = map(math.prod, packed_shapes(shape, bits, group))
+        total += packed + scale * _SCALE_BYTES.get(unit.dtype, 2)
     return total
 
 

@@ -20,12 +20,12 @@ import torch
 from glmimg.atomic_write import expanded
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
-from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, PACKED, SCALE, group_size
+from glmimg.packed_format import BITS, CONFIG_KEY, FORMAT, GROUP, PACKED, SCALE, group_size, packed_shapes
 from glmimg.packed_linear import dequantize, quantize
 from glmimg.torch_state import plain_torch
 from glmimg.weights_tools.packing_plan import PACKABLE, REST, Unit, choose, packed_nbytes, require_possible, units
 from glmimg.weights_tools.rewrite import Bytes, pass_through, record, require_new, rewritten, write_component
-from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter
+from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter, row_blocks
 
 __all__ = ["ComponentReport", "QuantizeResult", "quantize_checkpoint", "weight_errors"]
 
@@ -203,14 +203,9 @@ def _write(
         if layer == name or layer not in bits:
             plan[name] = TensorSpec(info.dtype, info.shape)
             continue
-        rows, columns = info.shape[:2]
-        scale_dtype = "F32" if info.dtype in ("F32", "F64") else "BF16"
-        if bits[layer] == 8:
-            plan[layer + PACKED] = TensorSpec("I8", info.shape)
-            plan[layer + SCALE] = TensorSpec(scale_dtype, (rows,))
-        else:
-            plan[layer + PACKED] = TensorSpec("U8", (rows, columns // 2))
-            plan[layer + SCALE] = TensorSpec(scale_dtype, (rows, columns // group_size(columns, group)))
+        packed_shape, scale_shape = packed_shapes(info.shape, bits[layer], group)
+        plan[layer + PACKED] = TensorSpec("I8" if bits[layer] == 8 else "U8", packed_shape)
+        plan[layer + SCALE] = TensorSpec("F32" if info.dtype in ("F32", "F64") else "BF16", scale_shape)
     sums = torch.zeros(2, dtype=torch.float64)
 
     def write(writer: TensorWriter) -> None:
@@ -244,10 +239,9 @@ def _write(
 
 def _differences(weight_NK: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
     """(squared error, squared weight) of each block of rows: whole matrices in float32 would take too much memory."""
-    rows = max(1, (1 << 22) // weight_NK[0].numel())
     found = []
-    for part, codes, scales in zip(weight_NK.split(rows), packed.split(rows), scale.split(rows), strict=True):
-        part = part.float()
-        error = (dequantize(codes, scales, torch.float32) - part).square().sum(dtype=torch.float64)
+    for rows in row_blocks(tuple(weight_NK.shape), 1 << 22):
+        part = weight_NK[rows].float()
+        error = (dequantize(packed[rows], scale[rows], torch.float32) - part).square().sum(dtype=torch.float64)
         found.append(torch.stack([error, part.square().sum(dtype=torch.float64)]))
     return found
