@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, write_text
 from glmimg.corpus import drawing
 from glmimg.corpus.grammar import article
 from glmimg.corpus.packages import Package, fetch
@@ -109,8 +109,7 @@ def main() -> None:
             for number, picture in enumerate(made[:SHOWN]):
                 save_png(Image.fromarray(picture), work / "pictures" / f"{seed}-{name}-{number}.png")
             rows.append({"seed": seed, "adapter on": name, "minutes": round(minutes, 1), **told})
-            with atomic_file(work / "table.json") as temporary:
-                temporary.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+            write_text(work / "table.json", json.dumps({"settings": settings, "rows": rows}, indent=1))
             print(json.dumps({key: value for key, value in rows[-1].items() if key != "others"}), flush=True)
     aims = proof.aims(rows)
     told = table(rows) + "".join(f"\n{said}\n" for said, _ in aims)

@@ -396,7 +396,6 @@ class _Report:
     """Draws progress, writes files as pictures come, prints what was written."""
 
     def __init__(self, arguments: argparse.Namespace, count: int) -> None:
-
         self.arguments = arguments
         self.count = count
         self.done = 0

@@ -16,6 +16,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -202,8 +203,6 @@ class TokenGrid:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TokenGrid:
-        import numpy as np
-
         try:
             if fields["format"] != FORMAT:
                 raise BadInput(f"token grid format {fields['format']!r} is not known; this version reads {FORMAT!r}")
@@ -219,9 +218,9 @@ class TokenGrid:
             if not isinstance(checkpoint, (str, type(None))):
                 raise BadInput(f"a token grid's checkpoint is {checkpoint!r}; it must be text")
             return cls(grids["target"], codebook_size, grids.get("preview"), checkpoint)
+        except BadInput:
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            if isinstance(error, BadInput):
-                raise
             raise BadInput(f"this is no token grid ({type(error).__name__}: {error})") from error
 
     def save(self, path: str | Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import write_text
 from glmimg.corpus.captions import LANGUAGE_WEIGHTS, caption
 from glmimg.corpus.edits import EditSampler, instruction
 from glmimg.corpus.mini import EVERYTHING, FIRST, OTHER_SIZES, PLAIN
@@ -53,8 +53,7 @@ def write_corpus_page(bank: StickerBank, path: Path, *, count: int = 60, seed: i
     parts.append(f'<h2>edits</h2><div class="sheet">{"".join(figures)}</div>')
     page = f"<!doctype html><meta charset=utf-8><title>The corpus</title><style>{STYLE}</style><h1>The corpus</h1>"
     page += f"<p>{len(bank.stickers)} stickers of {len(bank.concepts)} concepts; seed {seed}.</p>{''.join(parts)}"
-    with atomic_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _figure(pictures: list[np.ndarray], lines: list[str], told: str) -> str:

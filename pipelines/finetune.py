@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from glmimg import __version__
-from glmimg.atomic_write import atomic_file, clear_leftovers, disk_full, expanded, locked
+from glmimg.atomic_write import clear_leftovers, disk_full, expanded, locked, write_text
 from glmimg.backends import Backend
 from glmimg.checkpoint import EMBEDDED, Checkpoint
 from glmimg.dataset.checking import Checked, Report
@@ -336,8 +336,7 @@ class FineTunePipeline:
         resolved = {name: value for name, value in self._settings().items() if name in given and value is not None}
         settings = self._settings() | given | {"resolved": resolved}  # --config of another kind of run has its own
         for name, told in (("finetune.json", settings), ("data.json", self._data(report))):
-            with atomic_file(output / name) as temporary:
-                temporary.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(output / name, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
 
     def _settings(self) -> dict[str, Any]:
         config = self.config

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import write_text
 from glmimg.checkpoint import Checkpoint
 from glmimg.dataset.checking import Report
 from glmimg.dataset.page import STYLE, embedded_picture
@@ -89,8 +89,7 @@ def write_card(
         "```",
         "",
     ]
-    with atomic_file(output / "README.md") as temporary:
-        temporary.write_text("\n".join(text), encoding="utf-8")
+    write_text(output / "README.md", "\n".join(text))
     samples = read_samples(output)
     if samples:
         _before_after(output, samples)
@@ -108,8 +107,7 @@ def _before_after(output: Path, samples: Mapping[Any, list[Sample]]) -> None:
         f"<!doctype html><meta charset=utf-8><title>{html.escape(output.name)}</title><style>{STYLE}</style>"
         f"<table><tr><th>prompt</th><th>before</th><th>after</th></tr>{''.join(rows)}</table>"
     )
-    with atomic_file(output / "before-after.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(output / "before-after.html", page)
 
 
 def _number(value: float | None) -> str:

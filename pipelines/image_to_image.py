@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from glmimg.checkpoint import CheckpointSettings
 from glmimg.config import SamplingConfig
 from glmimg.errors import BadInput
 from glmimg.image_io import open_picture, to_tensor
@@ -33,7 +34,7 @@ from glmimg.pipelines.steps import (
     to_pixels,
 )
 from glmimg.semantic_tokenizer import fit_reference
-from glmimg.token_grid import TOKEN_SIDE, TokenGrid
+from glmimg.token_grid import TOKEN_SIDE, TokenGrid, target_grid
 
 __all__ = ["ImageToImagePipeline", "Picture"]
 
@@ -92,7 +93,7 @@ class ImageToImagePipeline(PicturePipeline):
             default_size=(first.height, first.width),
         )
         request = replace(request, references=tuple(tuple(picture.size for picture in row) for row in pictures))
-        blank = [[torch.zeros(picture.height // 32, picture.width // 32).long() for picture in row] for row in pictures]
+        blank = [[blank_ids(picture) for picture in row] for row in pictures]
         negative = [request.negative_prompt] * len(prompts)
         for captions in (request.prompts, negative):  # too long? told before weights are loaded
             build_prompts(stages, request, captions, blank)
@@ -166,16 +167,24 @@ class ImageToImagePipeline(PicturePipeline):
         return pictures
 
     def _fit(self, image: Picture) -> Image.Image:
-        picture = open_picture(_picture(image))
-        settings = self.stages.checkpoint.settings
-        size = fit_reference(*picture.size, settings.min_size, settings.max_size)
-        return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+        return fitted(open_picture(_picture(image)), self.stages.checkpoint.settings)
 
 
 def _picture(image: Picture) -> Picture:
     if not isinstance(image, (str, Path, Image.Image)):
         raise BadInput(f"a reference is a {type(image).__name__}; give a PIL picture or a path")
     return image
+
+
+def fitted(picture: Image.Image, settings: CheckpointSettings) -> Image.Image:
+    """A reference picture in a size that both grids can have."""
+    size = fit_reference(*picture.size, settings.min_size, settings.max_size)
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def blank_ids(picture: Image.Image) -> torch.Tensor:
+    """Ids_HW as many as a fitted picture will have: a prompt's length is checked before any weight is loaded."""
+    return torch.zeros(target_grid(picture.height, picture.width), dtype=torch.int64)
 
 
 def reference_digest(picture: Image.Image) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import write_text
 from glmimg.checkpoint import COMPONENTS, EMBEDDED, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import CONFIG_KEY, parameters
@@ -119,8 +119,7 @@ def write_card(
         raise BadInput(f"license {license!r}: give an SPDX name, such as Apache-2.0")
     told = describe(model, progress)
     text = card(told, license=license, base=base)
-    with atomic_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(target, text)
     return told
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import write_text
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, GlmimgError
 from glmimg.torch_state import plain_torch
@@ -195,8 +195,7 @@ def sha256_of(path: Path, told: Bytes) -> str:
 def _write_checksums(root: Path, told: Bytes) -> int:
     names = _listed_files(root)
     lines = [f"{sha256_of(root / name, told)}  {name}\n" for name in names]
-    with atomic_file(root / CHECKSUMS) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_text(root / CHECKSUMS, "".join(lines))
     return len(lines)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from glmimg.atomic_write import atomic_file, reserve
+from glmimg.atomic_write import reserve, write_text
 from glmimg.corpus.captions import caption
 from glmimg.corpus.edits import Edit, EditSampler
 from glmimg.corpus.scenes import Scene, SceneSampler, draw
@@ -114,8 +114,7 @@ def _new_pictures(directory: Path, shape: tuple[int, ...]) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    with atomic_file(file) as partial:
-        partial.write_text(text)
+    write_text(file, text)
 
 
 def _draw_parts(

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import write_text
 from glmimg.corpus.packages import ALL_PACKAGES
 from glmimg.corpus.scenes import RELATIONS
 from glmimg.corpus.splits import is_held_out_cell, is_held_out_concept, is_held_out_relation, is_held_out_shape
@@ -50,8 +50,7 @@ def manifest(bank: StickerBank) -> dict[str, Any]:
 
 
 def write_manifest(bank: StickerBank, file: Path) -> None:
-    with atomic_file(file) as partial:
-        partial.write_text(json.dumps(manifest(bank), ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(manifest(bank), ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

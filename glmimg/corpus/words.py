@@ -22,6 +22,7 @@ COLOURS: dict[str, tuple[tuple[int, int, int], tuple[str, str, str, str]]] = {
     "white": ((250, 250, 248), ("white", "blanco", "branco", "白色")),
     "grey": ((140, 144, 150), ("grey", "gris", "cinza", "灰色")),
 }
+PALETTE = {name: rgb for name, (rgb, _) in COLOURS.items()}
 # Backgrounds add pale and dark variants, so that stickers stand out as they do on real pages.
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[str, str, str, str]]] = {
     **COLOURS,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import write_text
 from glmimg.dataset.buckets import Fit
 from glmimg.dataset.checking import Report
 
@@ -75,5 +75,4 @@ def write_page(report: Report, path: str | Path) -> None:
         f"<h2>Findings</h2><table>{''.join(rows) or '<tr><td>none</td></tr>'}</table>"
         f'<h2>Pictures</h2><p>What is pale is cut off.</p>{more}<div class="sheet">{"".join(figures)}</div>'
     )
-    with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)

@@ -84,7 +84,7 @@ class Judge:
                 f"no concept judge in {folder}: train one with "
                 f"`python -m glmimg.evaluation.train_classifier BANK {folder}`"
             )
-        told = json.loads((folder / "classifier.json").read_text())
+        told = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
         names = told["names"]
         net = ConceptNet(len(names["concepts"]), len(names["groups"]), len(names["styles"]))
         state = load_file(str(folder / "classifier.safetensors"))

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from glmimg.corpus.scenes import Scene
-from glmimg.corpus.words import COLOURS
+from glmimg.corpus.words import PALETTE
 from glmimg.evaluation import layout
 from glmimg.evaluation.concepts import Judge, crops_of
 from glmimg.evaluation.prompts import Record
@@ -87,15 +87,14 @@ def _colour(edited: np.ndarray, record: Record, judge: Judge) -> bool:
     thing = record.scene.things[record.changed]
     if thing.kind == "shape":
         return _named(edited, record.scene, record.changed, judge)
-    palette = {n: rgb for n, (rgb, _) in COLOURS.items()}
     left, top, right, bottom = thing.box
     inside = np.zeros(edited.shape[:2], dtype=bool)
     inside[top:bottom, left:right] = True
     inside &= np.abs(edited.astype(np.float32) - background_of(edited)).sum(-1) > 75
     if not inside.any():
         return False
-    names = nearest_name(edited[erode(inside, 1)] if erode(inside, 1).any() else edited[inside], palette)
-    return list(palette)[int(np.bincount(names).argmax())] == thing.colour
+    names = nearest_name(edited[erode(inside, 1)] if erode(inside, 1).any() else edited[inside], PALETTE)
+    return list(PALETTE)[int(np.bincount(names).argmax())] == thing.colour
 
 
 def _move(edited: np.ndarray, record: Record, judge: Judge) -> bool:

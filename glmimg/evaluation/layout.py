@@ -17,7 +17,7 @@ from PIL import Image
 
 from glmimg.corpus.drawing import paste_shape
 from glmimg.corpus.scenes import Scene
-from glmimg.corpus.words import BACKGROUNDS, COLOURS, SHAPES
+from glmimg.corpus.words import BACKGROUNDS, PALETTE, SHAPES
 from glmimg.evaluation.segment import Region, background_of, dilate, erode, nearest_name, regions
 
 TASKS = ("count", "colour", "position", "relation", "binding")
@@ -69,7 +69,7 @@ def find_shapes(picture: np.ndarray) -> list[Found]:
     """Every single-coloured region that stands out from the background. picture: (h, w, 3) uint8."""
     h, w = picture.shape[:2]
     away = np.abs(picture.astype(np.float32) - background_of(picture)).sum(-1) > 75
-    labels = np.where(away, nearest_name(picture, {n: rgb for n, (rgb, _) in COLOURS.items()}), -1)
+    labels = np.where(away, nearest_name(picture, PALETTE), -1)
     least = h * w * _MIN_SHARE
     edge = max(1, round(min(h, w) / 128))  # blended pixels around a shape
     seeds: list[Region] = []
@@ -87,14 +87,10 @@ def find_shapes(picture: np.ndarray) -> list[Found]:
         region = max(regions(grown), key=lambda r: r.area)
         if region.area < least:
             continue
-        colour = list(COLOURS)[int(nearest_name(np.median(picture[seed.mask], axis=0), _palette()))]
+        colour = list(PALETTE)[int(nearest_name(np.median(picture[seed.mask], axis=0), PALETTE))]
         x, y = region.centre
         found.append(Found(name_shape(region), colour, (x / w, y / h)))
     return found
-
-
-def _palette() -> dict[str, tuple[int, int, int]]:
-    return {n: rgb for n, (rgb, _) in COLOURS.items()}
 
 
 def background_name(picture: np.ndarray) -> str:

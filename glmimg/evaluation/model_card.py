@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, write_text
 from glmimg.evaluation.page import about_lines, judge_lines
 
 # key in the report -> what the card calls it
@@ -166,6 +166,6 @@ if __name__ == "__main__":
     if a.sheets:
         text = model_card(told, facts, write_sheets(told, a.report.parent, a.card))
     else:
-        text = model_card(told, facts, pictures=earlier_pictures(a.card.read_text()) if a.card.exists() else "")
-    with atomic_file(a.card) as partial:
-        partial.write_text(text, encoding="utf-8")
+        before = a.card.read_text(encoding="utf-8") if a.card.exists() else ""
+        text = model_card(told, facts, pictures=earlier_pictures(before))
+    write_text(a.card, text)

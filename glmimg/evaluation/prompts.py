@@ -19,7 +19,7 @@ from glmimg.corpus.scenes import Scene, SceneSampler, Thing
 from glmimg.corpus.splits import is_held_out_relation
 from glmimg.corpus.stickers import LANGUAGES, StickerBank
 from glmimg.corpus.words import FIRST_THINGS, sign_words
-from glmimg.errors import UnknownName
+from glmimg.errors import BadInput
 
 FIRST_SEED = 900_000
 # (part, subset) -> share of the pictures of a card.
@@ -123,8 +123,7 @@ def make_edits(
         for k in range(max(2, round(n / len(EDIT_WEIGHTS)))):
             edit = sampler.sample(k)
             rng = np.random.default_rng((seed, k, 2))
-            words = [t.language for t in edit.source.things if t.language]
-            language = words[0] if words else LANGUAGES[k % len(LANGUAGES)]
+            language = _language(edit.source, k)
             text = instruction(edit, bank, rng, language)
             name = f"edit/{kind}/{k}"
             records.append(Record(name, "edit", kind, language, text, seed + k, edit.target, edit.source, edit.thing))
@@ -148,7 +147,7 @@ def _drawn(sampler: SceneSampler, keep: Callable[[Scene], bool] = lambda scene: 
         if not misses:
             yield scene
         elif misses > 5000:
-            raise UnknownName(f"no scene of split {sampler.split!r} fits in 5,000 draws: is the bank complete?")
+            raise BadInput(f"no scene of split {sampler.split!r} fits in 5,000 draws: is the bank complete?")
 
 
 def _shapes(split: str) -> Scenes:

@@ -7,6 +7,7 @@ second one as the judge that nothing was tuned to: Tesseract if its program is t
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import unicodedata
@@ -19,7 +20,7 @@ from PIL import Image
 
 from glmimg.corpus.grammar import agreeing
 from glmimg.corpus.scenes import Thing
-from glmimg.corpus.words import COLOURS
+from glmimg.corpus.words import COLOURS, PALETTE
 from glmimg.errors import MissingExtra
 from glmimg.evaluation.segment import nearest_name, regions
 
@@ -63,8 +64,7 @@ def names_ink(prompt: str, ink: str) -> bool:
 def ink_of(picture: np.ndarray, sign: Thing) -> str:
     """The colour of the letters of a picture (h, w, 3) uint8, "" for none: of what stands out most from the sign's own
     colour in the middle of the largest part that has it, or else of where the sign should be."""
-    palette = {name: rgb for name, (rgb, _) in COLOURS.items()}
-    away = np.abs(picture.astype(np.float32) - np.array(palette[sign.colour])).sum(-1)
+    away = np.abs(picture.astype(np.float32) - np.array(PALETTE[sign.colour])).sum(-1)
     boards = regions(away < 60, min_area=away.size // 50)
     left, top, right, bottom = max(boards, key=lambda board: board.area).box if boards else sign.box
     across, down = (right - left) // 4, (bottom - top) // 4
@@ -73,7 +73,7 @@ def ink_of(picture: np.ndarray, sign: Thing) -> str:
     if not 8 <= (away > 100).sum() < 0.9 * len(away):  # no letters, or no sign
         return ""
     most = middle[away >= np.quantile(away[away > 100], 0.7)]
-    return list(palette)[int(nearest_name(np.median(most, axis=0), palette))]
+    return list(PALETTE)[int(nearest_name(np.median(most, axis=0), PALETTE))]
 
 
 def enlarged(picture: Image.Image, side: int = READ_SIDE) -> Image.Image:
@@ -129,8 +129,6 @@ def _tesseract() -> Reader:
     languages = "+".join(lang for lang in ("eng", "spa", "por", "chi_sim") if lang in listed) or "eng"
 
     def read(picture: Image.Image) -> list[str]:
-        import io
-
         buffer = io.BytesIO()
         enlarged(picture).convert("L").save(buffer, "PNG")
         command = ["tesseract", "-", "-", "-l", languages, "--psm", "11"]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from glmimg.atomic_write import atomic_file
+from glmimg.atomic_write import atomic_file, write_text
 from glmimg.backends import pick_backend
 from glmimg.corpus.scenes import GROUP_WEIGHT, SceneSampler, draw
 from glmimg.corpus.stickers import STYLES, StickerBank, may_be_mirrored
@@ -216,8 +216,7 @@ def save(net: ConceptNet, names: dict[str, Any], report: dict[str, Any], folder:
     half = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     with atomic_file(folder / "classifier.safetensors") as path:
         save_file({k: v.contiguous() for k, v in half.items()}, str(path))
-    with atomic_file(folder / "classifier.json") as path:
-        path.write_text(json.dumps({"names": names, "report": report}, ensure_ascii=False))
+    write_text(folder / "classifier.json", json.dumps({"names": names, "report": report}, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import math
 import threading
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from glmimg.atomic_write import atomic_file, locked
+from glmimg.atomic_write import locked, write_text
 from glmimg.config import parse_json
 from glmimg.errors import BadInput, GlmimgError
 
@@ -44,13 +43,6 @@ class Metrics:
         self.batch = Gauge("glmimg_token_batch", "Pictures whose tokens are drawn together", registry=registry)
         self.memory = Gauge("glmimg_worker_memory_bytes", "Memory that the worker holds", registry=registry)
         self.ready = Gauge("glmimg_ready", "1 when pictures can be made", registry=registry)
-
-    def watch(self, name: str, value: Any) -> None:
-        """For the dispatcher."""
-        if name == "waited":
-            self.waited.observe(value)
-        elif name == "restarted":
-            self.restarts.inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -125,8 +117,7 @@ class Ledger:
                     for name, amount in new.items():
                         stored.setdefault(name, Totals()).add(amount)
                     rows = {name: one.to_dict() for name, one in stored.items()}
-                    with atomic_file(self.path) as temporary:
-                        temporary.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+                    write_text(self.path, json.dumps(rows, indent=2))
             except (GlmimgError, OSError, ValueError) as error:
                 with self._adding:
                     for name, amount in self._new.items():

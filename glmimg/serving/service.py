@@ -224,8 +224,10 @@ class Service:
             message["usage"] = self.account(ticket, message)
         elif name == "abandoned":
             self._account_rest(*value)
-        else:
-            self.metrics.watch(name, value)
+        elif name == "waited":
+            self.metrics.waited.observe(value)
+        elif name == "restarted":
+            self.metrics.restarts.inc()
 
     def _account_rest(self, ticket: Ticket, cost: dict[str, Any]) -> None:
         """Books what a request had taken, beside its pictures, when nobody waited for it any more."""

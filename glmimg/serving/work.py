@@ -16,12 +16,11 @@ from PIL import Image
 
 from glmimg.config import require
 from glmimg.image_io import open_picture, to_tensor, write_png
-from glmimg.pipelines.image_to_image import reference_digest
+from glmimg.pipelines.image_to_image import blank_ids, fitted, reference_digest
 from glmimg.pipelines.request import Request, build_prompts, check_request
 from glmimg.pipelines.stages import Stages
 from glmimg.pipelines.steps import Glyphs, References, batches
 from glmimg.prompt import Prompt
-from glmimg.semantic_tokenizer import fit_reference
 from glmimg.serving.jobs import Job
 from glmimg.token_grid import TokenGrid
 from glmimg.token_sampling import kept_tokens
@@ -102,7 +101,7 @@ class Work:
 def check(stages: Stages, job: Job) -> Work:
     """The work that a job is, or BadInput; no weight is touched."""
     limits = stages.checkpoint.settings
-    pictures = [_fitted(open_picture(data), limits.min_size, limits.max_size) for data in job.images]
+    pictures = [fitted(open_picture(data), limits) for data in job.images]
     request = check_request(
         stages,
         job.prompt,
@@ -120,7 +119,7 @@ def check(stages: Stages, job: Job) -> Work:
     blank: list[torch.Tensor] = []
     if pictures:
         request = replace(request, references=(tuple(picture.size for picture in pictures),))
-        blank = [torch.zeros(picture.height // 32, picture.width // 32).long() for picture in pictures]
+        blank = [blank_ids(picture) for picture in pictures]
     prompts = both_prompts(stages, request, blank)
     return Work(
         job,
@@ -155,11 +154,6 @@ def picture_file(image: Image.Image, job: Job, metadata: Mapping[str, Any] | Non
     else:
         image.save(data, job.output_format.upper(), quality=max(1, job.compression))
     return data.getvalue()
-
-
-def _fitted(picture: Image.Image, least: int, most: int) -> Image.Image:
-    size = fit_reference(*picture.size, least, most)
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def _to_draw(request: Request, prompt: Prompt, codebook_size: int) -> int:
