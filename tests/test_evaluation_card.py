@@ -159,7 +159,9 @@ def test_crop_reaches_over_the_border() -> None:
 
 
 def test_judge_is_trained_saved_and_read(bank: StickerBank, tmp_path: Path) -> None:
+    stream = torch.get_rng_state()
     report = train(bank, tmp_path, steps=2, batch=8, tests=3)
+    assert torch.equal(stream, torch.get_rng_state()), "torch's global stream is the caller's"
     assert report["steps"] == 2 and set(report["test"]) == {"train", "cells", "concepts", "train_jpeg"}
     assert not (tmp_path / "classifier.state.pt").exists()
     loaded = Judge.load(tmp_path)

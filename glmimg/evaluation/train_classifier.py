@@ -26,6 +26,7 @@ from glmimg.corpus.scenes import GROUP_WEIGHT, SceneSampler, draw
 from glmimg.corpus.stickers import STYLES, StickerBank, may_be_mirrored
 from glmimg.evaluation.concepts import CROP, ConceptNet, Judge, crops_of, default_folder
 from glmimg.evaluation.segment import box_of
+from glmimg.torch_state import seeded
 
 TEST_SEED = 950_000
 
@@ -161,8 +162,8 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     data, state_file = Augmenter(bank), folder / "classifier.state.pt"
-    torch.manual_seed(seed)  # initial weights and dropout; batches have a generator of their own
-    net = ConceptNet(len(data.concepts), len(data.groups), len(STYLES))
+    with seeded(seed):
+        net = ConceptNet(len(data.concepts), len(data.groups), len(STYLES))
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
     done, spent = 0, 0.0
@@ -176,10 +177,11 @@ def train(
     while progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (done + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
+        of_step = seed * 1_000_003 + done
+        generator = torch.Generator().manual_seed(of_step)
         pixels, picks = data.batch(batch, generator)
         net.train()
-        with pick_backend("cpu").autocast():
+        with seeded(of_step), pick_backend("cpu").autocast():  # dropout
             loss = _loss(net, pixels, picks, data)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
