@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import logging
 import os
 import signal
@@ -60,10 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         gc.set_threshold(100_000, 50, 50)  # a process of our own: collecting while modules load costs a second
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # what is half-written is cleaned up then as well
-            signal.signal(signal.SIGTERM, _terminated)
+        for end in {
+            signal.SIGTERM,
+            getattr(signal, "SIGHUP", signal.SIGTERM),
+        }:  # what is half-written goes then as well
+            if signal.getsignal(end) is signal.SIG_DFL:
+                signal.signal(end, _terminated)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _interrupted)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # letters that it has not are told by number: the work is done
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(arguments)
     except (KeyboardInterrupt, Cancelled) as error:
@@ -101,7 +108,7 @@ def _interrupted(number: int, frame: object) -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what batch systems, service managers and `docker stop` send."""
+    """SIGTERM: what batch systems, service managers and `docker stop` send; or SIGHUP, of a terminal that closes."""
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -76,7 +76,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.page:
         write_page(report, arguments.page)
     if arguments.json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print(json.dumps(report.to_dict()))
     else:
         print_report(report)
         if arguments.page:

@@ -71,5 +71,5 @@ def _evaluate(args: argparse.Namespace) -> int:
         training_scenes=args.training_scenes,
         tell=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print(json.dumps(report, ensure_ascii=False) if args.json else args.output / "report.html")
+    print(json.dumps(report) if args.json else args.output / "report.html")
     return 0

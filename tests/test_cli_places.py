@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -135,7 +138,35 @@ def test_ctrl_c_that_a_library_swallows_ends_in_a_line(tmp_path: Path) -> None:
         "    except KeyboardInterrupt:\n"
         "        raise ImportError('numpy.core.multiarray failed to import')\n"
     )
+    run = _run_slow(tmp_path)
+    assert run.returncode == 130 and run.stderr.strip() == "glmimg: stopped"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGHUP")
+def test_a_terminal_that_closes_leaves_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\n"
+        "from glmimg.atomic_write import atomic_file\n"
+        "def load(parser):\n"
+        "    with atomic_file('a.png') as half:\n"
+        "        os.kill(os.getpid(), signal.SIGHUP)\n"
+        "        time.sleep(5)\n"
+    )
+    run = _run_slow(tmp_path)
+    assert run.returncode == 143 and run.stderr.strip() == "glmimg: stopped"
+    assert not [path for path in tmp_path.iterdir() if ".png" in path.name]
+
+
+def test_names_in_letters_that_the_output_has_not_are_told(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("def load(parser):\n    return lambda _: print('\\u56fe-\\udcff.png') or 0\n")
+    for encoding, told in (("cp1252", b"\\u56fe-\\udcff.png"), ("utf-8", "\u56fe-\\udcff.png".encode())):
+        run = _run_slow(tmp_path, text=False, env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert run.returncode == 0 and run.stdout.strip() == told, run.stderr
+
+
+def _run_slow(folder: Path, **how: Any) -> subprocess.CompletedProcess[Any]:
+    """`glmimg slow`, which is what the folder's slow.py loads."""
     program = "import sys; from glmimg import cli; cli.COMMANDS['slow'] = ('wait', 'slow:load'); "
     program += "sys.argv = ['glmimg', 'slow']; sys.exit(cli.main())"
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 130 and run.stderr.strip() == "glmimg: stopped"
+    how = {"text": True, "timeout": 60} | how
+    return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, check=False, **how)
