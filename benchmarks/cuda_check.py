@@ -140,7 +140,7 @@ def main() -> None:
             backend.empty_cache()
             report["parts"] = check.found
             if options.json:  # after every part: the run may be cut off
-                Path(options.json).write_text(json.dumps(report, indent=1, default=str) + "\n")
+                Path(options.json).write_text(json.dumps(report, indent=1, default=str) + "\n", "utf-8")
     failed = [name for name, figures in check.found.items() if "failed" in figures]
     print(f"failed: {', '.join(failed) or 'none'}", flush=True)
     sys.exit(bool(failed))
@@ -338,7 +338,7 @@ def train(check: Check) -> None:
     pictures.mkdir()
     for number in range(8):
         drawn(number, check.options.size).save(pictures / f"{number}.png")
-        (pictures / f"{number}.txt").write_text(f"a zibble, number {number}")
+        (pictures / f"{number}.txt").write_text(f"a zibble, number {number}", "utf-8")
     for dtype, method in (("bf16", "lora"), ("fp32", "dora")):
         config = {"steps": check.options.train_steps, "method": method, "rank": 8, "held_out": 0.25, "warmup": 4}
         config |= {"resolution": check.options.size, "evaluate_every": 0, "sample_every": 0, "learning_rate": 1e-3}

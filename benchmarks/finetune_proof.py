@@ -113,7 +113,7 @@ def main() -> None:
             print(json.dumps({key: value for key, value in rows[-1].items() if key != "others"}), flush=True)
     aims = proof.aims(rows)
     told = table(rows) + "".join(f"\n{said}\n" for said, _ in aims)
-    (work / "table.md").write_text(told)
+    (work / "table.md").write_text(told, "utf-8")
     shown = proof.prompts(arguments.seeds[0])[:SHOWN]
     paths = [
         work / "pictures" / f"{arguments.seeds[0]}-{name}-{number}.png"
@@ -132,7 +132,7 @@ def rows_before(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that were measured before with the same settings."""
     if not path.is_file():
         return []
-    told = json.loads(path.read_text())
+    told = json.loads(path.read_text("utf-8"))
     if told["settings"] != settings:
         raise BadInput(f"{path} was begun with {told['settings']}: give the same, or another --work")
     return list(told["rows"])
@@ -144,7 +144,7 @@ def train(arguments: argparse.Namespace, data: Path, out: Path, seed: int, trigg
 
     told = out / "minutes.json"
     if told.is_file():
-        return float(json.loads(told.read_text()))
+        return float(json.loads(told.read_text("utf-8")))
     began = time.monotonic()
     config = {
         "batch_size": arguments.batch,
@@ -169,8 +169,8 @@ def train(arguments: argparse.Namespace, data: Path, out: Path, seed: int, trigg
         pipeline = FineTunePipeline.from_pretrained(arguments.model, config=config | {"stage": stage, "steps": steps})
         folder = out / f"{stage}-run"
         seconds += pipeline(data, folder, resume=(folder / "run").is_dir(), callback=progress).seconds
-    told.write_text(json.dumps(max(seconds, time.monotonic() - began) / 60))
-    return float(json.loads(told.read_text()))
+    told.write_text(json.dumps(max(seconds, time.monotonic() - began) / 60), "utf-8")
+    return float(json.loads(told.read_text("utf-8")))
 
 
 def measure(
@@ -256,7 +256,7 @@ class Style:
             path = self.data / f"{name}.png"
             if not path.exists():
                 Image.fromarray(raster(self.icons[name]["body"])).save(path)
-                path.with_suffix(".txt").write_text(f"{STYLE} drawing of {name.replace('-', ' ')}\n")
+                path.with_suffix(".txt").write_text(f"{STYLE} drawing of {name.replace('-', ' ')}\n", "utf-8")
         self.held_out, self.others = (
             {seed: rest[(2 * k + half) * count :][:count] for k, seed in enumerate(arguments.seeds)} for half in (0, 1)
         )
@@ -334,7 +334,7 @@ class Subject:
             )
             named = (article(colour), colour, colour)
             captions = [way.replace("  ", " ").format(name) for way, name in zip(ways, named, strict=True)]
-            path.with_suffix(".txt").write_text("\n".join([*captions, f"a {SUBJECT}"]) + "\n")
+            path.with_suffix(".txt").write_text("\n".join([*captions, f"a {SUBJECT}"]) + "\n", "utf-8")
         new = backgrounds[8:] or backgrounds
         scenes = [  # prompt, things in it, layout, which of them is the subject
             ("a {s} on {b} background", 1, "single", 0),

@@ -35,7 +35,9 @@ def large_preset() -> dict[str, Any]:
 
 def peak_kb() -> int:
     """Highest resident size of this process so far (Linux; getrusage would carry over the parent's)."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return next(
+        int(line.split()[1]) for line in Path("/proc/self/status").read_text("utf-8").splitlines() if "VmHWM" in line
+    )
 
 
 def measure(model: str, offload: str, size: int, steps: int) -> dict[str, float]:

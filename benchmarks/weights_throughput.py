@@ -129,7 +129,7 @@ def child(task: dict[str, object]) -> None:
         raise SystemExit(status)
     seconds = time.perf_counter() - started
     # of this process alone: getrusage would carry over the parent's
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     print(json.dumps({"seconds": seconds, "peak": peak / 1000}))
 

@@ -151,9 +151,9 @@ def locked(file: str | Path, busy: str = "") -> Iterator[None]:
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         try:
-            stream = open(file, "a")  # noqa: SIM115
+            stream = open(file, "a", encoding="utf-8")  # noqa: SIM115
         except PermissionError:  # another user's, which can be locked all the same
-            stream = open(file)  # noqa: SIM115
+            stream = open(file, encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise BadInput(f"cannot write {file} ({error.strerror}): name a place that you may write to") from error
     with stream:

@@ -89,7 +89,7 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
 def _status() -> dict[str, int]:
     """Bytes by what Linux calls them; nothing on other systems."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     except OSError:
         return {}
     return {name: int(told.split()[0]) * 1024 for name, _, told in (li.partition(":") for li in lines) if "kB" in told}

@@ -236,7 +236,7 @@ def save_adapter(
     theirs = {f"{_PREFIX}{key}": value for key, value in config.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(theirs), "glmimg": json.dumps(info)}
     with atomic_folder(folder) as temporary:
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         save_file(tensors, temporary / WEIGHTS, metadata)
 
 

@@ -434,5 +434,5 @@ def _first_held_out(output: Path, stage: str) -> float | None:
     """The held-out loss before the first step, from the log."""
     log = output / "run" / stage / "log.jsonl"
     with suppress(OSError, ValueError, IndexError):  # a full disk may have torn it
-        return json.loads(log.read_text().splitlines()[0]).get("held_out")
+        return json.loads(log.read_text("utf-8").splitlines()[0]).get("held_out")
     return None

@@ -86,7 +86,7 @@ class MiniTraining:
         folder = self.work / "corpus"
         if not (folder / "bank.npy").exists():
             stickers.build(folder, self.work / "packages", concepts=self.scale.concepts)
-        (folder / "ATTRIBUTION.md").write_text(attribution())
+        (folder / "ATTRIBUTION.md").write_text(attribution(), "utf-8")
 
         draw_all(self.work, self.bank, self.scale, start=self.seen, workers=self.workers, keep=not self.tokens_only)
 
@@ -391,10 +391,10 @@ class MiniTraining:
             places = [self.work / stage for stage in (*KEPT, "teacher", "reinforcement", "languages")]
             rows = {place.name: chunks_record(place, self.start_from, watts) for place in places}
             kept = {stage: row for stage, row in rows.items() if stage in KEPT or row["steps"]}
-            (folder / "training.json").write_text(json.dumps(kept, indent=1))
+            (folder / "training.json").write_text(json.dumps(kept, indent=1), "utf-8")
 
     def write_attribution(self, folder: Path) -> None:
-        (folder / "ATTRIBUTION.md").write_text(attribution())
+        (folder / "ATTRIBUTION.md").write_text(attribution(), "utf-8")
         write_manifest(self.bank, folder / "corpus.json")
 
 

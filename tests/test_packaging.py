@@ -171,6 +171,21 @@ def test_files_stay_short() -> None:
             assert len(file.read_text().splitlines()) < 450, file
 
 
+def test_text_is_utf_8_whatever_the_locale() -> None:
+    """Windows' own encodings have no Chinese, and take UTF-8 for other letters."""
+    wrong = []
+    for file in (file for top in ("glmimg", *MOVED.values(), "benchmarks") for file in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.Call) or "encoding" in {word.arg for word in node.keywords}:
+                continue
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+            mode = ast.unparse(node.args[1]) if len(node.args) > 1 else ""
+            text = isinstance(node.func, ast.Name) and called == "open" and "b" not in mode
+            if text or len(node.args) < {"read_text": 1, "write_text": 2}.get(called, 0):
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong, wrong
+
+
 def test_python_started_in_the_source_tree_finds_everything() -> None:
     """There `glmimg` is the folder, whatever is installed: -S leaves out site-packages, editable installs too."""
     found = "import glmimg.pipelines, glmimg.weights_tools; print(glmimg.pipelines.__file__)"

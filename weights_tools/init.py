@@ -190,4 +190,4 @@ def write_settings(folder: str | Path, preset: Preset, tokenizer: Any) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
         "vision_language_encoder": ["transformers", "GlmImageForConditionalGeneration"],
     }
-    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -65,9 +65,9 @@ class Cpu(Backend):
             unit = 1 if platform.system() == "Darwin" else 1024
             resident = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+            fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
             total, free = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            resident = int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
         except (ImportError, AttributeError, OSError, KeyError, ValueError):
             pass  # another system than Linux tells less
         limit = _cgroup_number("memory.max", "memory/memory.limit_in_bytes")
@@ -114,13 +114,13 @@ def usable_cpus() -> int:
 
 def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     try:
-        quota, period = (root / "cpu.max").read_text().split()[:2]
+        quota, period = (root / "cpu.max").read_text("utf-8").split()[:2]
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         pass
     try:
-        quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-        period = (root / "cpu/cpu.cfs_period_us").read_text()
+        quota = (root / "cpu/cpu.cfs_quota_us").read_text("utf-8")
+        period = (root / "cpu/cpu.cfs_period_us").read_text("utf-8")
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError):
         return None
@@ -129,7 +129,7 @@ def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 def _cgroup_number(*names: str, root: Path = Path("/sys/fs/cgroup")) -> float | None:
     for name in names:
         try:
-            return int((root / name).read_text())
+            return int((root / name).read_text("utf-8"))
         except (OSError, ValueError):  # "max" is no number
             continue
     return None
@@ -154,6 +154,6 @@ def _has_bf16(cpuinfo: str | None = None) -> bool:
 
 def _cpuinfo() -> str:
     try:
-        return Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
         return ""

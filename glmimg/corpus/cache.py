@@ -36,7 +36,7 @@ class SceneCache:
         self.directory, self.bank = Path(directory), bank
         if not (self.directory / "settings.json").exists():
             raise BadInput(f"no scene cache in {directory}: make one with `python -m glmimg.corpus.cache`")
-        self.settings: dict[str, Any] = json.loads((self.directory / "settings.json").read_text())
+        self.settings: dict[str, Any] = json.loads((self.directory / "settings.json").read_text("utf-8"))
         size = (self.settings["height"], self.settings["width"])
         self.sampler = SceneSampler(
             bank, self.settings["split"], seed=self.settings["seed"], sizes=((size, 1.0),), **self.settings["options"]
@@ -46,7 +46,7 @@ class SceneCache:
 
     def __len__(self) -> int:
         """Rows that are complete."""
-        return int((self.directory / "done").read_text())
+        return int((self.directory / "done").read_text("utf-8"))
 
     def picture(self, k: int) -> np.ndarray:
         return draw(self.scene(k), self.bank) if self.pictures is None else self.pictures[k]
@@ -88,7 +88,7 @@ def render(
     directory.mkdir(parents=True, exist_ok=True)
     settings = dict(split=split, seed=seed, start=start, height=height, width=width, count=count, options=options)
     file = directory / "settings.json"
-    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(settings)):
+    if file.exists() and json.loads(file.read_text("utf-8")) != json.loads(json.dumps(settings)):
         raise BadInput(f"{directory} holds a cache of other settings: choose another folder or delete it")
     if not file.exists():
         if keep:
@@ -191,7 +191,7 @@ class EditCache:
 
     def __init__(self, directory: Path | str, bank: StickerBank) -> None:
         self.directory, self.bank = Path(directory), bank
-        self.settings: dict[str, Any] = json.loads((self.directory / "settings.json").read_text())
+        self.settings: dict[str, Any] = json.loads((self.directory / "settings.json").read_text("utf-8"))
         size = (self.settings["height"], self.settings["width"])
         self.sampler = EditSampler(
             bank, self.settings["split"], seed=self.settings["seed"], sizes=((size, 1.0),), **self.settings["options"]
@@ -201,7 +201,7 @@ class EditCache:
 
     def __len__(self) -> int:
         """Pictures, two a pair."""
-        return 2 * int((self.directory / "done").read_text())
+        return 2 * int((self.directory / "done").read_text("utf-8"))
 
     def picture(self, k: int) -> np.ndarray:
         if self.pictures is not None:
@@ -240,8 +240,8 @@ def render_edits(
     for `workers` and `keep`."""
     settings = dict(split=split, seed=seed, start=start, height=height, width=width, options=options)
     if (directory / "done").exists():
-        told = json.loads((directory / "settings.json").read_text())
-        if told != json.loads(json.dumps(settings)) or int((directory / "done").read_text()) != count:
+        told = json.loads((directory / "settings.json").read_text("utf-8"))
+        if told != json.loads(json.dumps(settings)) or int((directory / "done").read_text("utf-8")) != count:
             raise BadInput(f"{directory} holds a cache of other settings: choose another folder or delete it")
     else:
         directory.mkdir(parents=True, exist_ok=True)

@@ -167,7 +167,7 @@ def build(directory: Path, cache: Path, *, concepts: int = 0) -> None:
         "stickers": [meta for _, meta in jobs],
         "concepts": {k: {"group": c.group, "labels": c.labels, "tags": c.tags} for k, c in known.items() if k in used},
     }
-    (directory / "index.json.part").write_text(json.dumps(index, ensure_ascii=False))
+    (directory / "index.json.part").write_text(json.dumps(index, ensure_ascii=False), "utf-8")
     os.replace(directory / "index.json.part", directory / "index.json")
     os.replace(partial, directory / "bank.npy")
 
@@ -202,7 +202,7 @@ class StickerBank:
                 f"`python -m glmimg.corpus.stickers {self.directory}`"
             )
         self.pixels = np.load(self.directory / "bank.npy", mmap_mode="r")
-        index = json.loads((self.directory / "index.json").read_text())
+        index = json.loads((self.directory / "index.json").read_text("utf-8"))
         self.stickers = [Sticker(row, **meta) for row, meta in enumerate(index["stickers"])]
         self.concepts = {key: Concept(key, **value) for key, value in index["concepts"].items()}
 

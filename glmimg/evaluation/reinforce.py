@@ -95,8 +95,8 @@ def write_learnt(run: Run, model: Any, checkpoint: Checkpoint, out: Path, stage:
         learnt = SimpleNamespace(state_dict=lambda: values)
         save_component(folder, "vision_language_encoder", learnt, base=checkpoint)
         file = folder / "training.json"
-        told = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(told | {stage: chunks_record(run.directory, None)}, indent=1))
+        told = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        file.write_text(json.dumps(told | {stage: chunks_record(run.directory, None)}, indent=1), "utf-8")
 
 
 def add_flags(parser: argparse.ArgumentParser, *, work: str, minutes: float, learning_rate: float) -> None:

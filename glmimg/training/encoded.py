@@ -38,7 +38,7 @@ class EncodedEdits:
         tokens, latents, places = [], [], []
         for directory, cache in folders:
             directory = Path(directory)
-            settings = json.loads((directory / "settings.json").read_text())
+            settings = json.loads((directory / "settings.json").read_text("utf-8"))
             h, w = settings["target"]
             self.target = (int(h), int(w))
             tokens.append(np.load(directory / "tokens.npy", mmap_mode="r")[:, -h * w :].reshape(-1, 2, h, w))
@@ -78,7 +78,7 @@ class EncodedScenes:
         self.directory, self.cache = Path(directory), cache
         if not (self.directory / "tokens.npy").exists():
             raise BadInput(f"no tokens in {self.directory}: run the stage encode_tokens first")
-        settings = json.loads((self.directory / "settings.json").read_text())
+        settings = json.loads((self.directory / "settings.json").read_text("utf-8"))
         (h, w), (preview_h, preview_w) = settings["target"], settings["preview"]
         self.target, self.preview = (int(h), int(w)), (int(preview_h), int(preview_w))
         self.tokens = np.load(self.directory / "tokens.npy", mmap_mode="r")
@@ -124,7 +124,7 @@ def encoded_already(file: Path, count: int) -> bool:
 def require_tokenizer(directory: Path, tokenizer: SemanticTokenizer) -> None:
     """BadInput if a folder's tokens came from another tokenizer; folders of before tell none."""
     file = directory / "settings.json"
-    told = json.loads(file.read_text()).get("tokenizer") if file.exists() else None
+    told = json.loads(file.read_text("utf-8")).get("tokenizer") if file.exists() else None
     if told not in (None, _digest(tokenizer)):
         raise BadInput(
             f"{directory} holds tokens of the tokenizer before it was trained further: delete tokens.npy in all such "
@@ -135,7 +135,7 @@ def require_tokenizer(directory: Path, tokenizer: SemanticTokenizer) -> None:
 def require_encoder(directory: Path, vae: Any) -> None:
     """BadInput if a folder's latents came from another VAE's encoder; folders of before tell none."""
     file = directory / "latents.json"
-    told = json.loads(file.read_text())["encoder"] if file.exists() else None
+    told = json.loads(file.read_text("utf-8"))["encoder"] if file.exists() else None
     if told not in (None, _digest_of(vae.encoder)):
         raise BadInput(
             f"{directory} holds latents of another VAE: delete latents.npy in all such folders and run the stage "
@@ -188,7 +188,7 @@ def encode_tokens(
         if start % 6400 == 0:
             print(f"tokens {start}/{n}, {time.monotonic() - begun:.0f} s", flush=True)
     settings = {"target": target, "preview": preview, "tokenizer": _digest(tokenizer)}
-    (directory / "settings.json").write_text(json.dumps(settings))
+    (directory / "settings.json").write_text(json.dumps(settings), "utf-8")
     with atomic_file(directory / "tokens.npy") as partial:  # last: whoever finds it takes the rest for granted
         np.save(partial, rows)
 

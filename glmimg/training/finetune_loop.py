@@ -368,7 +368,7 @@ class FineTuneLoop:
         line = json.dumps(row) + "\n"
 
         def write() -> None:
-            with open(self.folder / "log.jsonl", "a") as log:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(line)
             for key, value in row.items():
                 if self._board is not None and isinstance(value, float):

@@ -211,7 +211,7 @@ class Run:
         if not self.processes.main:
             return
         row = {"step": self.step, "position": self.position, "minutes": round(self.elapsed / 60, 2), **row}
-        with open(self.directory / "log.jsonl", "a") as log:
+        with open(self.directory / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
         for key, value in row.items():
             if self.board and isinstance(value, float):
@@ -248,7 +248,7 @@ class Run:
             if self.processes.main:
                 clear_leftovers(self.directory / "state.pt")
                 cut_log(self.directory / "log.jsonl", self.step)
-                (self.directory / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
+                (self.directory / "config.json").write_text(json.dumps(asdict(self.config), indent=1), "utf-8")
                 self.board = open_board(self.directory, self.step)
             try:
                 with stop_asked() as asked:
@@ -372,7 +372,7 @@ class _Endless(Sampler[int]):
 def cut_log(log: Path, step: int) -> None:
     """Takes out what a killed run wrote after its last state, and a row that a full disk has torn."""
     if log.is_file():
-        lines = log.read_text().splitlines()
+        lines = log.read_text("utf-8").splitlines()
         kept = [line for line in lines if (found := row_of(line)) is not None and found.get("step", 0) <= step]
         if kept != lines:
             write_text(log, "".join(f"{line}\n" for line in kept))

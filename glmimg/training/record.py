@@ -25,7 +25,7 @@ _UNTRAINED: dict[str, Any] = {"steps": 0, "position": 0, "minutes": 0.0}
 def checkpoint_record(checkpoint: Path | None, stage: str) -> dict[str, Any]:
     """What a checkpoint's training.json tells of a stage."""
     file = checkpoint / "training.json" if checkpoint else None
-    return dict(json.loads(file.read_text()).get(stage, _UNTRAINED) if file and file.exists() else _UNTRAINED)
+    return dict(json.loads(file.read_text("utf-8")).get(stage, _UNTRAINED) if file and file.exists() else _UNTRAINED)
 
 
 def note_start(run: Run, stage: str, checkpoint: Checkpoint) -> None:
@@ -62,9 +62,9 @@ def chunks_record(directory: Path, start_from: Path | None, watts: float = 0.0) 
     if not (directory / "state.pt").exists():
         return checkpoint_record(start_from, directory.name)
     begun = directory / _STARTED
-    base = json.loads(begun.read_text()) if begun.exists() else _UNTRAINED
+    base = json.loads(begun.read_text("utf-8")) if begun.exists() else _UNTRAINED
     state = torch.load(directory / "state.pt", weights_only=True, map_location="cpu")
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text("utf-8"))
     energy = base.get("kwh", 0.0) + state["elapsed"] / 3600 * watts / 1000
     return {
         "steps": base["steps"] + state["step"],
@@ -79,7 +79,7 @@ def chunks_record(directory: Path, start_from: Path | None, watts: float = 0.0) 
 
 def cost(checkpoint: Path, watts: float = 0.0) -> dict[str, dict[str, float]]:
     """Of every stage and all together: hours, samples, kWh (on record, else by `watts`; 0 where neither is known)."""
-    record = json.loads((checkpoint / "training.json").read_text())
+    record = json.loads((checkpoint / "training.json").read_text("utf-8"))
     rows = {
         stage: {
             "hours": row["minutes"] / 60,
@@ -93,7 +93,7 @@ def cost(checkpoint: Path, watts: float = 0.0) -> dict[str, dict[str, float]]:
 
 def _held_out(log: Path) -> dict[str, float]:
     rows = [
-        row for line in log.read_text().splitlines() if (row := row_of(line)) is not None
+        row for line in log.read_text("utf-8").splitlines() if (row := row_of(line)) is not None
     ]  # a full disk tears lines
     found = [{k[9:]: v for k, v in row.items() if k.startswith("held_out_")} for row in rows]
     return next((figures for figures in reversed(found) if figures), {})
