@@ -191,3 +191,15 @@ def test_what_a_step_frees_is_kept_until_the_cache_is_emptied() -> None:
     assert cpu.memory().allocated > before + (100 << 20)
     cpu.empty_cache()
     assert cpu.memory().allocated < before + (30 << 20)
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_systems_without_proc_tell_their_memory(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 0 bytes nothing would fit: not a second picture at once in the server, nor any plan."""
+    here = pick_backend("cpu").memory()
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
+    if system == "Windows":
+        monkeypatch.setitem(sys.modules, "resource", None)
+    told = pick_backend("cpu").memory()
+    assert told.total >= here.total and 0 < told.free < told.total and told.peak >= told.allocated > 0

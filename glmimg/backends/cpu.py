@@ -69,7 +69,13 @@ class Cpu(Backend):
             total, free = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
             resident = int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
         except (ImportError, AttributeError, OSError, KeyError, ValueError):
-            pass  # another system than Linux tells less
+            pass
+        if platform.system() != "Linux":  # macOS has no /proc, Windows no resource either
+            import psutil
+
+            machine, process = psutil.virtual_memory(), psutil.Process().memory_info()
+            total, free, resident = machine.total, machine.available, process.rss
+            peak = max(peak, getattr(process, "peak_wset", 0))
         limit = _cgroup_number("memory.max", "memory/memory.limit_in_bytes")
         if limit is not None and limit < total:
             total, free = int(limit), max(0, min(free, int(limit) - resident))
