@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,18 @@ def test_text_is_utf_8_whatever_the_locale() -> None:
             if text or len(node.args) < {"read_text": 1, "write_text": 2}.get(called, 0):
                 wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert not wrong, wrong
+
+
+def test_the_source_archive_holds_what_its_tests_need(tmp_path: Path) -> None:
+    """By itself setuptools packs tests/test_*.py alone: no fixtures, nothing in deeper folders, no documents."""
+    if int(metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("an older setuptools does not read this project")
+    listing = "from setuptools import setup; setup()"
+    subprocess.run([sys.executable, "-c", listing, "-q", "egg_info", "-e", str(tmp_path)], cwd=ROOT, check=True)
+    packed = set((tmp_path / "glmimg.egg-info/SOURCES.txt").read_text("utf-8").splitlines())
+    needed = [p for folder in ("tests", "docs", "samples", "benchmarks") for p in (ROOT / folder).rglob("*.*")]
+    left_out = {str(p.relative_to(ROOT)) for p in needed if p.is_file() and p.suffix != ".pyc"} - packed
+    assert not left_out
 
 
 def test_python_started_in_the_source_tree_finds_everything() -> None:
