@@ -221,6 +221,7 @@ def save_adapter(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
+        "rank_pattern": {},  # all have one; diffusers 0.37 and 0.38 want to read it
         "lora_dropout": dropout,
         "target_modules": [end for group in groups or TARGETS[stage] for end in TARGETS[stage][group]],
         "use_dora": any(low.magnitude_N is not None for low in layers.values()),

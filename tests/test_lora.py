@@ -94,6 +94,9 @@ def test_training_merging_and_peft_give_the_same(stage: str, dora: bool, tiny_ch
 def test_diffusers_loads_the_decoders(dora: bool, tiny_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     make(tmp_path, tiny_checkpoint, "decoder", dora=dora)
+    assert json.loads((tmp_path / "decoder/adapter_config.json").read_text())["rank_pattern"] == {}, (
+        "old diffusers fail"
+    )
     checkpoint = Checkpoint.open(tiny_checkpoint)
     theirs, ours = checkpoint.decoder(), checkpoint.decoder()
     theirs.load_lora_adapter(
