@@ -215,7 +215,7 @@ def save_adapter(
     from safetensors.torch import save_file
 
     info = dict(info or {})
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": info.get("checkpoint"),
         "inference_mode": True,
