@@ -33,7 +33,7 @@ def note_start(run: Run, stage: str, checkpoint: Checkpoint) -> None:
     base = checkpoint_record(checkpoint.root, stage)
     run.position = base["position"]
     if run.processes.main:
-        (run.directory / _STARTED).write_text(json.dumps(base | {"hash": checkpoint.hash}))
+        (run.directory / _STARTED).write_text(json.dumps(base | {"hash": checkpoint.hash}), "utf-8")
 
 
 def require_same_start(directory: Path, checkpoint: Checkpoint, flag: str) -> None:
