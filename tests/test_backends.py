@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmimg.backends import BACKENDS, Backend, pick_backend, probe_all
+from glmimg.backends import BACKENDS, Backend, cpu, pick_backend, probe_all
 from glmimg.backends.cpu import _cgroup_cpus, _glibc, _has_bf16, usable_cpus
 from glmimg.backends.probe import NAMES
 from glmimg.errors import BackendError, BadInput, UnknownName
@@ -97,6 +97,27 @@ def test_threads_follow_the_quota_of_the_container(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert _cgroup_cpus(tmp_path) is None
     assert 1 <= usable_cpus() <= (os.cpu_count() or 1)
+
+
+def test_limits_of_a_batch_system_lie_deeper_than_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's jobs and systemd's scopes see all groups of the machine; their own has the limit, or one around it."""
+    monkeypatch.setattr(cpu, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(cpu, "_OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text("5:cpuset:/other\n4:cpu,memory:/old\n0::/job/step\n")
+    for folder in ("job/step", "memory/old", "cpu/old", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    here = pick_backend("cpu")
+    total = here.memory().total
+    (tmp_path / "other/memory.max").write_text("1\n")
+    assert here.memory().total == total, "another's"
+    (tmp_path / "job/step/memory.max").write_text("max\n")
+    (tmp_path / "job/memory.max").write_text("1000000\n")
+    (tmp_path / "job/step/cpu.max").write_text("50000 100000\n")
+    assert (here.memory().total, here.memory().free, usable_cpus()) == (1000000, 0, 1)
+    (tmp_path / "memory/old/memory.limit_in_bytes").write_text("900000\n")
+    (tmp_path / "cpu/old/cpu.cfs_quota_us").write_text("25000\n")
+    (tmp_path / "cpu/old/cpu.cfs_period_us").write_text("100000\n")
+    assert here.memory().total == 900000 and cpu._cgroup_cpus() == 0.25
 
 
 def test_threads_are_lowered_but_a_users_choice_stands() -> None:

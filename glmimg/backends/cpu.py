@@ -8,8 +8,10 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import torch
@@ -21,6 +23,7 @@ __all__ = ["Cpu", "usable_cpus"]
 
 # A name in /proc/cpuinfo for each family of bfloat16 instructions: AVX512, AMX, Arm.
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+_CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # mallopt's parameters (malloc.h), the most that it takes for the first, and bytes kept at the heap's end.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGEST, _KEPT = -1, -3, 32 << 20, 512 << 20
 
@@ -76,9 +79,9 @@ class Cpu(Backend):
             machine, process = psutil.virtual_memory(), psutil.Process().memory_info()
             total, free, resident = machine.total, machine.available, process.rss
             peak = max(peak, getattr(process, "peak_wset", 0))
-        limit = _cgroup_number("memory.max", "memory/memory.limit_in_bytes")
+        limit = _cgroup_memory()
         if limit is not None and limit < total:
-            total, free = int(limit), max(0, min(free, int(limit) - resident))
+            total, free = limit, max(0, min(free, limit - resident))
         return MemoryStats(resident, max(peak, resident), free, total)
 
     def empty_cache(self) -> None:
@@ -118,27 +121,30 @@ def usable_cpus() -> int:
     return max(1, count if quota is None else min(count, math.ceil(quota)))
 
 
-def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    try:
-        quota, period = (root / "cpu.max").read_text("utf-8").split()[:2]
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        quota = (root / "cpu/cpu.cfs_quota_us").read_text("utf-8")
-        period = (root / "cpu/cpu.cfs_period_us").read_text("utf-8")
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):
-        return None
+def _cgroup_cpus(root: Path | None = None) -> float | None:
+    found = _cgroup_limits(root or _CGROUPS, "cpu", ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    return min((quota / period for quota, period in found if quota > 0), default=None)
 
 
-def _cgroup_number(*names: str, root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    for name in names:
-        try:
-            return int((root / name).read_text("utf-8"))
-        except (OSError, ValueError):  # "max" is no number
-            continue
-    return None
+def _cgroup_memory() -> int | None:
+    found = _cgroup_limits(_CGROUPS, "memory", ("memory.max",), ("memory.limit_in_bytes",))
+    return min((limit for (limit,) in found), default=None)
+
+
+def _cgroup_limits(root: Path, controller: str, *files: tuple[str, ...]) -> Iterator[list[int]]:
+    """The numbers in those files of this process's group and of all around it, of version 2 or 1: a container sees its
+    own as the root, what a batch system or systemd limits lies deeper."""
+    folders = [root, root / controller]
+    with suppress(OSError):
+        for line in _OWN_GROUPS.read_text("utf-8").splitlines():
+            _, names, path = line.split(":", 2)
+            if not names or controller in names.split(","):
+                own = PurePosixPath(path.lstrip("/"))
+                folders += [folders[bool(names)] / group for group in (own, *own.parents)]
+    for folder in folders:
+        for names_of_one in files:
+            with suppress(OSError, ValueError):  # "max" is no number
+                yield [int(number) for name in names_of_one for number in (folder / name).read_text("utf-8").split()]
 
 
 @cache
