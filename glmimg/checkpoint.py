@@ -220,7 +220,10 @@ class Checkpoint:
         model = self.skeleton("vision_language_encoder")
         if not vision:
             model.model.visual = model.model.vqmodel = None
-        self._fill("vision_language_encoder", model, device, dtype, skip=_prefixed(() if vision else _VISION))
+        # What a TokenGenerator copies: projections, which it joins, and in eight or four bits the whole block.
+        apart = r"model\.language_model\.layers\.\d+\.(self_attn(?=\.[qkv]_))?"
+        skip = _prefixed(() if vision else _VISION)
+        self._fill("vision_language_encoder", model, device, dtype, skip=skip, apart=apart)
         rotary = model.model.language_model.rotary_emb
         model.model.language_model.rotary_emb = type(rotary)(model.config.text_config).to(device)
         return model.eval()
@@ -240,12 +243,7 @@ class Checkpoint:
     ) -> GlmImageTransformer2DModel:
         """The diffusion transformer. What `fuse_qkv` copies is mapped block by block, so that it can go when copied."""
         model = self.skeleton("transformer")
-
-        def apart(name: str) -> str:
-            block, _, rest = name.partition(".attn1.to_")
-            return block if rest[:1] in ("q", "k", "v") else ""
-
-        self._fill("transformer", model, device, dtype, apart=apart)
+        self._fill("transformer", model, device, dtype, apart=r".*\.attn1(?=\.to_[qkv]\.)")
         return model.eval()
 
     def glyph_encoder(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> T5EncoderModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import groupby
@@ -191,12 +192,13 @@ def fill(
     device: str | torch.device,
     dtype: torch.dtype | None,
     skip: Callable[[str], bool] = lambda name: False,
-    apart: Callable[[str], str] = lambda name: "",
+    apart: str = "",
 ) -> None:
     """Gives a module built on the meta device its weights, and raises CheckpointError before reading if any misfits.
 
-    Files may hold, and the module may ask for, names for which `skip` is true: parts left out on purpose. Tensors for
-    which `apart` says the same share a mapping of their file, whose pages stay in memory until the last of them goes.
+    Files may hold, and the module may ask for, names for which `skip` is true: parts left out on purpose. Tensors in
+    whose names the pattern `apart` matches the same beginning share a mapping of their file, whose pages stay in memory
+    until the last of them goes.
     """
     wanted = {name: tensor for name, tensor in module.state_dict().items() if not skip(name)}
     expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
@@ -209,8 +211,13 @@ def fill(
             f"that name are ({_some(odd)}).\nThe file is damaged, or was packed by another program.\n"
             "Download it again, or take the original checkpoint."
         )
+
+    def beginning(name: str) -> str:
+        found = re.match(apart, name)
+        return found[0] if found else ""
+
     tensors: dict[str, Any] = {}
-    for _, names in groupby(sorted(expected, key=apart), apart):
+    for _, names in groupby(sorted(expected, key=beginning), beginning):
         tensors |= weights.load(names, device=device, dtype=dtype)
     module.load_state_dict(tensors, strict=False, assign=True)
 

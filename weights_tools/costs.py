@@ -118,11 +118,11 @@ class Costs:
         return self.weights("vision_language_encoder", bits, only=r".*self_attn\.[qkv]_proj")
 
     def host_copies(self, bits: int) -> tuple[int, int]:
-        """What (generator, decoder) keep on a processor beside their weights, which stay mapped from the files: the
-        generator its matrices in 8 bits (16) or laid out for the 4-bit kernel (4), both stages joined projections, a
-        small decoder its unpacked matrices laid out for oneDNN. Where weights are cast, laid out ones alone."""
-        language, joined = self._packed_numbers("vision_language_encoder"), r".*attn1\.to_[qkv]"
-        laid_out = 0
+        """What (generator, decoder) keep on a processor beside their weights, which stay mapped from the files: a small
+        decoder its unpacked matrices laid out for oneDNN. Where weights are cast, laid out ones alone. Below 0 where
+        blocks' files can go: the generator's in 8 bits (16), or laid out for the 4-bit kernel, scales twice (4).
+        """
+        language, laid_out = self._packed_numbers("vision_language_encoder"), 0
         if self.blocks("transformer", bits) <= COPY_BELOW:
             matrices = r"transformer_blocks\..*(?<!norm_q)(?<!norm_k)\.weight"
             laid_out = self.weights("transformer", bits, only=matrices)
@@ -133,11 +133,10 @@ class Costs:
             return layers if layers <= PACK_BELOW else 0, laid_out
         if bits == 16:
             head = self.weights("vision_language_encoder", only="lm_head") // 2
-            return language + head, laid_out + self.weights("transformer", only=joined)
+            return language + head - self.blocks("vision_language_encoder"), laid_out
         if bits == 4:
-            return language // 2, laid_out
-        own = self.weights("vision_language_encoder", 8, only=r".*language_model.*self_attn\.[qkv]_proj")
-        return own, laid_out
+            return language // 2 + 4 * language // GROUP - self.blocks("vision_language_encoder", 4), laid_out
+        return 0, laid_out
 
     def block(self, component: str, bits: int = 16) -> int:
         """One transformer block."""

@@ -246,8 +246,8 @@ def _option(
         held_g += first.host_copies[0] * (generator == HOST)
         held_d += second.host_copies[1] * (decoder == HOST)
     top_g = first.costs.cache(work) + (0 if generator == HOST else first.whole_matrix)
-    mapped = generator == HOST and first.costs.itemsize == 2  # copies were counted, and nothing else is the process's
-    building = 0 if offload == "block" or mapped else first.building
+    mapped = generator == HOST and first.costs.itemsize == 2  # all of it, until its blocks are laid out anew
+    building = 0 if offload == "block" else -min(0, first.host_copies[0]) if mapped else first.building
     side = [min(edge, TILE) if offload != "none" else edge for edge in (work.height, work.width)]
     decoding = int(RESERVED * second.costs.vae_activations(*side)) * together
     top_d = max(second.costs.decoder_activations(work, batch) + second.whole_matrix, decoding)
