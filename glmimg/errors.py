@@ -27,7 +27,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u206
 
 # What devices' errors say, then the processor's.
 _OUT_OF_MEMORY = re.compile(
-    "out of memory|tried to allocate|can't allocate memory|not enough memory"
+    "out of memory|tried to allocate|(can't|cannot) allocate memory|not enough memory"
     "|out_of_(device|host)_memory|status_alloc_failed|invalid buffer size",  # XPU, cuBLAS and cuDNN, MPS
     re.IGNORECASE,
 )

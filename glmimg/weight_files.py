@@ -6,15 +6,17 @@ anything is allocated for it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from glmimg.errors import CheckpointError
 
@@ -25,6 +27,7 @@ __all__ = [
     "CODEBOOK",
     "DTYPE_BITS",
     "FLOATS",
+    "TORCH_NAMES",
     "TensorInfo",
     "WeightFiles",
     "codebook_digest",
@@ -34,36 +37,38 @@ __all__ = [
     "put",
     "read_header",
     "read_index",
+    "torch_dtype",
 ]
 
 CODEBOOK = "model.vqmodel.quantize.embedding.weight"  # in the token generator's files
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# The format's dtypes in the order in which the safetensors library lays tensors out, last first.
-DTYPE_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
+# The format's dtypes in the order in which the safetensors library lays tensors out, last first: bits, torch's name.
+_DTYPES = {
+    "BOOL": (8, "bool"),
+    "F4": (4, ""),
+    "F6_E2M3": (6, ""),
+    "F6_E3M2": (6, ""),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "F32": (32, "float32"),
+    "C64": (64, "complex64"),
+    "F64": (64, "float64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
 }
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by torch's names
+DTYPE_BITS = {name: bits for name, (bits, _) in _DTYPES.items()}
+TORCH_NAMES = {name: theirs for name, (_, theirs) in _DTYPES.items() if theirs}
 FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")  # those of them that torch computes with or casts
 _COPIED = 64 << 20  # bytes copied out of a file before it is mapped anew
 _MAX_HEADER = 100_000_000  # the library's own limit
@@ -124,15 +129,13 @@ class WeightFiles:
     ) -> dict[str, torch.Tensor]:
         """Those tensors on `device`; floating-point ones in `dtype` (None: as stored). Unchanged ones stay mapped."""
         import torch
-        from safetensors import SafetensorError, safe_open
 
         loaded: dict[str, torch.Tensor] = {}
         sums: list[torch.Tensor] = []
         for file, wanted in self._mappings(names, torch.device(device).type == "cpu", dtype):
             try:
-                with safe_open(file, framework="pt", device="cpu") as opened:
-                    for name in wanted:
-                        tensor = opened.get_tensor(name)
+                with file.open("rb") as stream:
+                    for name, tensor in _mapped(stream, {name: self.infos[name] for name in wanted}):
                         if tensor.is_floating_point():
                             tensor = tensor.to(device=device, dtype=dtype)
                             if check_finite:
@@ -143,7 +146,9 @@ class WeightFiles:
                         else:
                             tensor = tensor.to(device=device)
                         loaded[name] = tensor
-            except (SafetensorError, OSError) as error:
+            except (ValueError, OSError) as error:  # the first is mmap's: the file has become shorter
+                if getattr(error, "errno", None) == errno.ENOMEM:
+                    raise MemoryError(f"{file} cannot be mapped: {error}") from error
                 raise CheckpointError(f"{file} cannot be read ({error}): download or write it again") from error
         if sums and not bool(torch.stack(sums).isfinite().all()):
             bad = [n for n, t in loaded.items() if t.is_floating_point() and not bool(t.isfinite().all())]
@@ -160,12 +165,11 @@ class WeightFiles:
     ) -> Iterator[tuple[Path, list[str]]]:
         """Files and the tensors to take from one mapping. Pages stay in memory as long as their mapping, so that those
         which are copied from do not add up."""
-        stored = dtype and _DTYPES.get(str(dtype).removeprefix("torch."))
         parts: dict[tuple[Path, int], list[str]] = {}
         copied: dict[Path, int] = {}
         for name in names:
             info, part = self.infos[name], -1  # what stays mapped lies apart
-            if not on_processor or (info.is_float and stored not in (None, info.dtype)):
+            if not on_processor or (info.is_float and dtype not in (None, torch_dtype(info.dtype))):
                 copied[info.file] = copied.get(info.file, 0) + info.nbytes
                 part = copied[info.file] // _COPIED
             parts.setdefault((info.file, part), []).append(name)
@@ -183,6 +187,30 @@ class WeightFiles:
                 digest.update(f"{name} {info.dtype} {info.shape}".encode())
                 digest.update(streams[info.file].read(min(256, info.end - middle)))
         return digest.digest()
+
+
+def _mapped(stream: BinaryIO, infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of one file in pages that they share, from the first of them to the last: the whole file for each of many
+    groups would be more than systems that limit address space allow."""
+    import torch
+
+    first = min(info.begin for info in infos.values()) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    size = max(info.end for info in infos.values()) - first
+    pages = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY, offset=first)
+    for name, info in infos.items():
+        dtype, count = torch_dtype(info.dtype), math.prod(info.shape)
+        tensor = torch.frombuffer(pages, dtype=dtype, count=count, offset=info.begin - first) if count else None
+        yield name, torch.empty(info.shape, dtype=dtype) if tensor is None else tensor.view(info.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for a name of the file format; CheckpointError where torch has none (F4, F6)."""
+    import torch
+
+    if name not in TORCH_NAMES:
+        raise CheckpointError(f"tensors of dtype {name} can be copied, but not computed with")
+    found: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return found
 
 
 def fill(

@@ -15,9 +15,7 @@ from safetensors.torch import load_file, save_file
 from glmimg import weight_files
 from glmimg.checkpoint import COMPONENTS, EMBEDDED, Checkpoint, save_component
 from glmimg.errors import BadInput, CheckpointError, UnknownName
-from glmimg.generator import TokenGenerator
 from glmimg.weight_files import WeightFiles
-from glmimg.weights_tools.init import init_checkpoint
 
 GENERATOR = "vision_language_encoder"
 LOADERS: dict[str, Any] = {
@@ -117,21 +115,6 @@ def test_files_that_are_copied_from_do_not_stay_mapped_whole(
     cast = weights.load(names, device="cpu", dtype=other)
     plain = weights.load(names, device="cpu", dtype=None)
     assert cast.keys() == plain.keys() and all(torch.equal(cast[name], plain[name].to(other)) for name in names)
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
-def test_what_the_generator_copies_from_does_not_stay_mapped(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(init_checkpoint(tmp_path / "bf16", "tiny", dtype="bfloat16"))
-    file = str(checkpoint.weights[GENERATOR].files[0])
-
-    def mappings() -> int:
-        return sum(line.rstrip().endswith(file) for line in Path("/proc/self/maps").read_text().splitlines())
-
-    for weights, blocks in (("int8", 0), (None, 2)):  # of blocks, their other matrices stay
-        generator = TokenGenerator(checkpoint.generator(), packed=False, weights=weights, consume=True)
-        assert mappings() == blocks + 1, "the embedding stays"
-        del generator
-        assert mappings() == 0
 
 
 def test_settings(tiny_checkpoint: Path, tiny_copy: Path) -> None:

@@ -35,7 +35,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 from glmimg.atomic_write import atomic_file, expanded
 from glmimg.errors import BadInput, CheckpointError, GlmimgError, UnknownName
 from glmimg.packed_format import PACKED
-from glmimg.weight_files import DTYPE_BITS, WeightFiles
+from glmimg.weight_files import DTYPE_BITS, TORCH_NAMES, WeightFiles, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -63,28 +63,6 @@ Data: TypeAlias = "torch.Tensor | Buffer | Iterable[Buffer]"
 # Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], None]
 
-# Names of the file format -> of torch.
-TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
 _RANKS = {name: rank for rank, name in enumerate(DTYPE_BITS)}
 
 
@@ -98,16 +76,6 @@ class TensorSpec(NamedTuple):
     def nbytes(self) -> int:
         """Its bytes in a file."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype for a name of the file format; CheckpointError where torch has none (F4, F6)."""
-    import torch
-
-    if name not in TORCH_NAMES:
-        raise CheckpointError(f"tensors of dtype {name} can be copied, but not computed with")
-    found: torch.dtype = getattr(torch, TORCH_NAMES[name])
-    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:
