@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from glmimg.atomic_write import atomic_folder
 from glmimg.errors import BadInput, CheckpointError, UnknownName
+from glmimg.filling import fill, put
 from glmimg.packed_format import CONFIG_KEY
 from glmimg.supported import require_supported
-from glmimg.weight_files import WeightFiles, contained, fill, json_object, put
+from glmimg.weight_files import WeightFiles, contained, json_object
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,9 @@ from importlib import import_module
 from typing import NoReturn
 
 from glmimg import __version__
+from glmimg.cli_progress import LoadBar
 from glmimg.errors import BadInput, Cancelled, GlmimgError, UnknownName, out_of_memory
+from glmimg.progress import watching
 
 __all__ = ["COMMANDS", "main"]
 
@@ -145,7 +147,11 @@ def _run(name: str, arguments: list[str]) -> int:
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
         raise UnknownName.of("option", unknown[0].split("=")[0], options)
-    return run(parsed)
+    watched = watching.set(None if getattr(parsed, "quiet", False) else LoadBar())
+    try:
+        return run(parsed)
+    finally:
+        watching.reset(watched)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from glmimg.pipelines.result import Event
 
-__all__ = ["Bars", "ByteBar", "Count"]
+__all__ = ["Bars", "ByteBar", "Count", "LoadBar"]
 
 WIDTH = 24
 INTERVAL = 0.1  # seconds between two drawings
@@ -58,6 +58,20 @@ class ByteBar:
         line = f"{self.label:<8}{_bar(done, max(1, total))} {done / scale:.2f}/{total / scale:.2f} {unit}  "
         line += _duration(seconds) if finished else f"{_duration(seconds * (total - done) / max(1, done))} left"
         draw(self.stream, line, self.live, finished)
+
+
+class LoadBar:
+    """A ByteBar for each piece of loading, for `glmimg.progress.watching`."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream
+        self._bar: ByteBar | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is None or not done:
+            self._bar = ByteBar(what, self.stream)
+        if total:
+            self._bar(done, total)
 
 
 def draw(stream: TextIO | None, text: str, live: bool, done: bool) -> None:

@@ -24,6 +24,7 @@ from glmimg.errors import BadInput, CheckpointError
 from glmimg.fused_linear import lay_out, runs
 from glmimg.packed_linear import PackedEmbedding, PackedLinear, joined, packed_product, packed_rows, quantize, ready
 from glmimg.positions import rotary_tables
+from glmimg.progress import tell
 
 __all__ = ["Decoding", "Layer", "TokenGenerator"]
 
@@ -105,8 +106,10 @@ class TokenGenerator:
         self._norm_scale = math.sqrt(config.hidden_size) if on_cpu else 1.0
         self._floor = torch.tensor(math.sqrt(config.hidden_size * self.eps), dtype=torch.float32)
         layers: list[Layer] = []
+        tell("lay out", 0, size)
         for layer in text.layers:
             layers.append(self._layer(layer))
+            tell("lay out", size * len(layers) // len(text.layers), size)
             if consume:
                 layer.to_empty(device="meta")
         self.layers: Iterable[Layer] = layers

@@ -11,10 +11,8 @@ import hashlib
 import json
 import math
 import mmap
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -32,11 +30,10 @@ __all__ = [
     "WeightFiles",
     "codebook_digest",
     "contained",
-    "fill",
     "json_object",
-    "put",
     "read_header",
     "read_index",
+    "some",
     "torch_dtype",
 ]
 
@@ -125,9 +122,16 @@ class WeightFiles:
         return sum(self.infos[name].nbytes for name in wanted)
 
     def load(
-        self, names: Iterable[str], *, device: str | torch.device, dtype: torch.dtype | None, check_finite: bool = True
+        self,
+        names: Iterable[str],
+        *,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+        check_finite: bool = True,
+        read: Callable[[str], None] = lambda name: None,
     ) -> dict[str, torch.Tensor]:
-        """Those tensors on `device`; floating-point ones in `dtype` (None: as stored). Unchanged ones stay mapped."""
+        """Those tensors on `device`; floating-point ones in `dtype` (None: as stored). Unchanged ones stay mapped.
+        `read` hears of each."""
         import torch
 
         loaded: dict[str, torch.Tensor] = {}
@@ -146,6 +150,7 @@ class WeightFiles:
                         else:
                             tensor = tensor.to(device=device)
                         loaded[name] = tensor
+                        read(name)
             except (ValueError, OSError) as error:  # the first is mmap's: the file has become shorter
                 if getattr(error, "errno", None) == errno.ENOMEM:
                     raise MemoryError(f"{file} cannot be mapped: {error}") from error
@@ -154,7 +159,7 @@ class WeightFiles:
             bad = [n for n, t in loaded.items() if t.is_floating_point() and not bool(t.isfinite().all())]
             if bad:  # a finite tensor may still overflow its sum
                 raise CheckpointError(
-                    f"{self.folder}: {len(bad)} tensors hold NaN or infinity ({_some(bad)}).\n"
+                    f"{self.folder}: {len(bad)} tensors hold NaN or infinity ({some(bad)}).\n"
                     "The training run that wrote them diverged, or the file is damaged.\n"
                     "Use an earlier checkpoint, or download this one again."
                 )
@@ -173,7 +178,7 @@ class WeightFiles:
                 copied[info.file] = copied.get(info.file, 0) + info.nbytes
                 part = copied[info.file] // _COPIED
             parts.setdefault((info.file, part), []).append(name)
-        return ((file, some) for (file, _), some in parts.items())
+        return ((file, wanted) for (file, _), wanted in parts.items())
 
     def fingerprint(self) -> bytes:
         """A digest of every tensor's name, dtype, shape and 256 bytes from its middle: fast, yet training moves it, and
@@ -213,79 +218,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def fill(
-    module: torch.nn.Module,
-    weights: WeightFiles,
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-    skip: Callable[[str], bool] = lambda name: False,
-    apart: str = "",
-) -> None:
-    """Gives a module built on the meta device its weights, and raises CheckpointError before reading if any misfits.
-
-    Files may hold, and the module may ask for, names for which `skip` is true: parts left out on purpose. Tensors in
-    whose names the pattern `apart` matches the same beginning share a mapping of their file, whose pages stay in memory
-    until the last of them goes.
-    """
-    wanted = {name: tensor for name, tensor in module.state_dict().items() if not skip(name)}
-    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    stored = {name: info.shape for name, info in weights.infos.items() if not skip(name)}
-    require_fit(weights.folder, expected, stored)
-    odd = [name for name, tensor in wanted.items() if tensor.is_floating_point() != weights.infos[name].is_float]
-    if odd:
-        raise CheckpointError(
-            f"{weights.folder}: {len(odd)} tensors are stored as {weights.infos[odd[0]].dtype}, which no weights of "
-            f"that name are ({_some(odd)}).\nThe file is damaged, or was packed by another program.\n"
-            "Download it again, or take the original checkpoint."
-        )
-
-    def beginning(name: str) -> str:
-        found = re.match(apart, name)
-        return found[0] if found else ""
-
-    tensors: dict[str, Any] = {}
-    for _, names in groupby(sorted(expected, key=beginning), beginning):
-        tensors |= weights.load(names, device=device, dtype=dtype)
-    module.load_state_dict(tensors, strict=False, assign=True)
-
-
-def put(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Sets the named parameters and buffers, as load_state_dict(assign=True) does after its checks, which take longer
-    than a small block's work. What is no nn.Parameter yet becomes one."""
-    from torch import nn
-
-    for name, tensor in tensors.items():
-        parent, _, leaf = name.rpartition(".")
-        holder = module.get_submodule(parent)
-        new = leaf in holder._parameters and not isinstance(tensor, nn.Parameter)
-        setattr(holder, leaf, nn.Parameter(tensor, requires_grad=False) if new else tensor)
-
-
-def require_fit(folder: Path, expected: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError, in three lines, unless both hold the same names with the same shapes."""
-    missing = sorted(expected.keys() - stored.keys())
-    unexpected = sorted(stored.keys() - expected.keys())
-    reshaped = [
-        f"{name} is {list(stored[name])}, not {list(shape)}"
-        for name, shape in sorted(expected.items())
-        if name in stored and stored[name] != shape
-    ]
-    if not (missing or unexpected or reshaped):
-        return
-    parts = [
-        f"{len(names)} {kind} ({_some(names)})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if names
-    ]
-    raise CheckpointError(
-        f"{folder}: the weights do not fit {folder.name}/config.json.\n"
-        f"Tensors: {'; '.join(parts)}.\n"
-        f"Check the folder with: glmimg weights verify {folder.parent}"
-    )
-
-
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
@@ -300,18 +233,18 @@ def _find(folder: Path) -> list[Path]:
         names = sorted(set(read_index(indices[0]).values()))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
-            raise CheckpointError(f"{folder}: {len(absent)} of {len(names)} shards are missing ({_some(absent)})")
+            raise CheckpointError(f"{folder}: {len(absent)} of {len(names)} shards are missing ({some(absent)})")
         return [contained(folder, folder / name) for name in names]
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return [contained(folder, found[0])]
     if found:
         names = [file.name for file in found]
-        raise CheckpointError(f"{folder} holds {len(found)} weight files and no index ({_some(names)}): keep one")
+        raise CheckpointError(f"{folder} holds {len(found)} weight files and no index ({some(names)}): keep one")
     pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
     if pickles:
         raise CheckpointError(
-            f"{folder} holds pickled weights ({_some(pickles)}), which can run any program when opened.\n"
+            f"{folder} holds pickled weights ({some(pickles)}), which can run any program when opened.\n"
             "Only safetensors files are read.\n"
             "Ask for safetensors from where they came, or convert them in a place that you trust."
         )

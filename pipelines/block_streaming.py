@@ -16,10 +16,11 @@ from torch import nn
 from glmimg.backends import Backend
 from glmimg.checkpoint import Checkpoint
 from glmimg.decoder import Decoder
+from glmimg.filling import fill, put, require_fit
 from glmimg.generator import TokenGenerator
 from glmimg.lora import merge
 from glmimg.pipelines.adapting import BLOCKS, Weighted
-from glmimg.weight_files import WeightFiles, fill, put, require_fit
+from glmimg.weight_files import WeightFiles
 
 __all__ = ["StreamedBlocks", "streamed_decoder", "streamed_generator"]
 

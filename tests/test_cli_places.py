@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 from PIL import Image
 
 from glmimg.cli import main
-from glmimg.cli_progress import ByteBar, Count
+from glmimg.cli_progress import ByteBar, Count, LoadBar
 from glmimg.pipelines.result import metadata_tokens
+from glmimg.progress import watching
 
 
 @pytest.fixture
@@ -126,6 +128,38 @@ def test_counted_work_tells_what_is_left(stream: io.StringIO, live: bool, clock:
     for clock[0], done in ((70.0, 1), (71.0, 2)):  # the next piece of work has its own clock
         count(done, 2)
     assert len(stream.getvalue()) == written
+
+
+@pytest.mark.parametrize(("stream", "live"), [(Terminal(), True), (io.StringIO(), False)])
+def test_loading_has_a_bar_for_each_piece(stream: io.StringIO, live: bool, clock: list[float]) -> None:
+    bar = LoadBar(stream)
+    for clock[0], what, done in ((0.0, "load", 0), (3.0, "load", 10**9), (5.0, "load", 4 * 10**9)):
+        bar(what, done, 4 * 10**9)
+    assert ("load    [######..................] 1.00/4.00 GB  9.0 s left" in stream.getvalue()) == live
+    assert stream.getvalue().endswith("] 4.00/4.00 GB  5.0 s\n")
+    written = len(stream.getvalue())
+    for clock[0], done in ((6.0, 0), (7.0, 1)):
+        bar("lay out", done, 1)
+    bar("load", 0, 0)
+    assert len(stream.getvalue()) == written
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_loading_is_told_unless_nobody_wants_to_know(
+    quiet: bool, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr("glmimg.cli.LoadBar", lambda: lambda *event: told.append(event))
+    flags = ["--model", str(tiny_checkpoint), "--backend", "cpu", "--steps", "1", "-o", str(tmp_path / "a.png")]
+    assert main(["generate", "a fox", *flags, *(["-q"] if quiet else [])]) == 0
+    assert watching.get() is None and bool(told) != quiet
+    pieces = [k for k, (_, done, _) in enumerate(told) if done == 0]
+    names = [told[k][0] for k in pieces]
+    assert quiet or (names.count("lay out") == 1 and names.count("load") >= 4)  # generator, glyphs, decoder, VAE
+    for begin, end in pairwise([*pieces, len(told)]):
+        steps = [done for _, done, _ in told[begin:end]]
+        assert len({(what, total) for what, _, total in told[begin:end]}) == 1
+        assert steps == sorted(set(steps)) and steps[-1] == told[begin][2] > 0
 
 
 def test_ctrl_c_that_a_library_swallows_ends_in_a_line(tmp_path: Path) -> None:

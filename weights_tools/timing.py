@@ -25,12 +25,13 @@ from glmimg.autoencoder import compute_dtype
 from glmimg.backends import Backend
 from glmimg.checkpoint import empty_component
 from glmimg.decoder import Decoder
+from glmimg.filling import put
 from glmimg.fused_linear import fuse_qkv
 from glmimg.generator import PACK_BELOW, TokenGenerator
 from glmimg.packed_format import PACKED
 from glmimg.packed_linear import PackedLinear
 from glmimg.token_sampling import TokenSampling, draw
-from glmimg.weight_files import WeightFiles, put
+from glmimg.weight_files import WeightFiles
 from glmimg.weights_tools.costs import GLYPH_TOKENS, Costs, Workload
 from glmimg.weights_tools.packing_plan import PACKABLE
 
