@@ -32,7 +32,7 @@ from glmimg.weights_tools.streaming import (
 )
 
 NAMES = st.text(st.characters(blacklist_categories=("Cs",)), min_size=1, max_size=12).filter(
-    lambda name: name != "__metadata__"
+    lambda name: name != "__metadata__" and name.isprintable()
 )
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 SPECS = st.builds(TensorSpec, st.sampled_from(sorted(TORCH_NAMES)), SHAPES)
