@@ -63,10 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         gc.set_threshold(100_000, 50, 50)  # a process of our own: collecting while modules load costs a second
-        for end in {
-            signal.SIGTERM,
-            getattr(signal, "SIGHUP", signal.SIGTERM),
-        }:  # what is half-written goes then as well
+        ends = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows knows no terminals that close
+        for end in ends:  # what is half-written is cleaned up then as well
             if signal.getsignal(end) is signal.SIG_DFL:
                 signal.signal(end, _terminated)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
