@@ -98,6 +98,8 @@ def compare(model: str, arguments: argparse.Namespace, work: Path) -> list[dict[
             folder = str(work / f"{name}-{bits}")
             quantize_checkpoint(model, folder, bits)
         for offload in arguments.offload:
+            if (bits, offload) not in planned:
+                continue  # not planned: 4 bits block by block on a processor
             print(f"{name}, {bits} bits, offload {offload}", file=sys.stderr)
             found = measure(
                 folder, size=(height, width), steps=arguments.steps, offload=offload, backend=arguments.backend

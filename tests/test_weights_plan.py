@@ -211,6 +211,15 @@ def test_processors_stream_no_four_bits(published: Costs) -> None:
     assert len(whole) == 1 and whole[0].device_peaks[0] > 60 * GB, "weights of four bytes"
 
 
+def test_blocks_that_the_four_bit_kernel_does_not_take_whole_keep_their_file(
+    published: Costs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = published.blocks("vision_language_encoder", 4)
+    assert abs(published.host_copies(4)[0]) < blocks / 10, "laid out, they lie in memory once"
+    monkeypatch.setattr("glmimg.weights_tools.costs.KERNEL_GROUPS", ())
+    assert published.host_copies(4)[0] > blocks * 0.8
+
+
 def test_nothing_fits(published: Costs) -> None:
     found = options(published, Machine((4 * GB,), 4 * GB), PICTURE)
     assert not any(option.fits for option in found)

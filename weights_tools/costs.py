@@ -21,7 +21,7 @@ from glmimg.checkpoint import COMPONENTS, EMBEDDED, PICTURE_PARTS
 from glmimg.errors import BadInput, UnknownName
 from glmimg.fused_linear import COPY_BELOW
 from glmimg.generator import PACK_BELOW
-from glmimg.packed_format import CONFIG_KEY, GROUP
+from glmimg.packed_format import CONFIG_KEY, GROUP, KERNEL_GROUPS, group_size
 from glmimg.presets import PRESETS
 from glmimg.token_grid import preview_grid, target_grid
 from glmimg.weights_tools.fit import expected_shapes
@@ -135,6 +135,10 @@ class Costs:
             head = self.weights("vision_language_encoder", only="lm_head") // 2
             return language + head - self.blocks("vision_language_encoder"), laid_out
         if bits == 4:
+            found = units("vision_language_encoder", self._tensors("vision_language_encoder"))
+            columns = {columns for unit in found for _, columns in unit.layers.values()}
+            if not all(group_size(width) in KERNEL_GROUPS for width in columns):
+                return language // 2, laid_out  # what the kernel does not take keeps its block's file
             return language // 2 + 4 * language // GROUP - self.blocks("vision_language_encoder", 4), laid_out
         return 0, laid_out
 
