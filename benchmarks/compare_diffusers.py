@@ -20,8 +20,8 @@ import time
 from typing import Any
 
 STAGES = ("tokens", "decoder", "picture")
-# Which guides no tokens and draws one layout of a picture.
-AS_THE_PEER = {"token_guidance": 1.0, "token_candidates": 1}
+# Which guides no tokens, draws one layout of a picture and knows one sampler.
+AS_THE_PEER = {"token_guidance": 1.0, "token_candidates": 1, "sampler": "euler"}
 
 
 def main() -> None:

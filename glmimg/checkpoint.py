@@ -80,6 +80,7 @@ class CheckpointSettings:
     preview_side: int
     num_inference_steps: int
     guidance_scale: float
+    sampler: str
     temperature: float
     top_p: float
     top_k: int
@@ -123,6 +124,7 @@ class CheckpointSettings:
                 num_inference_steps=generation.get("num_inference_steps", 50),
                 # not plain guidance_scale: transformers' generate would start guiding tokens by it
                 guidance_scale=generation.get("decoder_guidance_scale", 1.5),
+                sampler=generation.get("decoder_sampler", "euler"),
                 temperature=generation.get("temperature", 1.0),
                 top_p=generation.get("top_p", 1.0),
                 top_k=generation.get("top_k", 50),  # as transformers where the file is silent, as the published is

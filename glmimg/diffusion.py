@@ -181,35 +181,60 @@ def heun(velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> 
     return x
 
 
-def unipc(velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> Tensor:
-    """UniPC of order 2 (arXiv 2302.04867), diffusers' solver on our levels; one evaluation a step."""
-    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-
-    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    return _multistep(solver, velocity, x, schedule, on_step)
-
-
 def dpmpp(velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> Tensor:
-    """DPM-Solver++ 2M (arXiv 2211.01095), diffusers' solver on our levels; one evaluation a step."""
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-
-    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    return _multistep(solver, velocity, x, schedule, on_step)
+    """DPM-Solver++ 2M (arXiv 2211.01095), one evaluation a step."""
+    return _multistep(velocity, x, schedule, on_step, corrects=False)
 
 
-def _multistep(solver: Any, velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> Tensor:
-    """Both solvers work in log(alpha / sigma), infinite at level 1, so the first level is a hair below it."""
+def unipc(velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep) -> Tensor:
+    """UniPC of order 2 with B(h) = e^h - 1 (arXiv 2302.04867), one evaluation a step."""
+    return _multistep(velocity, x, schedule, on_step, corrects=True)
+
+
+def _multistep(velocity: Velocity, x: Tensor, schedule: Schedule, on_step: OnStep, corrects: bool) -> Tensor:
+    """Both take x0 to be a line in l = log((1 - sigma) / sigma) through its last two estimates and solve that exactly;
+    UniPC takes each step again when the estimate at its end is known, before it goes on from there.
+
+    The factors are numbers of the host, so that a device multiplies and adds and nothing else.
+    """
     sigmas, times = schedule.sigmas.tolist(), schedule.timesteps.tolist()
-    solver.set_timesteps(len(times))
-    solver.sigmas = schedule.sigmas.clamp(max=1 - 1e-6)
-    solver.timesteps = torch.arange(len(times), 0, -1)  # labels only: the solver counts its own steps
-    solver.set_begin_index(0)
+    levels = [min(sigma, 1 - 1e-6) for sigma in sigmas]  # l is infinite at level 1
+    logs = [math.log1p(-level) - math.log(level) for level in levels[:-1]]
+
+    def step(start: Tensor, i: int, x0: Tensor) -> Tensor:
+        """From level i to the next if x0 were the same all the way."""
+        keep = levels[i + 1] / levels[i]
+        return keep * start + (1 - levels[i + 1] - keep * (1 - levels[i])) * x0
+
+    known: list[Tensor] = []  # the last two estimates of x0
+    start = x
     for i, time in enumerate(times):
         v = velocity(x, time, sigmas[i])
         x0 = x - sigmas[i] * v
-        x = solver.step(v, solver.timesteps[i], x, return_dict=False)[0]
+        if corrects and i > 0:
+            x = step(start, i - 1, _corrected(known, x0, logs[: i + 1]))
+        start, known = x, [*known[-1:], x0]
+        if 0 < i < len(times) - 1:  # the last step ends at x0 itself
+            half = (logs[i + 1] - logs[i]) / (2 * (logs[i] - logs[i - 1]))
+            x = step(start, i, torch.lerp(known[0], x0, 1 + half))
+        else:
+            x = step(start, i, x0)
         on_step(i + 1, len(times), x, x0)
     return x
+
+
+def _corrected(known: Sequence[Tensor], end: Tensor, logs: Sequence[float]) -> Tensor:
+    """The x0 that leads from the last but one of `logs` to the last as a parabola through three estimates does, or
+    with one in `known` a line through two."""
+    if len(known) == 1:
+        return torch.lerp(known[0], end, 0.5)
+    earlier, begin = known
+    h, back = logs[-1] - logs[-2], (logs[-3] - logs[-2]) / (logs[-1] - logs[-2])
+    gain = math.expm1(-h)
+    first = -gain / h - 1
+    second = -first / h - 0.5
+    of_earlier = (first - 2 * second) / gain / (1 - back)
+    return begin + of_earlier / back * (earlier - begin) + (first / gain - of_earlier) * (end - begin)
 
 
 SAMPLERS: dict[str, Callable[[Velocity, Tensor, Schedule, OnStep], Tensor]] = {

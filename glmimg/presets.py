@@ -141,7 +141,8 @@ def _preset(
             "eos_token_id": codes + 1,
             "pad_token_id": vision_vocab + 1,
             "preview_side": 4,
-            "num_inference_steps": 20,
+            "num_inference_steps": 10,  # by UniPC as near to where the flow ends as 20 by Euler
+            "decoder_sampler": "unipc",
             "keep_unchanged": keep_unchanged,
             "decoder_guidance_scale": 1.5,  # transformers gives the plain name a meaning of its own
             "default_size": [256, 256],

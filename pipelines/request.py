@@ -134,6 +134,7 @@ def default_config(stages: Stages) -> SamplingConfig:
         width=width,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
+        sampler=settings.sampler,
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,

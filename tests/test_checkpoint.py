@@ -120,7 +120,7 @@ def test_files_that_are_copied_from_do_not_stay_mapped_whole(
 def test_settings(tiny_checkpoint: Path, tiny_copy: Path) -> None:
     settings = Checkpoint.open(tiny_checkpoint).settings
     assert (settings.codebook_size, settings.image_start_id, settings.image_end_id) == (64, 64, 65)
-    assert (settings.preview_side, settings.num_inference_steps, settings.default_size) == (4, 20, (256, 256))
+    assert (settings.preview_side, settings.num_inference_steps, settings.default_size) == (4, 10, (256, 256))
     assert (settings.temperature, settings.top_p, settings.top_k) == (0.9, 0.75, 50)
     assert (settings.vae_scale, settings.patch_size) == (8, 2)
     assert settings.scheduler["base_shift"] == 0.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +64,27 @@ def test_held_latents_end_at_their_source(sampler: str, steps: int) -> None:
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "euler"])
 def test_second_order_beats_euler(sampler: str) -> None:
     assert error(sampler, 20) < 0.6 * error("euler", 20)
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "dpm++"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 50])
+def test_multistep_samplers_are_diffusers(sampler: str, steps: int) -> None:
+    peers = {"unipc": "UniPCMultistepScheduler", "dpm++": "DPMSolverMultistepScheduler"}
+    peer = getattr(diffusers, peers[sampler])(prediction_type="flow_prediction", use_flow_sigmas=True)
+    peer.set_timesteps(steps)
+    schedule, theirs = Schedule.published(steps, 256, CONFIG), noise()
+    # theirs has no value at level 1; the timesteps are labels only
+    peer.sigmas, peer.timesteps = schedule.sigmas.clamp(max=1 - 1e-6), torch.arange(steps, 0, -1)
+    peer.set_begin_index(0)
+
+    def curved(x: Tensor, timestep: float, sigma: float) -> Tensor:
+        return torch.sin(x.flip(-1) * 2 + 3 * sigma) + gaussian(x, timestep, sigma)
+
+    for label, timestep, sigma in zip(peer.timesteps, schedule.timesteps, schedule.sigmas, strict=False):
+        theirs = peer.step(curved(theirs, float(timestep), float(sigma)), label, theirs, return_dict=False)[0]
+    ours = sample(curved, noise(), schedule, sampler)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert steps < 3 or (ours - sample(curved, noise(), schedule, "euler")).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -54,7 +54,7 @@ def test_defaults_are_the_checkpoints(pipeline: TextToImagePipeline) -> None:
     settings = pipeline.stages.checkpoint.settings
     defaults = pipeline.defaults
     assert (defaults.height, defaults.width) == settings.default_size == (256, 256)
-    assert (defaults.num_inference_steps, defaults.guidance_scale) == (20, 1.5)
+    assert (defaults.num_inference_steps, defaults.sampler, defaults.guidance_scale) == (10, "unipc", 1.5)
     assert (defaults.temperature, defaults.top_p, defaults.top_k) == (0.9, 0.75, 50)
 
 
@@ -62,9 +62,9 @@ def test_defaults_are_a_checkpoints_own(tiny_copy: Path) -> None:
     own: dict[str, Any] = {"temperature": 0.8, "top_p": 0.7, "top_k": 40, "min_p": 0.1, "token_guidance": 1.5}
     own |= {"num_inference_steps": 7, "token_candidates": 3, "keep_unchanged": 0.2}
     file = tiny_copy / "vision_language_encoder/generation_config.json"
-    told = own | {"decoder_guidance_scale": 2.5, "default_size": [64, 96]}
+    told = own | {"decoder_guidance_scale": 2.5, "decoder_sampler": "dpm++", "default_size": [64, 96]}
     file.write_text(json.dumps(json.loads(file.read_text()) | told))
-    wanted = SamplingConfig(height=64, width=96, guidance_scale=2.5, **own)
+    wanted = SamplingConfig(height=64, width=96, guidance_scale=2.5, sampler="dpm++", **own)
     assert TextToImagePipeline.from_pretrained(tiny_copy, backend="cpu", dtype="fp32").defaults == wanted
 
 
@@ -340,7 +340,8 @@ def test_of_several_layouts_the_best_draft_is_painted(
     for k, grids in enumerate(drawn):
         gains = []
         for grid in grids:
-            quick = {"num_inference_steps": candidates.DRAFT_STEPS, "guidance_scale": 1.0, "seed": seeds[k]}
+            quick: dict[str, Any] = {"num_inference_steps": candidates.DRAFT_STEPS, "guidance_scale": 1.0}
+            quick |= {"seed": seeds[k], "config": {"sampler": "euler"}}
             (draft,) = pipeline(prompts[k // 2], tokens=grid, **quick).images
             read = ImageToImagePipeline(pipeline.stages).extract_tokens(draft)
             assert read.preview_HW is not None
@@ -385,7 +386,7 @@ def test_config_is_taken_whole_or_in_part(pipeline: TextToImagePipeline) -> None
     part = pipeline(
         "a cat", config={"temperature": 0.0, "guidance_scale": 9.0}, seed=9, guidance_scale=1.0, width=64, height=64
     )
-    assert part.tokens == first.tokens and part.settings[0]["config"]["num_inference_steps"] == 20
+    assert part.tokens == first.tokens and part.settings[0]["config"]["num_inference_steps"] == 10
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "unipc", "dpm++"])
