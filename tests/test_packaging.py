@@ -172,7 +172,7 @@ def test_imports_go_one_way() -> None:
 
 
 def _room(name: str) -> str:
-    return "cli" if name.startswith("cli") else name
+    return "cli" if name.startswith("cli") or name == "__main__" else name
 
 
 def test_files_stay_short() -> None:
@@ -213,3 +213,12 @@ def test_python_started_in_the_source_tree_finds_everything() -> None:
     found = "import glmimg.pipelines, glmimg.weights_tools; print(glmimg.pipelines.__file__)"
     run = subprocess.run([sys.executable, "-S", "-c", found], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and Path(run.stdout.strip()).parent == ROOT / "pipelines", run.stderr
+
+
+def test_the_package_runs_as_its_command() -> None:
+    for arguments, status, told in (
+        ("--version", 0, f"glmimg {glmimg.__version__}\n"),
+        ("nothing", 2, "glmimg: command 'n"),
+    ):
+        run = subprocess.run([sys.executable, "-m", "glmimg", arguments], capture_output=True, text=True, check=False)
+        assert run.returncode == status and (run.stdout + run.stderr).startswith(told)
