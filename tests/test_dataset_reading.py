@@ -150,6 +150,10 @@ def test_capitals_and_names_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "b.TXT").write_text("of nothing")
     read = read_dataset(tmp_path)
     assert [e.captions for e in read.examples] == [("a disc",)] and "b.TXT has no picture" in read.notes
+    (tmp_path / "a.TXT").rename(tmp_path / "a.Txt")
+    (tmp_path / "b.TXT").rename(tmp_path / "b.tXt")
+    read = read_dataset(tmp_path)
+    assert [e.captions for e in read.examples] == [("a disc",)] and "b.tXt has no picture" in read.notes
     odd = tmp_path / "odd"
     odd.mkdir()
     Path(os.fsdecode(os.fsencode(odd) + b"/caf\xe9-bar.png")).write_bytes((tmp_path / "a.png").read_bytes())
@@ -198,10 +202,11 @@ def test_edit_pairs_in_folders_and_tables(tmp_path: Path) -> None:
         picture(tmp_path / "pairs" / side / "x.png")
     picture(tmp_path / "pairs/source/alone.png")
     (tmp_path / "pairs/target/x.txt").write_text("make it blue")
+    (tmp_path / "pairs/target/y.txt").write_text("make it red")
     found = read_dataset(tmp_path / "pairs")
     assert found.edits and told(found) == [("target/x.png", ("make it blue",))]
     assert found.examples[0].reference is not None and found.examples[0].reference.label == "source/x.png"
-    assert found.notes == ("source/alone.png has no target of that name",)
+    assert found.notes == ("source/alone.png has no target of that name", "target/y.txt has no picture")
 
     rows = {"source": "source/x.png", "target": "target/x.png", "instruction": "make it blue"}
     (tmp_path / "pairs/metadata.jsonl").write_text(json.dumps(rows))

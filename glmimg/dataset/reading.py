@@ -190,18 +190,24 @@ def _visible(root: Path) -> list[Path]:
 
 
 def _unread(root: Path) -> list[str]:
-    """A note for each kind of file that is neither picture nor caption, a phone's own format, films; for links too."""
+    """A note for each kind of file that is neither picture nor caption, a phone's own format, films; for links and
+    captions of no picture too."""
     kinds: dict[str, list[str]] = defaultdict(list)
-    visible = _visible(root)
+    visible, stems = _visible(root), {picture.with_suffix("") for picture in _pictures(root)}
+    alone = [shown_name(text, root) for stem, text in _texts(root).items() if stem not in stems]
     links = [shown_name(path, root) for path in visible if path.is_symlink() and path.is_dir()]
     for path in visible:
         kind = path.suffix.lower()
         if path.is_file() and kind not in {*SUFFIXES, ".txt"}:
             kinds[kind or "nameless"].append(shown_name(path, root))
-    return [
-        f"{kind} is not read: {', '.join(paths[:3])}{f' and {len(paths) - 3} more' * (len(paths) > 3)}"
-        for kind, paths in kinds.items()
-    ] + [f"{link} is a link to a folder and is not followed: name that folder, or copy it" for link in links]
+    return (
+        [f"{text} has no picture" for text in alone]
+        + [
+            f"{kind} is not read: {', '.join(paths[:3])}{f' and {len(paths) - 3} more' * (len(paths) > 3)}"
+            for kind, paths in kinds.items()
+        ]
+        + [f"{link} is a link to a folder and is not followed: name that folder, or copy it" for link in links]
+    )
 
 
 def _train(files: list[Path], root: Path, notes: list[str]) -> list[Path]:
@@ -211,10 +217,14 @@ def _train(files: list[Path], root: Path, notes: list[str]) -> list[Path]:
     return train
 
 
-def _text_captions(picture: Path) -> tuple[str, ...] | None:
-    """The lines of the .txt beside a picture; None where there is none."""
-    files = (picture.with_suffix(end) for end in (".txt", ".TXT"))
-    if (file := next(filter(Path.is_file, files), None)) is None:
+def _texts(root: Path) -> dict[Path, Path]:
+    """The captions' files by their paths without .txt, .TXT or .Txt."""
+    return {p.with_suffix(""): p for p in _visible(root) if p.suffix.lower() == ".txt" and p.is_file()}
+
+
+def _text_captions(picture: Path, texts: Mapping[Path, Path]) -> tuple[str, ...] | None:
+    """The lines of the text beside a picture; None where there is none."""
+    if (file := texts.get(picture.with_suffix(""))) is None:
         return None
     text = _text(file, "surrogateescape")  # the check finds what is no UTF-8, among all that it finds
     return tuple(line.strip() for line in text.splitlines() if line.strip())
@@ -230,8 +240,8 @@ def _text(file: Path, errors: str = "strict") -> str:
 
 
 def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:
-    pictures = _pictures(root)
-    told = {picture: _text_captions(picture) for picture in pictures}
+    texts = _texts(root)
+    told = {picture: _text_captions(picture, texts) for picture in _pictures(root)}
     with_text = any(captions is not None for captions in told.values())
     examples = []
     for picture, captions in told.items():
@@ -239,25 +249,19 @@ def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:
             named = name_caption(picture.stem.encode(errors="ignore").decode())
             captions = () if with_text or not named else (named,)
         examples.append(Example(Source(shown_name(picture, root), picture), captions))
-    stems = {picture.with_suffix("") for picture in pictures}
-    notes += [
-        f"{shown_name(t, root)} has no picture"
-        for t in _visible(root)
-        if t.suffix.lower() == ".txt" and t.with_suffix("") not in stems
-    ]
     notes += _unread(root)
     return ("folder with .txt captions" if with_text else "folder, captions from file names"), examples
 
 
 def _pairs(root: Path, notes: list[str]) -> list[Example]:
     sources = {p.relative_to(root / "source").with_suffix(""): p for p in _pictures(root / "source")}
-    examples = []
+    examples, texts = [], _texts(root)
     for target in _pictures(root / "target"):
         source = sources.pop(target.relative_to(root / "target").with_suffix(""), None)
         if source is None:
             notes.append(f"{shown_name(target, root)} has no source of that name")
             continue
-        captions = _text_captions(target) or _text_captions(source) or ()
+        captions = _text_captions(target, texts) or _text_captions(source, texts) or ()
         label = shown_name(target, root)
         examples.append(Example(Source(label, target), captions, Source(shown_name(source, root), source)))
     notes += [f"{shown_name(left, root)} has no target of that name" for left in sources.values()]
