@@ -43,10 +43,10 @@ def require(condition: bool, message: str) -> None:
         raise BadInput(message)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """json.loads of what others wrote: ValueError, too, where it is nested deeper than Python follows."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=make_object)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

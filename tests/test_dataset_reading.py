@@ -345,6 +345,20 @@ def test_captions_of_a_table_are_not_lost_in_silence(tmp_path: Path) -> None:
     assert told(read_dataset(tmp_path)) == [("a.png", ())]
 
 
+def test_of_two_columns_of_one_name_none_is_taken(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("file_name,text,text,id,id\na.png,a cat,a dog,1,2\n")
+    (tmp_path / "b.jsonl").write_text('{"file_name": "a.png", "text": "a cat", "text": "a dog"}\n')
+    parquet.write_table(pyarrow.table([["a.png"], ["a"], ["b"]], ["file_name", "text", "text"]), tmp_path / "c.parquet")
+    for name, message in (("a.csv", "2 columns 'text': give"), ("b.jsonl", "two values"), ("c.parquet", "2 columns")):
+        with pytest.raises(BadInput, match=message):
+            read_dataset(tmp_path / name)
+    assert told(read_dataset(tmp_path / "a.csv", {"caption": "file_name"})) == [("a.png", ("a.png",))]
+
+
 @pytest.mark.parametrize("name", ["a" * 300 + ".png", "zero\0.png"])
 def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a cat"}) + "\n")

@@ -81,8 +81,7 @@ class Source:
 
     def open(self) -> Image.Image:
         """The picture, upright RGB; BadInput if it is none."""
-        data = self.read()
-        return open_picture(data, self.label)
+        return open_picture(self.read(), self.label)
 
     def digest(self) -> str:
         """Of the encoded bytes."""
@@ -319,12 +318,18 @@ def _json_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(line, _once)
         except ValueError as error:
             raise BadInput(f"{file}, line {number}: no json ({error})") from error
         if not isinstance(row, dict):
             raise BadInput(f"{file}, line {number}: a {type(row).__name__}, and an object with names is needed")
         yield row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"two values of one name: {', '.join(name for name, _ in pairs)}")
+    return found
 
 
 def _parquet(file: Path, root: Path, columns: Mapping[str, str], notes: list[str]) -> Iterator[Example]:
@@ -401,7 +406,9 @@ def _columns(names: Sequence[str], place: Path, columns: Mapping[str, str]) -> d
         wanted = columns.get(role)
         if wanted and wanted not in names:
             raise BadInput(f"{place} has no column {wanted!r}: it has {', '.join(names)}")
-        found[role] = wanted or next((name for name in known if name in names), None)
+        name = found[role] = wanted or next((name for name in known if name in names), None)
+        if name and names.count(name) > 1:
+            raise BadInput(f"{place} has {names.count(name)} columns {name!r}: give all but one another name")
     if found["picture"] is None:
         raise BadInput(
             f"{place}: none of its columns ({', '.join(names)}) is known to hold pictures; call it file_name or image, "
