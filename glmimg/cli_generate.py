@@ -328,10 +328,13 @@ def _place(arguments: argparse.Namespace, source: dict[str, Any] | None) -> dict
 def prompt_lines(path: str, flag: str = "") -> list[str]:
     """The prompts of a text file, or of standard input for "-": a line each, without those that begin with #."""
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except (AttributeError, OSError, UnicodeDecodeError) as error:  # the first where standard input is closed
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        if "\0" in text:
+            raise ValueError("it is no UTF-8: letters have two bytes")
+    except (AttributeError, OSError, ValueError) as error:  # the first where standard input is closed
         raise BadInput(f"{flag}{path}: cannot be read as text ({error})") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise BadInput(f"{flag}{'stdin' if path == '-' else path} holds no prompt: write one on each line")
     return lines

@@ -241,7 +241,7 @@ def test_many_prompts_in_one_loading(
     small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("prompts.txt").write_text("# colours\na red cat\n\na blue cat\n")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a green cat\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffa green cat\n"))
     monkeypatch.setattr(cli_generate, "CHUNK", 2)
     assert main(["generate", "a cat", "--prompts", "prompts.txt", "-", *small, "--json", "-q"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -250,6 +250,10 @@ def test_many_prompts_in_one_loading(
     assert {line["config"]["seed"] for line in lines} == {0}, "a prompt's pictures do not depend on its place in a file"
     assert lines[-1]["timings"]["load"] == 0
     assert all(Path(line["path"]).is_file() for line in lines)
+    for encoding in ("utf-16", "utf-16-le"):
+        Path("prompts.txt").write_bytes("a cat\n".encode(encoding))
+        assert main(["generate", "--prompts", "prompts.txt", *small, "-q"]) == 2
+        assert "prompts.txt: cannot be read as text" in capsys.readouterr().err
 
 
 def test_many_pictures_are_made_a_few_at_a_time(

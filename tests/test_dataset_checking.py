@@ -114,10 +114,11 @@ def test_what_is_no_text_is_one_pictures_fault(
     (tmp_path / "metadata.jsonl").unlink()
     assert main([*arguments, "--page", str(tmp_path / "rows" / "page.html")]) in (0, 1)
     assert json.loads(capsys.readouterr().out)["usable"] == 4
-    (tmp_path / "disc 1.txt").write_bytes("café".encode("latin-1"))
-    assert main([*arguments, "--page", str(tmp_path / "rows" / "page.html")]) == 1
-    found = json.loads(capsys.readouterr().out)["findings"]
-    assert "disc 1.png: its caption is no UTF-8 text" in [f["message"] for f in found]
+    for text, encoding in (("café", "latin-1"), ("café", "utf-16"), ("cafe", "utf-16-le")):
+        (tmp_path / "disc 1.txt").write_bytes(text.encode(encoding))
+        assert main([*arguments, "--page", str(tmp_path / "rows" / "page.html")]) == 1
+        found = json.loads(capsys.readouterr().out)["findings"]
+        assert "disc 1.png: its caption is no UTF-8 text" in [f["message"] for f in found]
     assert main([*arguments, "--page", str(tmp_path / "rows")]) == 2 and "page.html" in capsys.readouterr().err
 
 

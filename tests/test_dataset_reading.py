@@ -72,6 +72,15 @@ def test_folder_with_text_files(tmp_path: Path) -> None:
     assert found.notes == ("left.txt has no picture",) and "txt" in found.kind
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_all_systems(end: str, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(f"one way{end}another{end}".encode())
+    assert told(read_dataset(tmp_path)) == [("a.png", ("one way", "another"))]
+    (tmp_path / "metadata.csv").write_bytes(f"\ufefffile_name,text{end}a.png,a cat{end}".encode())
+    assert told(read_dataset(tmp_path)) == [("a.png", ("a cat",))]
+
+
 def test_folder_of_names(tmp_path: Path) -> None:
     picture(tmp_path / "green_tree.webp")
     picture(tmp_path / "IMG_1.png")

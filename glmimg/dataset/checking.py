@@ -184,12 +184,11 @@ def _captions(
         return None
     longest = 0
     for caption in example.captions:
-        try:
-            caption.encode()
-            tokens = count(caption)
-        except UnicodeEncodeError:
+        if "\0" in caption or caption != caption.encode(errors="ignore").decode():  # zeros: letters of two bytes
             findings.append(Finding("broken", example.label, f"{example.label}: its caption is no UTF-8 text"))
             return None
+        try:
+            tokens = count(caption)
         except BadInput as error:
             findings.append(Finding("control token", example.label, f"{example.label}: {error}"))
             return None
