@@ -212,7 +212,7 @@ def save_adapter(
     info: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes one stage's folder, whole or not at all. `groups`: of TARGETS[stage], none for all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     info = dict(info or {})
     config: dict[str, Any] = {
@@ -236,9 +236,14 @@ def save_adapter(
     # diffusers reads rank and scale from here, under the prefix that it is told to take off
     theirs = {f"{_PREFIX}{key}": value for key, value in config.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(theirs), "glmimg": json.dumps(info)}
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    # in an order of ours: the library's is another each time, and the same adapter would have other bytes
+    header = json.dumps({"__metadata__": metadata} | json.loads(data[8:end]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
     with atomic_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        save_file(tensors, temporary / WEIGHTS, metadata)
+        (temporary / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from glmimg import Checkpoint, TextToImagePipeline
 from glmimg.errors import BadInput, CheckpointError, UnknownName
-from glmimg.lora import TARGETS, Adapter, merge, open_adapters, parse_adapter, save_adapter, target_names
+from glmimg.lora import TARGETS, Adapter, Low, merge, open_adapters, parse_adapter, save_adapter, target_names
 from glmimg.packed_linear import PackedLinear, quantize
 from glmimg.training.generator_task import forward_states
 from glmimg.training.lora_layers import LoraLinear, attach, unchanged
@@ -105,6 +106,17 @@ def test_diffusers_loads_the_decoders(dora: bool, tiny_checkpoint: Path, tmp_pat
     merge(ours, [(Adapter.open(tmp_path / "decoder"), 1.0)])
     with torch.no_grad():
         assert (run(theirs, "decoder") - run(ours, "decoder")).abs().max() < 1e-4
+
+
+def test_one_adapter_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    layers = {"transformer_blocks.0.attn1.to_q": Low(torch.ones(2, 8), torch.ones(8, 2), None, 1.0)}
+    files = []
+    for k in range(12):
+        save_adapter(tmp_path / str(k), "decoder", layers, rank=2, alpha=2, info={"trigger": "狐"})
+        files.append((tmp_path / str(k) / "adapter_model.safetensors").read_bytes())
+    assert len(set(files)) == 1
+    assert load_file(tmp_path / "0" / "adapter_model.safetensors").keys()
+    assert Adapter.open(tmp_path / "0").info == {"trigger": "狐"}
 
 
 def test_what_peft_writes_is_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
