@@ -230,6 +230,23 @@ def test_a_layout_of_an_edited_picture_is_kept(http: httpx.Client) -> None:
     assert not changed_HW[1:].any() and not changed_HW[:, :1].any()
 
 
+def test_nested_fields_of_edits_as_openai_sends_them(client: openai.OpenAI, http: httpx.Client) -> None:
+    nested: dict[str, Any] = {"adapters": [{"name": "ink", "strength": 0.5}, {"name": "ink", "strength": 0.25}]}
+    nested |= {"region": [32, 0, 64, 32], "seed": 3, "steps": 1, "return_tokens": True}
+
+    def edit(**fields: Any) -> Any:
+        form: dict[str, Any] = {"image": photo(), "prompt": "in red", "size": SIZE}
+        (item,) = client.images.edit(**form, extra_body=fields).data or ()
+        return item.model_extra
+
+    nested["tokens"] = edit(return_tokens=True)["tokens"]
+    texts = {name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in nested.items()}
+    assert edit(**nested) == edit(**texts)
+    for parts in ({"adapters[][name]": ["a", "b"], "adapters[][strength]": "1"}, {"region": "[]", "region[]": "1"}):
+        reply = http.post("/v1/images/edits", data={"prompt": "in red", **parts}, files={"image": photo()})
+        assert reply.status_code == 400 and reply.json()["error"]["param"] in nested
+
+
 def test_progress_events(http: httpx.Client) -> None:
     body = PLAIN | {"stream": True, "progress": True, "partial_images": 3, "n": 2, "steps": 4, "return_tokens": True}
     with http.stream("POST", "/v1/images/generations", json=body) as response:

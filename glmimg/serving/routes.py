@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request, Security
@@ -22,6 +23,8 @@ from glmimg.serving.settings import Problem
 __all__ = ["router", "validation_problem"]
 
 MAX_REFERENCES = 16
+# A part of a nested field as OpenAI's clients name it: region[], adapters[][name], tokens[target][ids].
+_NESTED = re.compile(r"(adapters|tokens|region)((?:\[[a-z_]*\]){0,3})")
 _STATUSES = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 _EVENTS = {
     "text/event-stream": {
@@ -87,13 +90,13 @@ async def generations(body: schemas.GenerateRequest, request: Request) -> Respon
 async def edits(request: Request) -> Response:
     """Pictures after one or more reference pictures (`image` or `image[]`), as multipart/form-data.
 
-    Nested fields (`adapters`, `tokens`, `region`) are JSON text.
+    Nested fields (`adapters`, `tokens`, `region`) are JSON text, or in parts: `region[]`, `tokens[format]`.
     """
     service = _service(request)
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise Problem(400, "send multipart/form-data with the pictures as files: no url is fetched", "invalid_body")
     images: list[bytes] = []
-    fields: dict[str, Any] = {}
+    fields: dict[str, list[Part]] = {}
     most = service.settings.max_body
     parser = _Form(request.headers, request.stream(), max_files=MAX_REFERENCES, max_fields=64, max_part_size=most)
     try:
@@ -114,10 +117,9 @@ async def edits(request: Request) -> Response:
                     raise Problem(400, f"file {name!r} is not used here: {advice}", "unsupported_parameter", name)
             elif name in ("image", "image[]"):
                 raise Problem(400, "an image is a file, not text: no path or url is read", "invalid_value", "image")
-            elif name in fields:
-                raise Problem(400, f"{name} is given twice", "invalid_value", name)
             else:
-                fields[name] = _unpacked(name, value)
+                field, keys = (nested[1], nested[2]) if (nested := _NESTED.fullmatch(name)) else (name, "")
+                fields.setdefault(field, []).append((tuple(re.findall(r"\[(\w*)\]", keys)), value))
     finally:
         await form.close()
     if not images:
@@ -125,7 +127,7 @@ async def edits(request: Request) -> Response:
             400, "no image: send at least one reference picture as a file", "missing_required_parameter", "image"
         )
     try:
-        body = schemas.EditRequest.model_validate(fields)
+        body = schemas.EditRequest.model_validate({name: _unpacked(name, parts) for name, parts in fields.items()})
     except ValidationError as error:
         raise validation_problem(error.errors()) from error
     for data in images:
@@ -143,13 +145,36 @@ class _Form(MultiPartParser):
         self.whole = True
 
 
-def _unpacked(name: str, text: str) -> Any:
-    if name not in ("adapters", "tokens", "region"):
+Part = tuple[tuple[str, ...], str]  # its keys, its text
+
+
+def _unpacked(name: str, parts: list[Part]) -> Any:
+    text = _joined(name, parts)
+    if not isinstance(text, str) or not _NESTED.fullmatch(name):
         return text
     try:
         return parse_json(text)
     except ValueError as error:
         raise Problem(400, f"{name} is no JSON ({error})", "invalid_value", name) from error
+
+
+def _joined(name: str, parts: list[Part]) -> Any:
+    """The value that parts make together. A list's objects are told apart by all having the same keys."""
+    inner: dict[str | None, list[Part]] = {}
+    for keys, text in parts:
+        inner.setdefault(keys[0] if keys else None, []).append((keys[1:], text))
+    if None in inner:
+        if len(parts) > 1:
+            raise Problem(400, f"{name} is given twice", "invalid_value", name)
+        return parts[0][1]
+    if "" not in inner:
+        return {key: _joined(f"{name}[{key}]", below) for key, below in inner.items()}
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for keys, text in inner[""]:
+        columns.setdefault(keys, []).append(text)
+    if len(inner) > 1 or len(set(map(len, columns.values()))) > 1:
+        raise Problem(400, f"{name}: give all of them the same keys, or send JSON text", "invalid_value", name)
+    return [_joined(name, list(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 @router.post("/images/layouts", response_model=None, responses=_ok(schemas.LayoutReply), tags=["layouts"])
