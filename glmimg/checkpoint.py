@@ -22,7 +22,7 @@ from glmimg.atomic_write import atomic_folder
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.filling import fill, put
 from glmimg.packed_format import CONFIG_KEY
-from glmimg.supported import require_supported
+from glmimg.supported import diffusers_class, require_supported
 from glmimg.weight_files import WeightFiles, contained, json_object
 
 if TYPE_CHECKING:
@@ -307,15 +307,12 @@ def _build_glyph_encoder(config: dict[str, Any]) -> T5EncoderModel:
 
 
 def _build_decoder(config: dict[str, Any]) -> GlmImageTransformer2DModel:
-    from diffusers.models.transformers.transformer_glm_image import GlmImageTransformer2DModel
-
-    return GlmImageTransformer2DModel.from_config(config)
+    model = diffusers_class("models.transformers.transformer_glm_image", "GlmImageTransformer2DModel")
+    return model.from_config(config)
 
 
 def _build_vae(config: dict[str, Any]) -> AutoencoderKL:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return AutoencoderKL.from_config(config)
+    return diffusers_class("models.autoencoders.autoencoder_kl", "AutoencoderKL").from_config(config)
 
 
 # component -> its module for a config

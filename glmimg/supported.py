@@ -1,14 +1,18 @@
-"""Settings of a checkpoint that would change its pictures if they were passed over: what is not known is refused."""
+"""Settings of a checkpoint that would change its pictures if they were passed over: what is not known is refused.
+
+And what diffusers does not work beside: that is told.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from glmimg.errors import CheckpointError
+from glmimg.errors import CheckpointError, GlmimgError
 
-__all__ = ["require_supported"]
+__all__ = ["diffusers_class", "require_supported"]
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 PATCH, VAE_FACTOR = 2, 8
@@ -38,3 +42,14 @@ def require_supported(root: Path, read: Callable[[Path], dict[str, Any]], patch:
             value = told.get(key, known)
             several = value if isinstance(value, list) else [value]
             require(all(one == known for one in several), f"the processor's {key} {value} is not supported; {known} is")
+
+
+def diffusers_class(module: str, name: str) -> Any:
+    """A class of diffusers; GlmimgError where a package that it imports on its own, needed or not, breaks it."""
+    try:
+        return getattr(import_module(f"diffusers.{module}"), name)
+    except (ImportError, RuntimeError) as error:  # it makes the second of the first
+        told = " ".join(str(error).split())
+        raise GlmimgError(
+            f"diffusers cannot be imported ({told}): update or uninstall the package that this names, such as peft"
+        ) from error

@@ -198,6 +198,21 @@ def test_names_in_letters_that_the_output_has_not_are_told(tmp_path: Path) -> No
         assert run.returncode == 0 and run.stdout.strip() == told, run.stderr
 
 
+def test_an_old_peft_that_breaks_diffusers_is_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """It is imported where it is found: by diffusers, not by us."""
+    for file, text in (
+        ("peft-0.17.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: peft\nVersion: 0.17.1\n"),
+        ("peft/__init__.py", "raise ImportError(\"cannot import name 'HybridCache' from 'transformers'\")"),
+    ):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text(text)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "glmimg", "generate", "a cat", "--model", str(tiny_checkpoint), "--backend", "cpu"]
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert run.returncode == 1 and "\nglmimg: diffusers cannot be imported (Failed to import" in run.stderr
+    assert "'HybridCache' from 'transformers'): update or uninstall" in run.stderr and "Traceback" not in run.stderr
+
+
 def _run_slow(folder: Path, **how: Any) -> subprocess.CompletedProcess[Any]:
     """`glmimg slow`, which is what the folder's slow.py loads."""
     program = "import sys; from glmimg import cli; cli.COMMANDS['slow'] = ('wait', 'slow:load'); "
