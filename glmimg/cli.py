@@ -72,18 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):  # letters that it has not are told by number: the work is done
             sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        finally:  # here, where an error can be told: at the end of the process it is told as ignored
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except (KeyboardInterrupt, Cancelled) as error:
         print(f"\nglmimg: {error if isinstance(error, Cancelled) else 'stopped'}", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130
-    except BrokenPipeError:  # the reader of stdout went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except GlmimgError as error:
         print(f"glmimg: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except OSError as error:
-        print(f"glmimg: {error}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):  # the reader of stdout or stderr went away
+            print(f"glmimg: {error}", file=sys.stderr)
+        _let_go()
         return 1
     except Exception as error:
         if _interruptions:
@@ -96,6 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         raise
+
+
+def _let_go() -> None:
+    """Of what can no longer be written, so that it is not tried again at the end of the process."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 _interruptions: list[int] = []

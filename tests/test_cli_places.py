@@ -213,6 +213,20 @@ def test_an_old_peft_that_breaks_diffusers_is_told(tiny_checkpoint: Path, tmp_pa
     assert "'HybridCache' from 'transformers'): update or uninstall" in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["generate", "--help"], ["weights", "inspect", "embedded"]])
+def test_output_that_nobody_takes_ends_in_a_line_at_most(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY) if os.path.exists("/dev/full") else writing
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for place in (writing, full):
+        command = [sys.executable, "-m", "glmimg", *arguments]
+        run = subprocess.run(command, stdout=place, stderr=subprocess.PIPE, text=True, env=env, check=False)
+        assert run.returncode == 1 and run.stderr in ("", "glmimg: [Errno 28] No space left on device\n")
+    for place in {writing, full}:
+        os.close(place)
+
+
 def _run_slow(folder: Path, **how: Any) -> subprocess.CompletedProcess[Any]:
     """`glmimg slow`, which is what the folder's slow.py loads."""
     program = "import sys; from glmimg import cli; cli.COMMANDS['slow'] = ('wait', 'slow:load'); "
