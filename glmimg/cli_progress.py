@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import suppress
@@ -78,7 +79,17 @@ def draw(stream: TextIO | None, text: str, live: bool, done: bool) -> None:
     """A line of progress, over the last one on a terminal. No work ends because nobody can read it."""
     if stream is not None:  # as where standard error is closed
         with suppress(OSError, ValueError):
+            if live and not done and (columns := _columns(stream)):  # of two rows only the second is drawn over
+                text = text[: columns - 1]
             print(("\r\x1b[K" if live else "") + text, end="\n" if done else "", file=stream, flush=True)
+
+
+def _columns(stream: TextIO) -> int:
+    """Of its terminal; 0 where nobody knows."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def _live(stream: TextIO | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from glmimg.cli import main
-from glmimg.cli_progress import ByteBar, Count, LoadBar
+from glmimg.cli_progress import ByteBar, Count, LoadBar, draw
 from glmimg.pipelines.result import metadata_tokens
 from glmimg.progress import watching
 
@@ -142,6 +143,17 @@ def test_loading_has_a_bar_for_each_piece(stream: io.StringIO, live: bool, clock
         bar("lay out", done, 1)
     bar("load", 0, 0)
     assert len(stream.getvalue()) == written
+
+
+def test_bars_stay_in_one_row_of_a_narrow_terminal() -> None:
+    termios, fcntl = pytest.importorskip("termios"), pytest.importorskip("fcntl")
+    for columns in (40, 0):  # 0 where the terminal does not say
+        master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        with open(slave, "w") as terminal:
+            draw(terminal, "x" * 60, live=True, done=False)
+            assert os.read(master, 100) == b"\r\x1b[K" + b"x" * (39 if columns else 60)
+        os.close(master)
 
 
 @pytest.mark.parametrize("quiet", [False, True])
