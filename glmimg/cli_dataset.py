@@ -63,6 +63,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
     if arguments.page and os.path.isdir(arguments.page):
         raise BadInput(f"--page {arguments.page} is a folder: name a file in it, such as {arguments.page}/page.html")
+    if arguments.page and not arguments.page.lower().endswith((".html", ".htm")):  # it may be a picture of the data
+        raise BadInput(f"--page {arguments.page}: name a file that ends in .html")
     settings: dict[str, Any] = {}
     for name in ("resolution", "max_aspect"):
         if getattr(arguments, name) is not None:

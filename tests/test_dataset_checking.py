@@ -120,6 +120,10 @@ def test_what_is_no_text_is_one_pictures_fault(
         found = json.loads(capsys.readouterr().out)["findings"]
         assert "disc 1.png: its caption is no UTF-8 text" in [f["message"] for f in found]
     assert main([*arguments, "--page", str(tmp_path / "rows")]) == 2 and "page.html" in capsys.readouterr().err
+    assert (
+        main([*arguments, "--page", str(tmp_path / "disc 1.png")]) == 2 and "ends in .html" in capsys.readouterr().err
+    )
+    assert main([*arguments, "--trigger", "caf\udce9"]) == 2 and "no valid text" in capsys.readouterr().err
 
 
 def test_a_good_folder_passes(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

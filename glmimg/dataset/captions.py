@@ -33,6 +33,8 @@ class CaptionRules(Config):
         require(bool(self.templates), "templates: give at least one, such as '{caption}'")
         named = any("{trigger}" in template for template in self.templates)
         require(bool(self.trigger) or not named, "templates name {trigger}: say which word that is (--trigger WORD)")
+        for text in (self.trigger, *self.templates):
+            require(text == text.encode(errors="ignore").decode(), f"{text!r} is no valid text: type it anew")
         for template in self.templates:
             fields = template.replace("{caption}", "").replace("{trigger}", "")
             require(
