@@ -346,6 +346,8 @@ def _count(arguments: argparse.Namespace, prompts: int) -> int:
     if arguments.best_of is not None:
         if arguments.best_of < 1:
             raise BadInput(f"--best-of {arguments.best_of}: make at least 1 picture")
+        if arguments.best_of > MOST:
+            raise BadInput(f"--best-of {arguments.best_of}: at most {MOST:,}")
         if arguments.n != 1:
             raise BadInput("--best-of keeps one picture of each prompt: leave -n out")
         return prompts

@@ -83,7 +83,7 @@ def test_several_repetitions_have_layouts_of_their_own(
 
 def test_numbers_that_nobody_means(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    for flags in (["-n", "999999999999"], ["--seed", "9" * 5000], ["--prompts", "-"]):
+    for flags in (["-n", "999999999999"], ["--best-of", "999999999999"], ["--seed", "9" * 5000], ["--prompts", "-"]):
         assert main(["generate", "a cat", *small, *flags]) == 2
 
 
