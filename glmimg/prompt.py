@@ -98,6 +98,8 @@ class PromptBuilder:
         grids = (target,) if preview is None else (target, preview)
         text = f"{self.image_start}{self.image_token}{self.image_end}" * len(references) + caption
         text += "".join(f"<sop>{rows} {columns}<eop>" for rows, columns in grids) + self.image_start
+        if text != text.encode(errors="ignore").decode():
+            raise BadInput(f"the prompt {caption!r:.100} is no valid text: type it anew")
         # As the published processor: a template's own additions only where the text does not begin with a picture.
         encoded = self.tokenizer.encode(text, add_special_tokens=not references).ids
         expected = 3 * len(references) + 2 * len(grids) + 1 + (0 if references else self.template_markers)

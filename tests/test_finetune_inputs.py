@@ -47,6 +47,7 @@ def opened(checkpoint: Path, cache: Path, **changes: Any) -> FineTunePipeline:
     [
         {"sample_prompts": ("<sop> x",)},
         {"prior_prompts": ("<sop>",), "prior_weight": 1.0},
+        {"prior_prompts": ("caf\udce9",), "prior_weight": 1.0},
         {"captions": CaptionRules("<sop>")},
     ],
 )
@@ -54,7 +55,7 @@ def test_texts_are_refused_before_anything_is_encoded(
     changes: dict[str, Any], tiny_checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Encoder, "_part", lambda *_: pytest.fail("a weight was loaded"))
-    with pytest.raises(BadInput, match="<sop>"):
+    with pytest.raises(BadInput, match="<sop>|no valid text"):
         opened(tiny_checkpoint, tmp_path, **changes)(photos, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
