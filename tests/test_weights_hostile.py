@@ -360,7 +360,7 @@ Edit = Callable[[dict[str, torch.Tensor], dict[str, str]], None]
         (lambda state, notes: notes.update({"file:/etc/x.json": "{}"}), "carries a file named"),
         (lambda state, notes: notes.update({"file:vae/../../x.json": "{}"}), "carries a file named"),
         (lambda state, notes: notes.update({"file:vae\\x.json": "{}"}), "carries a file named"),
-        (lambda state, notes: notes.update({"file:a/b/c.json": "{}"}), "carries a file named"),
+        (lambda state, notes: notes.update({"file:a/b/c/d/e/f.json": "{}"}), "carries a file named"),
         (lambda state, notes: notes.update({"file:run.py": "x"}), "carries a file named"),
         (lambda state, notes: notes.update({"file:vae/x.safetensors": "x"}), "carries a file named"),
         (lambda state, notes: state.update({"file:.bashrc.json": torch.zeros(3).byte()}), "carries a file named"),
@@ -389,7 +389,7 @@ def test_single_files_that_would_write_elsewhere(
 @given(st.text(st.sampled_from("ab./\\_-~$: \0\n"), max_size=12))
 def test_safe_paths_stay_inside(path: str) -> None:
     if safe_path(path):
-        assert path.count("/") <= 1 and not path.startswith((".", "/", "-"))
+        assert path.count("/") <= 4 and not path.startswith((".", "/", "-"))
         assert os.path.normpath(path) == path and not set(path) & set("\\~$: \0\n")
 
 

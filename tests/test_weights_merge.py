@@ -30,6 +30,7 @@ from glmimg.weights_tools.merge import (
     slerp_checkpoints,
 )
 from glmimg.weights_tools.quantize import quantize_checkpoint
+from glmimg.weights_tools.streaming import TensorReader
 
 GENERATOR = "vision_language_encoder"
 
@@ -175,14 +176,28 @@ def test_misfits_are_told(tiny_checkpoint: Path, tmp_path: Path, damage: Callabl
     assert not (tmp_path / "m").exists()
 
 
-def test_a_number_among_the_weights_and_a_notice_are_passed_on(tiny_copy: Path, tmp_path: Path) -> None:
+def test_a_number_among_the_weights_is_passed_on(tiny_copy: Path, tmp_path: Path) -> None:
     adapter(Checkpoint.open(tiny_copy).decoder(), tmp_path / "a", target_modules=["to_q"])
     file = next((tiny_copy / "transformer").glob("*.safetensors"))
     save_file(load_file(file) | {"temperature.weight": torch.tensor(2.0)}, file)
-    (tiny_copy / "NOTICE").write_text("whose work this is")
     merge_adapters(tiny_copy, tmp_path / "m", [tmp_path / "a"])
-    assert (tmp_path / "m/NOTICE").read_text() == "whose work this is"
     assert weights(tmp_path / "m", "transformer")["temperature.weight"] == 2
+
+
+def test_what_goes_with_the_weights_is_passed_on_by_every_tool(tiny_copy: Path, tmp_path: Path) -> None:
+    others = ("NOTICE", "COPYING", "recipe.yaml", "processor/more/deep.json", ".git/hidden.txt", "picture.png")
+    for name in others:
+        (tiny_copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (tiny_copy / name).write_text("{}")
+    for file in tiny_copy.glob("*/*.safetensors"):
+        save_file(load_file(file), file, metadata={"format": "pt", "run": file.parent.name})
+    convert(tiny_copy, tmp_path / "convert")
+    quantize_checkpoint(tiny_copy, tmp_path / "quantize", components=["transformer"])
+    average_checkpoints(tiny_copy, tmp_path / "merge", [(tiny_copy, 1)], components=["vae"])
+    for made in (tmp_path / "convert", tmp_path / "quantize", tmp_path / "merge"):
+        assert [name for name in others if (made / name).exists()] == list(others[:4])
+        for component in COMPONENTS:
+            assert TensorReader(made / component).metadata == {"format": "pt", "run": component}
 
 
 def test_both_stages_at_once(tiny_checkpoint: Path, tmp_path: Path) -> None:

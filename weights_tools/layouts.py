@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "FILE",
     "Contents",
     "StoredTensor",
+    "carried_files",
     "class_of",
     "component_of",
     "read_contents",
@@ -47,9 +48,10 @@ DECODER_PREFIX = "model.diffusion_model."
 _DECODER_PREFIXES = (DECODER_PREFIX, "diffusion_model.", "")
 _DECODER_MARK = "image_projector.proj."
 
-_SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model")
-# One folder deep, no hidden names, nothing that a system could take for a path or a device.
-_SAFE = re.compile(r"(?:[A-Za-z0-9_][\w-]*/)?[A-Za-z0-9_][\w-]*(?:\.[\w-]+)*", re.ASCII)
+_SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model", ".yaml", ".yml")
+_TERMS = ("LICENSE", "NOTICE", "COPYING")
+# A few folders deep, no hidden names, nothing that a system could take for a path or a device.
+_SAFE = re.compile(r"(?:[A-Za-z0-9_][\w-]*/){0,4}[A-Za-z0-9_][\w-]*(?:\.[\w-]+)*", re.ASCII)
 _MAX_FILE = 128 << 20
 _MAX_FILES = 256 << 20
 _MOST_FILES = 1000
@@ -191,7 +193,7 @@ def safe_path(path: str) -> bool:
 
 def _is_carried(path: str) -> bool:
     name = path.rpartition("/")[2]
-    return safe_path(path) and (name.endswith(_SUFFIXES) or name.startswith(("LICENSE", "NOTICE")))
+    return safe_path(path) and (name.endswith(_SUFFIXES) or name.startswith(_TERMS))
 
 
 def _lone_component(root: Path) -> str:
@@ -201,23 +203,27 @@ def _lone_component(root: Path) -> str:
     return component_of(json_object(path.read_bytes(), path)) or ""
 
 
+def carried_files(root: Path, own: str = "") -> Iterator[tuple[str, Path]]:
+    """Name and place of every file of a checkpoint folder that goes with its weights: settings, tokenizers, documents.
+
+    `own`: the component whose folder this is. CheckpointError for links that lead elsewhere.
+    """
+    for path in sorted(root.iterdir()):
+        name = f"{own}/{path.name}" if own else path.name
+        if safe_path(f"{name}/x") and path.is_dir():
+            yield from carried_files(contained(root, path), name)
+        elif _is_carried(name) and path.is_file():
+            yield name, contained(root, path)
+
+
 def small_files(root: Path, own: str) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
-    places = [(own, root)] if own else [("", root), *((entry.name, entry) for entry in sorted(root.iterdir()))]
-    for prefix, folder in places:
-        if not folder.is_dir() or (folder != root and folder.name.startswith(".")):
-            continue
-        if folder != root:
-            contained(root, folder)
-        for path in sorted(folder.iterdir()):
-            name = f"{prefix}/{path.name}" if prefix else path.name
-            if _is_carried(name) and path.is_file():
-                size = path.stat().st_size
-                _require_small(name, size, found)
-                try:
-                    found[name] = contained(folder, path).read_bytes()
-                except OSError as error:
-                    raise CheckpointError(f"{path} cannot be read ({error.strerror}): see its permissions") from error
+    for name, path in carried_files(root, own):
+        _require_small(name, path.stat().st_size, found)
+        try:
+            found[name] = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}): see its permissions") from error
     return found
 
 

@@ -271,7 +271,7 @@ def _write(
                     writer.write(name, own)
 
             plan = {name: TensorSpec(info.dtype, info.shape) for name, info in reader.infos.items()}
-            write_component(folder, component, plan, write, told.part)
+            write_component(folder, component, plan, write, reader.metadata, told.part)
             counts[component] = len(mine)
             amounts[component] = float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
         record(folder, did, checkpoint, **settings)

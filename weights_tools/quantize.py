@@ -223,7 +223,7 @@ def _write(
             writer.write(layer + PACKED, packed)
             writer.write(layer + SCALE, scale)
 
-    write_component(folder, component, plan, write, told.part)
+    write_component(folder, component, plan, write, reader.metadata, told.part)
     counts = {value: list(bits.values()).count(value) for value in sorted(set(bits.values()), reverse=True)}
     path = folder / component / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

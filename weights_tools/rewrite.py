@@ -16,7 +16,7 @@ from typing import Any
 from glmimg.atomic_write import atomic_folder, expanded, require_absent
 from glmimg.checkpoint import STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
-from glmimg.weight_files import contained
+from glmimg.weights_tools.layouts import carried_files
 from glmimg.weights_tools.streaming import (
     Progress,
     TensorReader,
@@ -41,7 +41,6 @@ __all__ = [
 
 LINEAGE = "lineage.json"
 SHARD_BYTES = 5_000_000_000
-_SETTINGS = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "LICENSE*", "NOTICE*")
 
 
 class Bytes:
@@ -80,14 +79,10 @@ def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[P
     require_new(target, source)
     require_space(target, needed)
     with new_folder(target) as folder:
-        root = source.root
-        for part in (root, *(contained(root, path) for path in sorted(root.iterdir()) if path.is_dir())):
-            for pattern in _SETTINGS:
-                for file in sorted(part.glob(pattern)):
-                    if file.is_file() and not file.name.endswith(".safetensors.index.json"):
-                        copied = folder / file.relative_to(root)
-                        copied.parent.mkdir(exist_ok=True)
-                        shutil.copyfile(contained(part, file), copied)
+        for name, file in carried_files(source.root):
+            if not name.endswith(".safetensors.index.json"):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / name)
         _lineage(folder, source)  # damage should be told before hours of work, not after
         yield folder
 
@@ -110,11 +105,13 @@ def write_component(
     component: str,
     plan: Mapping[str, TensorSpec],
     write: Callable[[TensorWriter], None],
+    metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> None:
     """Writes a component's tensors, which `write` gives to the writer, in shards where they are large."""
     target = folder / component / f"{STEMS[component]}.safetensors"
-    with tensor_writer(target, plan, shard_bytes=SHARD_BYTES, progress=progress) as writer:
+    told = {"format": "pt"} | dict(metadata)
+    with tensor_writer(target, plan, metadata=told, shard_bytes=SHARD_BYTES, progress=progress) as writer:
         write(writer)
 
 
@@ -126,7 +123,7 @@ def pass_through(folder: Path, component: str, reader: TensorReader, progress: P
             writer.write(name, reader.pieces(name))
 
     plan = {name: TensorSpec(info.dtype, info.shape) for name, info in reader.infos.items()}
-    write_component(folder, component, plan, write, progress)
+    write_component(folder, component, plan, write, reader.metadata, progress)
 
 
 def record(folder: Path, did: str, source: Checkpoint, **settings: Any) -> None:
