@@ -227,6 +227,19 @@ def test_averages(tiny_checkpoint: Path, other: Path, tmp_path: Path) -> None:
     assert set(same.relative_change.values()) == {0.0}
 
 
+def test_an_embedding_that_one_stores_twice(tiny_checkpoint: Path, tiny_copy: Path, tmp_path: Path) -> None:
+    file = tiny_copy / "text_encoder/model.safetensors"
+    state = load_file(file)
+    twice = state | {"shared.weight": state["shared.weight"] + 1}
+    save_file(twice | {"encoder.embed_tokens.weight": twice["shared.weight"].clone()}, file)
+    for base, part in ((tiny_checkpoint, tiny_copy), (tiny_copy, tiny_checkpoint)):
+        target = tmp_path / f"of {base.name}"
+        average_checkpoints(base, target, [(part, 1.0), (base, 1.0)], components=["text_encoder"])
+        found = weights(target, "text_encoder")
+        assert found.keys() == state.keys()
+        assert torch.allclose(found["shared.weight"], state["shared.weight"] + 0.5, atol=1e-6)
+
+
 def test_arcs(tiny_checkpoint: Path, other: Path, tmp_path: Path) -> None:
     told = slerp_checkpoints(tiny_checkpoint, tmp_path / "arc", tiny_checkpoint, other, 0.5, components=["transformer"])
     a, b, found = (weights(folder, "transformer") for folder in (tiny_checkpoint, other, tmp_path / "arc"))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from glmimg.atomic_write import expanded
-from glmimg.checkpoint import COMPONENTS, Checkpoint
+from glmimg.checkpoint import COMPONENTS, SECOND_NAME, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.lora import COMPONENT, Low, change_of, open_adapters, split_number
 from glmimg.packed_format import CONFIG_KEY
@@ -210,7 +210,11 @@ def _open(base: Model) -> tuple[Checkpoint, dict[str, TensorReader]]:
     for component in COMPONENTS:
         if CONFIG_KEY in checkpoint.config(component):
             raise BadInput(f"{checkpoint.name} is quantised: merge into the original, then quantise the result")
-    return checkpoint, {component: TensorReader(checkpoint.root / component) for component in COMPONENTS}
+    readers = {component: TensorReader(checkpoint.root / component) for component in COMPONENTS}
+    glyphs = readers["text_encoder"].infos
+    if "shared.weight" in glyphs:  # some programs write it twice
+        glyphs.pop(SECOND_NAME, None)
+    return checkpoint, readers
 
 
 def _like(
