@@ -33,7 +33,13 @@ from glmimg.errors import BadInput, GlmimgError
 from glmimg.lora import COMPONENT, Adapter
 from glmimg.pipelines.finetune_card import write_card
 from glmimg.pipelines.finetune_parts import StageParts, own_device
-from glmimg.pipelines.finetune_plan import Plan, make_plan, refuse_what_cannot_fit, telling_what_would_fit
+from glmimg.pipelines.finetune_plan import (
+    Plan,
+    make_plan,
+    refuse_a_small_disk,
+    refuse_what_cannot_fit,
+    telling_what_would_fit,
+)
 from glmimg.pipelines.finetune_samples import Samples
 from glmimg.pipelines.stages import Stages
 from glmimg.token_grid import preview_grid, target_grid
@@ -181,8 +187,8 @@ class FineTunePipeline:
         begun = self._require_place(output, report, resume)
         processes.wait()  # nothing is written before all have looked
         # 2. Whether it can fit, and what it will take.
-        for stage in self.config.stages:
-            refuse_what_cannot_fit(stage, self)
+        learning = {stage: refuse_what_cannot_fit(stage, self)[0] for stage in self.config.stages}
+        refuse_a_small_disk(output, learning, self)
         if planned is not None and not begun:
             planned(make_plan(self, train, held_out, progress))
         busy = f"another process trains into {output}: wait for it, or name another folder"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from glmimg.training.finetune_data import prompt_builder
 from glmimg.training.finetune_tasks import DecoderLearner, GeneratorLearner, Learner
 from glmimg.training.lora_layers import LoraLinear, attach
 from glmimg.training.processes import Processes
+from glmimg.weights_tools.rewrite import copy_others
 
 __all__ = ["StageParts", "needed_bytes", "own_device"]
 
@@ -103,16 +103,18 @@ class StageParts:
 
     def save_checkpoint(self, folder: Path, values: Mapping[str, Tensor], base: Checkpoint) -> None:
         """Method full: writes this stage's part of the checkpoint in `folder`, and all the rest of `base` if new."""
-        if not (folder / "model_index.json").is_file():
-            with atomic_folder(folder) as temporary:
-                shutil.copytree(base.root, temporary, dirs_exist_ok=True)
         component = COMPONENT[self.stage]
         stored = base.weights[component].infos
         model = self.learner.model
         for name, parameter in model.named_parameters():
             if name in values:
                 parameter.data = values[name].to(_DTYPES.get(stored[name].dtype, parameter.dtype))
-        save_component(folder, component, model, base=base)
+        if (folder / "model_index.json").is_file():
+            save_component(folder, component, model, base=base)
+            return
+        with atomic_folder(folder) as temporary:
+            copy_others(base, temporary, component)
+            save_component(temporary, component, model, base=base)
 
 
 def needed_bytes(

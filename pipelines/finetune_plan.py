@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,11 +20,20 @@ from glmimg.torch_state import plain_torch
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import BatchOrder, Pictures, Progress
 from glmimg.training.processes import Processes
+from glmimg.weights_tools.streaming import require_space
 
 if TYPE_CHECKING:
     from glmimg.pipelines.finetune import FineTunePipeline
 
-__all__ = ["Plan", "StagePlan", "find_rate", "make_plan", "refuse_what_cannot_fit", "telling_what_would_fit"]
+__all__ = [
+    "Plan",
+    "StagePlan",
+    "find_rate",
+    "make_plan",
+    "refuse_a_small_disk",
+    "refuse_what_cannot_fit",
+    "telling_what_would_fit",
+]
 
 MEASURED = 2  # steps
 SWEEP = 40  # steps of the search for a learning rate
@@ -113,6 +122,19 @@ def refuse_what_cannot_fit(stage: str, pipeline: FineTunePipeline) -> tuple[int,
             + (f"What would fit: {', '.join(ways)}" if ways else "No setting makes it fit: take a larger device")
         )
     return needed
+
+
+def refuse_a_small_disk(output: Path, learning: Mapping[str, int], pipeline: FineTunePipeline) -> None:
+    """GlmimgError if the states of the stages, which learn so many parameters, and the checkpoint have no room."""
+    config, kept, needed = pipeline.config, 0, 0
+    checkpoint = sum(w.nbytes() for w in pipeline.checkpoint.weights.values()) if config.method == "full" else 0
+    for count in learning.values():
+        state = count * (4 + 8 + (4 if config.ema else 0))
+        needed = max(needed, kept + 2 * state, kept + state + checkpoint)  # a new one is written beside the old
+        kept += state + checkpoint
+        checkpoint = 0
+    there = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
+    require_space(output / "run", needed - there)
 
 
 def make_plan(pipeline: FineTunePipeline, train: Pictures, held_out: Pictures, progress: Progress | None) -> Plan:

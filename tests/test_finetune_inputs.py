@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,16 +16,19 @@ import pytest
 from PIL import Image
 
 from glmimg.atomic_write import atomic_file
+from glmimg.checkpoint import COMPONENTS
 from glmimg.cli_finetune import _settings
 from glmimg.dataset.captions import CaptionRules
 from glmimg.dataset.store import Store
 from glmimg.errors import BadInput, Cancelled, GlmimgError
 from glmimg.pipelines import FineTunePipeline
+from glmimg.pipelines.finetune_parts import needed_bytes
 from glmimg.pipelines.finetune_samples import Samples
 from glmimg.training.finetune_config import FineTuneConfig
 from glmimg.training.finetune_data import Encoder
 from glmimg.training.finetune_loop import FineTuneLoop
 from glmimg.training.finetune_prior import OwnLatents, OwnTokens
+from glmimg.weights_tools.verify import verify
 
 SMALL: dict[str, Any] = {"resolution": 64, "batch_size": 2, "rank": 2, "steps": 2, "held_out": 0, "prior_weight": 0}
 
@@ -167,6 +171,29 @@ def test_a_disk_that_is_full_at_the_pictures_says_how_to_go_on(
     monkeypatch.undo()
     opened(tiny_checkpoint, tmp_path)(photos, tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "decoder").is_dir()
+
+
+def test_the_full_method_looks_at_the_disk_and_copies_only_what_it_does_not_write(
+    tiny_copy: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NOTICE", "SHA256SUMS", ".git/large"):  # the second would tell of other weights
+        (tiny_copy / name).parent.mkdir(exist_ok=True)
+        (tiny_copy / name).write_text("x")
+    pipeline = opened(tiny_copy, tmp_path, method="full", stage="decoder", steps=1)
+    whole = sum(part.nbytes() for part in pipeline.checkpoint.weights.values())
+    state = 12 * needed_bytes("decoder", pipeline.checkpoint, pipeline.config, pipeline.dtype)[0]
+    usage, free = shutil.disk_usage("/"), max(2 * state, state + whole)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=free - 1))
+    with pytest.raises(GlmimgError, match=f"needs {free:,} bytes and its disk has {free - 1:,} left"):
+        pipeline(photos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=free))
+    copied, copyfile = [], shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b: (copied.append(Path(a)), copyfile(a, b)))
+    pipeline(photos, tmp_path / "out")
+    assert {path.parent.name for path in copied if path.suffix == ".safetensors"} == {*COMPONENTS} - {"transformer"}
+    assert verify(tmp_path / "out/checkpoint").sound
+    assert (tmp_path / "out/checkpoint/NOTICE").exists() and not (tmp_path / "out/checkpoint/.git").exists()
 
 
 def test_a_picture_that_changes_meanwhile_is_not_kept_as_the_old_one(

@@ -31,6 +31,7 @@ __all__ = [
     "LINEAGE",
     "SHARD_BYTES",
     "Bytes",
+    "copy_others",
     "new_folder",
     "pass_through",
     "record",
@@ -85,6 +86,15 @@ def rewritten(source: Checkpoint, target: str | Path, needed: int) -> Iterator[P
                 shutil.copyfile(file, folder / name)
         _lineage(folder, source)  # damage should be told before hours of work, not after
         yield folder
+
+
+def copy_others(source: Checkpoint, folder: Path, component: str) -> None:
+    """Copies a checkpoint's files but the weights of a component that will be written anew."""
+    weights = [file for name, part in source.weights.items() if name != component for file in part.files]
+    for file in (*(path for _, path in carried_files(source.root)), *weights):
+        copied = folder / file.relative_to(source.root)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copied)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -40,6 +39,7 @@ from glmimg.training.loop import Run, TrainConfig, ended
 from glmimg.training.optimizer import train_only
 from glmimg.training.processes import Processes
 from glmimg.training.record import add_command, chunks_record, note_start, require_same_start
+from glmimg.weights_tools.rewrite import copy_others
 
 STAGE = "reinforcement"  # in a checkpoint's training.json
 READ_SIDE = 384  # pixels that words are read at: a third of the time, and 29 of 30 true words were read alike
@@ -90,8 +90,7 @@ def write_learnt(run: Run, model: Any, checkpoint: Checkpoint, out: Path, stage:
         values = {name: p.detach() for name, p in model.named_parameters() if id(p) in learns}
         old = checkpoint.weights["vision_language_encoder"].load(values, device="cpu", dtype=None)
         values = {name: value.to(old[name].dtype) for name, value in values.items()}
-        shutil.copytree(checkpoint.root, folder, dirs_exist_ok=True)
-        shutil.rmtree(folder / "vision_language_encoder")
+        copy_others(checkpoint, folder, "vision_language_encoder")
         learnt = SimpleNamespace(state_dict=lambda: values)
         save_component(folder, "vision_language_encoder", learnt, base=checkpoint)
         file = folder / "training.json"
