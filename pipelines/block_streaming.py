@@ -20,6 +20,7 @@ from glmimg.filling import fill, put, require_fit
 from glmimg.generator import TokenGenerator
 from glmimg.lora import merge
 from glmimg.pipelines.adapting import BLOCKS, Weighted
+from glmimg.progress import tell
 from glmimg.weight_files import WeightFiles
 
 __all__ = ["StreamedBlocks", "streamed_decoder", "streamed_generator"]
@@ -51,6 +52,7 @@ class StreamedBlocks(Generic[Block]):
         names = {f"{prefix}{k}.{name}": tuple(t.shape) for k, e in enumerate(self._empty) for name, t in e.items()}
         stored = {name: info.shape for name, info in weights.infos.items() if name.startswith(prefix)}
         require_fit(weights.folder, names, stored)
+        self._sizes = [weights.nbytes(f"{prefix}{k}.{name}" for name in e) for k, e in enumerate(self._empty)]
         self._checked: set[int] = set()  # blocks known to hold no NaN
         self._pinned: dict[int, Tensors] = {}
         self._stream = torch.Stream(device=backend.device) if backend.has_pinned_memory else None
@@ -88,8 +90,12 @@ class StreamedBlocks(Generic[Block]):
         start = f"{self.prefix}{k}."
         names = [start + name for name in self._empty[k]]
         new = k not in self._checked
+        if not self._checked:
+            tell("load", 0, sum(self._sizes))
         tensors = self.weights.load(names, device=device, dtype=self.dtype, check_finite=new)
         self._checked.add(k)
+        if new:  # later passes are part of the steps
+            tell("load", sum(self._sizes[k] for k in self._checked), sum(self._sizes))
         return {name.removeprefix(start): tensor for name, tensor in tensors.items()}
 
 

@@ -23,6 +23,7 @@ from glmimg.pipelines import candidates, text_to_image
 from glmimg.pipelines.best_of import token_bits
 from glmimg.pipelines.request import Request
 from glmimg.pipelines.result import Event, metadata_tokens
+from glmimg.progress import watching
 from glmimg.token_grid import TokenGrid
 
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2}
@@ -252,6 +253,18 @@ def test_streamed_blocks_hold_one_block_at_a_time(tiny_checkpoint: Path) -> None
                 assert block.attn1.to_q.weight.dtype == torch.bfloat16
                 held.append(sum(not next(b.parameters()).is_meta for b in decoder.blocks().blocks))
             assert held == [1, 1]
+
+
+def test_the_first_pass_over_streamed_blocks_tells_its_loading(tiny_checkpoint: Path) -> None:
+    blocks = TextToImagePipeline.from_pretrained(tiny_checkpoint, "cpu", "fp32", "block").stages.decoder.blocks()
+    told: list[tuple[str, int, int]] = []
+    watched = watching.set(lambda *call: told.append(call))
+    try:
+        assert len(list(blocks)) == len(list(blocks)) == len(told) - 1
+    finally:
+        watching.reset(watched)
+    names = (name for name in blocks.weights.infos if name.startswith(blocks.prefix))
+    assert told[0][1] == 0 and told == sorted(told) and told[-1] == ("load", *[blocks.weights.nbytes(names)] * 2)
 
 
 def test_streamed_generator_holds_two_blocks(tiny_checkpoint: Path) -> None:
