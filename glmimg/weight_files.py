@@ -236,11 +236,16 @@ def _find(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder}: {len(absent)} of {len(names)} shards are missing ({some(absent)})")
         return [contained(folder, folder / name) for name in names]
     found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:  # NAME.fp16.safetensors is a variant, which the libraries read only where it is asked for
+        found = [file for file in found if file.name.count(".") == 1] or found
     if len(found) == 1:
         return [contained(folder, found[0])]
     if found:
-        names = [file.name for file in found]
-        raise CheckpointError(f"{folder} holds {len(found)} weight files and no index ({some(names)}): keep one")
+        advice = "keep one"
+        for index in sorted(folder.glob("*.safetensors.index.*.json")):  # of a variant's shards
+            advice = f"rename {index.name} to {index.name.partition('.index.')[0]}.index.json to read what it lists"
+        told = some([file.name for file in found])
+        raise CheckpointError(f"{folder} holds {len(found)} weight files and no index ({told}): {advice}")
     pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
     if pickles:
         raise CheckpointError(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from glmimg.checkpoint import Checkpoint
+from glmimg.errors import CheckpointError
 from glmimg.generator import TokenGenerator
 from glmimg.weight_files import WeightFiles
 from glmimg.weights_tools.init import init_checkpoint
@@ -52,3 +54,19 @@ def test_of_files_no_more_is_mapped_than_asked_for(tiny_checkpoint: Path, monkey
     monkeypatch.setattr(mmap, "mmap", full)
     with pytest.raises(MemoryError, match="cannot be mapped"):
         weights.load(["lm_head.weight"], device="cpu", dtype=None)
+
+
+def test_variants_are_read_where_they_are_alone(tmp_path: Path) -> None:
+    plain, variant = (tmp_path / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "fp16.safetensors"))
+    save_file({"a": torch.zeros(1)}, variant)
+    assert WeightFiles(tmp_path).files == [variant]
+    save_file({"a": torch.zeros(1)}, plain)
+    assert WeightFiles(tmp_path).files == [plain]
+    plain.unlink()
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": {"a": variant.name, "b": "b.fp16.safetensors"}}))
+    save_file({"b": torch.zeros(1)}, tmp_path / "b.fp16.safetensors")
+    with pytest.raises(CheckpointError, match=f"2 weight files.*b.fp16.*rename {index.name} to"):
+        WeightFiles(tmp_path)
+    index.rename(f"{plain}.index.json")
+    assert len(WeightFiles(tmp_path).infos) == 2
