@@ -109,17 +109,16 @@ class CheckpointSettings:
         scheduler = _json(root / "scheduler/scheduler_config.json")
         try:
             text = language["text_config"]
-            channels = vae["latent_channels"]
             height, width = map(int, generation.get("default_size", (1024, 1024)))
             settings = cls(
-                codebook_size=language["vq_config"]["num_embeddings"],
-                vision_vocab=text["vision_vocab_size"],
-                text_vocab=text["vocab_size"],
-                image_start_id=language["image_start_token_id"],
-                image_end_id=language["image_end_token_id"],
-                image_token_id=language["image_token_id"],
-                pad_id=text["pad_token_id"],
-                max_positions=text["max_position_embeddings"],
+                codebook_size=language["vq_config"].get("num_embeddings", 16384),
+                vision_vocab=text.get("vision_vocab_size", 16512),
+                text_vocab=text.get("vocab_size", 168064),
+                image_start_id=language.get("image_start_token_id", 16384),
+                image_end_id=language.get("image_end_token_id", 16385),
+                image_token_id=language.get("image_token_id", 167855),
+                pad_id=text.get("pad_token_id", 167841),
+                max_positions=text.get("max_position_embeddings", 131072),
                 preview_side=generation.get("preview_side", 16),
                 num_inference_steps=generation.get("num_inference_steps", 50),
                 # not plain guidance_scale: transformers' generate would start guiding tokens by it
@@ -135,23 +134,24 @@ class CheckpointSettings:
                 default_size=(height, width),
                 min_size=generation.get("min_size", 512),
                 max_size=generation.get("max_size", 2048),
-                latent_channels=channels,
+                latent_channels=vae["latent_channels"],
                 latents_mean=tuple(vae.get("latents_mean") or ()),
                 latents_std=tuple(vae.get("latents_std") or ()),
                 vae_scale=2 ** (len(vae["block_out_channels"]) - 1),
-                patch_size=decoder["patch_size"],
+                patch_size=decoder.get("patch_size", 2),
                 scheduler={key: value for key, value in scheduler.items() if not key.startswith("_")},
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             lacks = "lacks" if isinstance(error, KeyError) else "has a wrong value, "
             raise CheckpointError(f"{root}: a config.json {lacks} {error}: not a GLM-Image checkpoint?") from error
-        if decoder.get("prior_vq_quantizer_codebook_size") != settings.codebook_size:
+        if (known := decoder.get("prior_vq_quantizer_codebook_size", 16384)) != settings.codebook_size:
             raise CheckpointError(
-                f"{root}: the decoder knows {decoder.get('prior_vq_quantizer_codebook_size')} semantic tokens, "
-                f"the token generator {settings.codebook_size}: its parts come from different checkpoints"
+                f"{root}: the decoder knows {known} semantic tokens, the token generator {settings.codebook_size}: "
+                "its parts come from different checkpoints"
             )
-        if not len(settings.latents_mean) == len(settings.latents_std) == channels:
-            raise CheckpointError(f"{root}/vae/config.json: latents_mean and latents_std need {channels} values each")
+        count = settings.latent_channels
+        if not len(settings.latents_mean) == len(settings.latents_std) == count:
+            raise CheckpointError(f"{root}/vae/config.json: latents_mean and latents_std need {count} values each")
         return settings
 
 

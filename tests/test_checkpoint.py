@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import GlmImageTransformer2DModel
 from safetensors.torch import load_file, save_file
+from transformers import GlmImageConfig
 
 from glmimg import weight_files
 from glmimg.checkpoint import COMPONENTS, EMBEDDED, Checkpoint, save_component
@@ -27,7 +30,7 @@ LOADERS: dict[str, Any] = {
 
 
 def peers_own(folder: Path) -> dict[str, torch.nn.Module]:
-    from diffusers import AutoencoderKL, GlmImageTransformer2DModel
+    from diffusers import AutoencoderKL
     from transformers import GlmImageForConditionalGeneration, T5EncoderModel
 
     return {
@@ -291,6 +294,24 @@ def test_incomplete_folders_are_refused(tiny_copy: Path, tmp_path: Path) -> None
     (tiny_copy / "model_index.json").write_text('{"_class')
     with pytest.raises(CheckpointError, match="cannot be read"):
         Checkpoint.open(tiny_copy)
+
+
+def test_what_configs_are_silent_of_is_what_the_libraries_take(tiny_copy: Path) -> None:
+    (tiny_copy / GENERATOR / "config.json").write_text('{"text_config": {}, "vq_config": {}}')
+    (tiny_copy / "transformer/config.json").write_text("{}")
+    found = Checkpoint.open(tiny_copy).settings
+    theirs, decoder = GlmImageConfig(), inspect.signature(GlmImageTransformer2DModel).parameters
+    text = theirs.text_config
+    for ours, default in (
+        (found.codebook_size, theirs.vq_config.num_embeddings),
+        (found.codebook_size, decoder["prior_vq_quantizer_codebook_size"].default),
+        (found.patch_size, decoder["patch_size"].default),
+        ((found.vision_vocab, found.text_vocab), (text.vision_vocab_size, text.vocab_size)),
+        ((found.image_start_id, found.image_end_id), (theirs.image_start_token_id, theirs.image_end_token_id)),
+        ((found.image_token_id, found.pad_id), (theirs.image_token_id, text.pad_token_id)),
+        (found.max_positions, text.max_position_embeddings),
+    ):
+        assert ours == default
 
 
 def test_parts_of_different_checkpoints_are_refused(tiny_copy: Path) -> None:
