@@ -66,7 +66,8 @@ _DTYPES = {
 }
 DTYPE_BITS = {name: bits for name, (bits, _) in _DTYPES.items()}
 TORCH_NAMES = {name: theirs for name, (_, theirs) in _DTYPES.items() if theirs}
-FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")  # those of them that torch computes with or casts
+# Those of them that torch computes with or casts.
+FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
 _COPIED = 64 << 20  # bytes copied out of a file before it is mapped anew
 _MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_DIMENSIONS = 64  # torch's own limit
@@ -156,7 +157,8 @@ class WeightFiles:
                     raise MemoryError(f"{file} cannot be mapped: {error}") from error
                 raise CheckpointError(f"{file} cannot be read ({error}): download or write it again") from error
         if sums and not bool(torch.stack(sums).isfinite().all()):
-            bad = [n for n, t in loaded.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+            floats = ((name, tensor) for name, tensor in loaded.items() if tensor.is_floating_point())
+            bad = [n for n, t in floats if not bool((t if t.element_size() > 1 else t.float()).isfinite().all())]
             if bad:  # a finite tensor may still overflow its sum
                 raise CheckpointError(
                     f"{self.folder}: {len(bad)} tensors hold NaN or infinity ({some(bad)}).\n"

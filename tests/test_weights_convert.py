@@ -16,6 +16,7 @@ from glmimg.errors import BadInput, CheckpointError, GlmimgError, UnknownName
 from glmimg.weight_files import CODEBOOK, codebook_digest
 from glmimg.weights_tools.convert import convert
 from glmimg.weights_tools.layouts import read_contents
+from glmimg.weights_tools.verify import verify
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -287,6 +288,23 @@ def test_float8_is_a_float(tiny_checkpoint: Path, tmp_path: Path) -> None:
         name = matrices[0]
         wanted = (values[name].float() + values[name].to(torch.float8_e4m3fn).float()) / 2
         assert result is not None and (mean[name].float() - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu"])
+def test_every_float8_is_cast_and_its_nan_found(tiny_copy: Path, tmp_path: Path, kind: str) -> None:
+    file = tiny_copy / "transformer/diffusion_pytorch_model.safetensors"
+    narrow = {name: value.to(getattr(torch, f"float8_{kind}")) for name, value in load_file(file).items()}
+    save_file(narrow, file)
+    convert(tiny_copy, tmp_path / "cast", dtype="float16")
+    cast = load_file(tmp_path / "cast/transformer" / file.name)
+    assert all(value.equal(narrow[name].half()) and value.dtype == torch.float16 for name, value in cast.items())
+    with pytest.raises(BadInput, match="GGUF lacks: convert with --dtype"):
+        convert(tiny_copy, tmp_path / "x.gguf")
+    name = "proj_out.bias"
+    save_file(narrow | {name: (cast[name] * torch.nan).to(narrow[name].dtype)}, file)
+    assert verify(tiny_copy).problems == [f"transformer: {name} holds NaN or infinity in {len(cast[name])} places"]
+    with pytest.raises(CheckpointError, match=r"1 tensors hold NaN or infinity \(proj_out.bias"):
+        Checkpoint.open(tiny_copy).decoder()
 
 
 def test_shards_do_not_change_the_hash(tiny_checkpoint: Path, tmp_path: Path) -> None:

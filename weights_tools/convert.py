@@ -19,7 +19,7 @@ from glmimg.checkpoint import PICTURE_PARTS, STEMS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_format import CONFIG_KEY, PACKED
 from glmimg.torch_state import plain_torch
-from glmimg.weight_files import CODEBOOK, FLOATS
+from glmimg.weight_files import CODEBOOK
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import PARTS, TEXT_TO_IMAGE, is_pruned, require_fit
 from glmimg.weights_tools.layouts import (
@@ -184,7 +184,7 @@ def cast(contents: Contents, dtype: str) -> Contents:
             raise BadInput(f"{component} is quantised: its scales cannot be cast; convert the original checkpoint")
         tensors[component] = {
             name: tensor.cast(dtype, name)
-            if tensor.spec.dtype in FLOATS and not (name == CODEBOOK and dtype == "F16")
+            if tensor.spec.dtype.startswith(("F", "BF")) and not (name == CODEBOOK and dtype == "F16")
             else tensor
             for name, tensor in part.items()
         }

@@ -66,7 +66,8 @@ def write_gguf(
     tensors = contents.tensors[component]
     bad = [name for name, tensor in tensors.items() if tensor.spec.dtype not in _PLAIN]
     if bad:
-        raise BadInput(f"{bad[0]} is {tensors[bad[0]].spec.dtype}, which GGUF lacks: convert the unpacked checkpoint")
+        dtype = tensors[bad[0]].spec.dtype
+        raise BadInput(f"{bad[0]} is {dtype}, which GGUF lacks: convert with --dtype bfloat16 first")
     long = [name for name in tensors if len(name.encode()) > _LONGEST]
     if long:
         raise BadInput(f"tensor {long[0]!r} has a longer name than GGUF's {_LONGEST} bytes")

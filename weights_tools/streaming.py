@@ -172,6 +172,7 @@ def cast_pieces(pieces: Iterable[Buffer], source: str, target: str, name: str = 
     for piece in pieces:
         before = torch.frombuffer(piece, dtype=torch_dtype(source))
         after = before.to(torch_dtype(target))
+        before = before if before.element_size() > 1 else before.float()  # torch knows no infinity of the smallest
         if narrow and not bool((after.isfinite() | ~before.isfinite()).all()):
             wider = "bfloat16 or float32" if target == "F16" else "a wider dtype"
             raise CheckpointError(f"{name} has values that {TORCH_NAMES[target]} cannot hold: use {wider}")
