@@ -15,6 +15,7 @@ from glmimg.checkpoint import COMPONENTS, Checkpoint, save_component
 from glmimg.errors import BadInput, CheckpointError, GlmimgError, UnknownName
 from glmimg.weight_files import CODEBOOK, codebook_digest
 from glmimg.weights_tools.convert import convert
+from glmimg.weights_tools.inspect import inspect
 from glmimg.weights_tools.layouts import read_contents
 from glmimg.weights_tools.verify import verify
 
@@ -78,6 +79,18 @@ def test_diffusers_opens_what_was_resharded(tiny_checkpoint: Path, tmp_path: Pat
     ):
         state = theirs.from_pretrained(tmp_path / "small" / name).state_dict()
         assert all(torch.equal(state[key], tensor) for key, tensor in ours.state_dict().items())
+
+
+def test_weights_without_a_config_are_not_left_out_silently(
+    tiny_checkpoint: Path, tiny_copy: Path, tmp_path: Path
+) -> None:
+    (tiny_copy / "vae/config.json").unlink()
+    with pytest.raises(BadInput, match="no config.json for vae: name the checkpoint it belongs to"):
+        convert(tiny_copy, tmp_path / "out")
+    convert(tiny_copy, tmp_path / "out", base=tiny_checkpoint)
+    assert tree(tmp_path / "out") == tree(tiny_checkpoint)
+    assert "vae/config.json is missing" in verify(tiny_copy).problems
+    assert inspect(tiny_copy)["components"]["vae"]["class"] is None
 
 
 def test_decoder_file_and_back(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -220,6 +220,13 @@ def test_refusals(tiny_checkpoint: Path, packed: tuple[int, Path], tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_config_may_begin_with_a_mark_of_its_encoding(tiny_copy: Path, tmp_path: Path) -> None:
+    path = tiny_copy / "transformer/config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    quantize_checkpoint(tiny_copy, tmp_path / "q", components=["transformer"])
+    assert Checkpoint.open(tmp_path / "q").config("transformer")["quantization"]
+
+
 def test_a_damaged_lineage_is_told_before_the_work(tiny_copy: Path, tmp_path: Path) -> None:
     (tiny_copy / "lineage.json").write_text("{")
     calls: list[tuple[int, int]] = []

@@ -155,7 +155,9 @@ def read_folder(root: Path, *, weights: bool = True, problems: list[str] | None 
     own = "" if (root / "model_index.json").exists() else _lone_component(root)
     files = small_files(root, own)
     contents = Contents(f"folder of {own}" if own else "folder", {}, files)
-    for component in contents.components:
+    for component in COMPONENTS:  # weights count without a config as well: they are not to be lost unheard
+        if component not in contents.components and (own or not any((root / component).glob("*.safetensors"))):
+            continue
         folder = root if own else contained(root, root / component)
         if not weights and not any(folder.glob("*.safetensors")):
             continue  # an index alone tells what the weights would be

@@ -226,7 +226,7 @@ def _write(
     write_component(folder, component, plan, write, reader.metadata, told.part)
     counts = {value: list(bits.values()).count(value) for value in sorted(set(bits.values()), reverse=True)}
     path = folder / component / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_bytes())  # which may begin with a mark of its encoding
     config[CONFIG_KEY] = {
         "format": FORMAT,
         "matrices": {f"{value}_bits": count for value, count in counts.items()},
