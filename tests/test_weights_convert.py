@@ -275,8 +275,11 @@ def test_progress_adds_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_metadata_of_weight_files_survives(tiny_copy: Path, tmp_path: Path) -> None:
-    file = tiny_copy / "vae/diffusion_pytorch_model.safetensors"
-    save_file(load_file(file), file, metadata={"run": "7é"})
+    for file in tiny_copy.glob("*/diffusion_pytorch_model.safetensors"):
+        save_file(load_file(file), file, metadata={"run": "7é"})
+    convert(tiny_copy, tmp_path / "decoder.safetensors", to="decoder")
+    convert(tmp_path / "decoder.safetensors", tmp_path / "whole", base=tiny_copy)
+    assert tree(tmp_path / "whole") == tree(tiny_copy)
     convert(tiny_copy, tmp_path / "one.safetensors")
     convert(tmp_path / "one.safetensors", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(tiny_copy)

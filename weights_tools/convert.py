@@ -281,7 +281,7 @@ def _write_decoder(contents: Contents, target: Path, progress: Progress | None) 
     if "transformer" not in contents.tensors:
         raise BadInput(f"a {contents.layout} without a decoder (transformer) cannot become a decoder file")
     path = "transformer/config.json"
-    metadata = _PLAIN | {FILE + path: contents.files[path].decode()}
+    metadata = contents.metadata.get("transformer", _PLAIN) | {FILE + path: contents.files[path].decode()}
     tensors = {DECODER_PREFIX + name: tensor for name, tensor in contents.tensors["transformer"].items()}
     _write_tensors(target, tensors, metadata, None, None, progress)
 

@@ -271,7 +271,8 @@ def _read_file(path: Path) -> Contents:
                     f"(first: {others[0]!r:.100})"
                 )
             tensors = {"transformer": _tensors(reader, names)}
-            return Contents("decoder file", tensors, files, {"transformer": {"format": "pt"}})
+            own = {key: text for key, text in reader.metadata.items() if not key.startswith(FILE)}
+            return Contents("decoder file", tensors, files, {"transformer": own or {"format": "pt"}})
     names_of: dict[str, dict[str, str]] = {}
     strange = []
     for name in reader.infos:
