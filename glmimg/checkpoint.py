@@ -376,7 +376,7 @@ def save_component(
             temporary,
             filename_pattern=STEMS[name] + "{suffix}.safetensors",
             max_shard_size=max_shard_size,
-            metadata={"format": "pt"},
+            metadata={"format": "pt"} | ({} if base is None else base.weights[name].metadata),
         )
 
 

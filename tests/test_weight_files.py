@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glmimg.checkpoint import Checkpoint
+from glmimg.checkpoint import Checkpoint, save_component
 from glmimg.errors import CheckpointError
 from glmimg.generator import TokenGenerator
 from glmimg.weight_files import WeightFiles
@@ -70,3 +70,11 @@ def test_variants_are_read_where_they_are_alone(tmp_path: Path) -> None:
         WeightFiles(tmp_path)
     index.rename(f"{plain}.index.json")
     assert len(WeightFiles(tmp_path).infos) == 2
+
+
+def test_what_weight_files_say_of_themselves_stays_when_a_part_is_saved(tiny_copy: Path) -> None:
+    file = tiny_copy / "vae/diffusion_pytorch_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "run": "7"})
+    base = Checkpoint.open(tiny_copy)
+    save_component(tiny_copy, "vae", base.vae(), base=base)
+    assert WeightFiles(tiny_copy / "vae").metadata == {"format": "pt", "run": "7"}
