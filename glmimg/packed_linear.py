@@ -302,6 +302,7 @@ def use_packed(model: nn.Module, infos: Mapping[str, Any], config: Mapping[str, 
     it: CheckpointError where it does not.
     """
     entry = config.get(CONFIG_KEY)
+    entry = entry if isinstance(entry, dict | None) else {"format": entry}
     names = [name.removesuffix(PACKED) for name in infos if name.endswith(PACKED)]
     if bool(names) != bool(entry) or (entry and entry.get("format") != FORMAT):
         told = f"names the format {entry.get('format')!r}" if entry else "has no quantization entry"

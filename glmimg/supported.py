@@ -32,12 +32,14 @@ def require_supported(root: Path, read: Callable[[Path], dict[str, Any]], patch:
 
     sizes = f"decoder patches of {patch} and a VAE factor of {vae_factor}"
     require((patch, vae_factor) == (PATCH, VAE_FACTOR), f"{sizes} are not supported; {PATCH} and {VAE_FACTOR} are")
-    *_, named = read(root / "model_index.json").get("scheduler") or [SCHEDULER]
+    listed = read(root / "model_index.json").get("scheduler") or SCHEDULER
+    named = listed[-1] if isinstance(listed, list) else listed
     for name in (named, read(root / "scheduler/scheduler_config.json").get("_class_name", SCHEDULER)):
         require(name == SCHEDULER, f"scheduler {name} is not supported; {SCHEDULER} is")
     for file in ("processor_config.json", "preprocessor_config.json"):
         told = read(root / "processor" / file) if (root / "processor" / file).is_file() else {}
-        told = told.get("image_processor", told)
+        own = told.get("image_processor")
+        told = own if isinstance(own, dict) else told
         for key, known in _PICTURES.items():
             value = told.get(key, known)
             several = value if isinstance(value, list) else [value]

@@ -6,6 +6,7 @@ Sizes, prompts, references, weights, tokens, outputs; names and options are in t
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,21 @@ def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
         opened(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="could not be fetched.*\n.*\n.*pass that folder"):
         TextToImagePipeline.from_pretrained("owner/name", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "message"),
+    [
+        ("model_index.json", "scheduler", "scheduler 5 is not supported"),
+        ("transformer/config.json", "quantization", "names the format 5"),
+        ("processor/processor_config.json", "image_processor", ""),
+    ],
+)
+def test_settings_of_another_kind_than_they_should_be(tiny_copy: Path, file: str, key: str, message: str) -> None:
+    told = json.loads((tiny_copy / file).read_text())
+    (tiny_copy / file).write_text(json.dumps(told | {key: 5}))
+    with pytest.raises(CheckpointError, match=message) if message else nullcontext():
+        Checkpoint.open(tiny_copy).decoder()
 
 
 def test_the_embedded_model_is_there_or_said_to_be_missing() -> None:
