@@ -20,6 +20,8 @@ from glmimg.diffusion import noise_generator, noise_like
 from glmimg.pipelines.result import Result
 from glmimg.token_grid import patch_ids
 
+PEERS = {"sampler": "euler"}  # which knows one
+
 
 @pytest.fixture(scope="module")
 def peer(tiny_checkpoint: Path) -> Any:
@@ -58,14 +60,18 @@ def close(ours: list[Image.Image], theirs: list[Image.Image]) -> None:
 @pytest.mark.parametrize("prompt", ["a cat", 'a sign "OPEN"', "one 'a' two \"b\" three \u201cc\u201d"])
 def test_text_to_image(tiny_checkpoint: Path, peer: Any, prompt: str, guidance: float, height: int, width: int) -> None:
     pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")
-    ours = pipeline(prompt, height=height, width=width, num_inference_steps=5, guidance_scale=guidance, seed=4)
+    ours = pipeline(
+        prompt, height=height, width=width, num_inference_steps=5, guidance_scale=guidance, seed=4, config=PEERS
+    )
     close(ours.images, peer(prompt, **inputs(ours, 5, guidance)).images)
 
 
 def test_several_pictures(tiny_checkpoint: Path, peer: Any) -> None:
     """One prompt: with prompts of several lengths the peer pads without a mask, which is its bug."""
     pipeline = TextToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")
-    ours = pipeline('a "cat"', num_images_per_prompt=2, height=64, width=64, num_inference_steps=4, seed=8)
+    ours = pipeline(
+        'a "cat"', num_images_per_prompt=2, height=64, width=64, num_inference_steps=4, seed=8, config=PEERS
+    )
     prompts = ['a "cat"'] * 2
     close(ours.images, peer(prompts, **inputs(ours, 4, 1.5)).images)
 
@@ -75,7 +81,7 @@ def test_editing(tiny_checkpoint: Path, peer: Any, sizes: list[tuple[int, int]])
     noise = np.random.default_rng(0)
     pictures = [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
     pipeline = ImageToImagePipeline.from_pretrained(tiny_checkpoint, backend="cpu", dtype="fp32")
-    ours = pipeline('make it "RED"', pictures, height=64, width=96, num_inference_steps=4, seed=3)
+    ours = pipeline('make it "RED"', pictures, height=64, width=96, num_inference_steps=4, seed=3, config=PEERS)
     references = [pipeline.extract_tokens(picture) for picture in pictures]
     theirs = peer(
         'make it "RED"',
