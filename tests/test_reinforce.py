@@ -118,6 +118,7 @@ def test_prompts_that_are_undecided_come_again(tiny_checkpoint: Path, bank: Stic
         return float(len(scored)) if record is task.records[1] else 0.0
 
     task = _task(tiny_checkpoint, bank, reward, samples=2, edit_share=0.0)
+    task.records = task.records[:12]
     told = [task.batch(position, 6).told for position in (0, 6, 12)]
     drawn = [[task.records.index(record) for record in scored[first : first + 6 : 2]] for first in (0, 6, 12)]
     assert [batch[-1] for batch in drawn[1:]] == [1, 1] and drawn[0] == [0, 1, 2]
@@ -125,6 +126,7 @@ def test_prompts_that_are_undecided_come_again(tiny_checkpoint: Path, bank: Stic
     assert [t["alike"] for t in told] == pytest.approx([2 / 3] * 3)
     assert told[0]["layout_reward"] > 0 == told[1]["layout_reward"]  # of those in turn
     again = _task(tiny_checkpoint, bank, reward, samples=2, edit_share=0.0)
+    again.records = task.records
     again.load_state(task.state())  # as a run that goes on does
     seen = len(scored)
     again.batch(18, 6)
@@ -176,30 +178,10 @@ def test_the_command_writes_a_checkpoint(
     tiny_checkpoint: Path, bank: StickerBank, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Judge, "load", classmethod(lambda cls, folder=None: judge))
-    call = [
-        "--model",
-        str(tiny_checkpoint),
-        "--bank",
-        str(bank.directory),
-        "--work",
-        str(tmp_path / "work"),
-        "--steps",
-        "2",
-    ]
-    call += [
-        "--minutes",
-        "0",
-        "--batch-size",
-        "2",
-        "--samples",
-        "2",
-        "--held-out",
-        "2",
-        "--decoder-steps",
-        "1",
-        "--threads",
-        "1",
-    ]
+    places = {"model": tiny_checkpoint, "bank": bank.directory, "work": tmp_path / "work"}
+    few = {"minutes": 0, "steps": 2, "batch-size": 2, "samples": 2, "decoder-steps": 1, "threads": 1}
+    flags = {**places, **few, "prompts": 40, "held-out": 2}
+    call = [f"--{name}={value}" for name, value in flags.items()]
     assert main([str(tmp_path / "out"), *call]) == 0
     old, new = (Checkpoint.open(f).weights["vision_language_encoder"] for f in (tiny_checkpoint, tmp_path / "out"))
     one, other = (f.load(f.infos, device="cpu", dtype=torch.float32) for f in (old, new))
@@ -219,10 +201,10 @@ def test_the_command_writes_a_checkpoint(
     with pytest.raises(UnknownName, match="concepts, layout, text"):
         main([str(tmp_path / "other"), *call, "--parts", "colour"])
     with pytest.raises(BadInput, match="give that --model to go on"):
-        main([str(tmp_path / "other"), "--model", str(tmp_path / "out"), *call[2:]])
+        main([str(tmp_path / "other"), *call, f"--model={tmp_path / 'out'}"])
     # On from there: the record adds up.
-    call[1], call[5] = str(tmp_path / "out"), str(tmp_path / "second")
-    assert main([str(tmp_path / "further"), *call]) == 0
+    second = [f"--model={tmp_path / 'out'}", f"--work={tmp_path / 'second'}"]
+    assert main([str(tmp_path / "further"), *call, *second]) == 0
     told = json.loads((tmp_path / "further" / "training.json").read_text())["reinforcement"]
     assert (told["steps"], told["position"]) == (4, 8)
 

@@ -7,7 +7,7 @@ k of a subset depends on nothing but the subset and k: a smaller card is the beg
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,14 +81,16 @@ def make_prompts(
     size: tuple[int, int] = (256, 256),
     first_seed: int = FIRST_SEED,
     signs: bool = True,
+    subsets: Collection[tuple[str, str]] = SHARES,
 ) -> list[Record]:
     """About `n` records over all of SHARES, at least two of each subset. size: (height, width).
 
-    Another `first_seed` gives another set of the same make-up; `signs` False leaves out what needs the fonts.
+    Another `first_seed` gives another set of the same make-up; `signs` False leaves out what needs the fonts, `subsets`
+    all others.
     """
     records = []
     for number, ((part, subset), portion) in enumerate(SHARES.items()):
-        if part == "text" and not signs:
+        if (part, subset) not in subsets or (part == "text" and not signs):
             continue
         count = max(2, round(n * portion))
         seed = first_seed + 1000 * number

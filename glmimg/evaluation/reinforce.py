@@ -32,7 +32,7 @@ from glmimg.evaluation.concepts import Judge
 from glmimg.evaluation.linear_pixels import LinearStages
 from glmimg.evaluation.prompts import SHARES as CARD_SHARES
 from glmimg.evaluation.prompts import Record, make_edits, make_prompts
-from glmimg.evaluation.reward_task import RewardTask, card_reward
+from glmimg.evaluation.reward_task import RewardTask, card_reward, require_differing
 from glmimg.evaluation.scoring import Scorers
 from glmimg.evaluation.text import rapidocr_reader
 from glmimg.training.loop import Run, TrainConfig, ended
@@ -64,8 +64,8 @@ def prompts(bank: StickerBank, count: int, first_seed: int, parts: Collection[st
     wanted = {subset: max(1, count * share // sum(shares.values())) for subset, share in shares.items()}
     enough = max(-(-n // CARD_SHARES[subset]) for subset, n in wanted.items())
     chosen = []
-    for record in make_prompts(bank, int(enough), first_seed=first_seed):
-        if wanted.get((record.part, record.subset), 0):
+    for record in make_prompts(bank, int(enough), first_seed=first_seed, subsets=wanted):
+        if wanted[record.part, record.subset]:
             wanted[record.part, record.subset] -= 1
             chosen.append(record)
     return _mixed(chosen)
@@ -113,8 +113,8 @@ def add_flags(parser: argparse.ArgumentParser, *, work: str, minutes: float, lea
     parser.add_argument("--seed", type=int, default=0)
 
 
-def prepared(a: argparse.Namespace, **more: Any) -> tuple[Backend, TrainConfig]:
-    """Where those flags have it run, and how it trains; BadInput for what cannot be."""
+def prepared(a: argparse.Namespace, **more: Any) -> tuple[Backend, Checkpoint, TrainConfig]:
+    """Where those flags have it run, from what, and how it trains; BadInput for what cannot be."""
     if a.out.exists():
         raise BadInput(f"{a.out} exists: give a folder that does not")
     backend = pick_backend(a.device)
@@ -122,16 +122,17 @@ def prepared(a: argparse.Namespace, **more: Any) -> tuple[Backend, TrainConfig]:
         raise BadInput(f"--device {a.device} with several processes: these share processors only")
     if a.threads:
         torch.set_num_threads(a.threads)
+    checkpoint = Checkpoint.open(a.model)
+    require_same_start(a.work, checkpoint, "--model")
     told = {name: getattr(a, name) for name in ("learning_rate", "batch_size", "minutes", "steps", "seed", "threads")}
     fixed: dict[str, Any] = {"warmup": 10, "weight_decay": 0.0, "muon": False, "device": str(backend.device)}
-    return backend, TrainConfig(**told, **fixed, **more)
+    return backend, checkpoint, TrainConfig(**told, **fixed, **more)
 
 
 def carry_out(
     task: Any, config: TrainConfig, a: argparse.Namespace, checkpoint: Checkpoint, stage: str, argv: list[str] | None
 ) -> int:
     """Trains, or goes on with what --work holds, and writes the checkpoint: what such a program ends with."""
-    require_same_start(a.work, checkpoint, "--model")
     run = Run(task, config, a.work)
     if run.resume():
         print(f"resumed at step {run.step}", file=sys.stderr)
@@ -161,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance-scale", type=float, help="of each picture (the checkpoint's own); 1: half the time")
     parser.add_argument("--edit-share", type=float, default=0.25, help="of the batches (0.25); 0: no edits")
     parser.add_argument("--parts", default=",".join(PARTS), help="of the prompts, comma-separated")
+    parser.add_argument("--prompts", type=int, default=4_000, help="to learn from, and a third as many edits (4000)")
     parser.add_argument("--held-out", type=int, default=60, help="prompts to watch, and half as many edits (60)")
     a = parser.parse_args(argv)
     parts = [part for part in a.parts.split(",") if part]
@@ -169,14 +171,15 @@ def main(argv: list[str] | None = None) -> int:
             raise UnknownName.of("part", part, PARTS)
     if not parts:
         raise BadInput(f"--parts is empty: name some of {', '.join(PARTS)}")
-    backend, config = prepared(a, ema=0.9, evaluate_minutes=20.0, sheet_minutes=20.0)
-    checkpoint, bank = Checkpoint.open(a.model), StickerBank(a.bank)
+    require_differing(a.samples, a.temperature)
+    backend, checkpoint, config = prepared(a, ema=0.9, evaluate_minutes=20.0, sheet_minutes=20.0)
+    bank = StickerBank(a.bank)
     scorers = Scorers(bank, Judge.load(a.judge), rapidocr_reader(READ_SIDE))
     model = checkpoint.generator(backend.device, torch.float32, vision=True)
-    records = prompts(bank, 4_000, FIRST_SEED, parts)
+    records = prompts(bank, a.prompts, FIRST_SEED, parts)
     edits, watched = list[Record](), prompts(bank, a.held_out, HELD_OUT_SEED, parts)
     if a.edit_share:
-        edits = _mixed(make_edits(bank, 1_400, first_seed=FIRST_SEED))
+        edits = _mixed(make_edits(bank, a.prompts * 7 // 20, first_seed=FIRST_SEED))
         watched += make_edits(bank, a.held_out // 2, first_seed=HELD_OUT_SEED)
     task = RewardTask(
         model,

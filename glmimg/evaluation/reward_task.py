@@ -65,6 +65,14 @@ def card_reward(scorers: Scorers) -> Reward:
     return reward
 
 
+def require_differing(samples: int, temperature: float) -> None:
+    """BadInput unless a prompt has layouts that can be better than its others."""
+    if samples < 2:
+        raise BadInput(f"samples {samples}: give 2 or more, each is measured by the others of its prompt")
+    if not temperature > 0:
+        raise BadInput(f"temperature {temperature}: give more than 0, or all layouts of a prompt are the same")
+
+
 @dataclass
 class RewardBatch:
     """What was drawn, by how much each row's picture was better than the others of its prompt, the logits_BNV that the
@@ -112,10 +120,7 @@ class RewardTask:
         for some in (records, edits):
             if len({(r.scene.height, r.scene.width) for r in some}) > 1:
                 raise BadInput("records of several picture sizes: give records of one size, a batch is of one")
-        if samples < 2:
-            raise BadInput(f"samples {samples}: give 2 or more, each is measured by the others of its prompt")
-        if temperature <= 0:
-            raise BadInput(f"temperature {temperature}: give more than 0, or all layouts of a prompt are the same")
+        require_differing(samples, temperature)
         self.model, self.stages, self.bank, self.reward = model, stages, bank, reward
         self.records, self.edits, self.edit_share = records, edits, edit_share if edits else 0.0
         self.samples, self.distance, self.preview_weight = samples, distance, preview_weight

@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from glmimg.checkpoint import Checkpoint
 from glmimg.corpus.captions import LANGUAGE_WEIGHTS, caption
 from glmimg.corpus.grammar import agreeing, number, plural
 from glmimg.corpus.mini import SQUARE
@@ -180,8 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--held-out", type=int, default=32, help="scenes to watch, in each language (32)")
     a = parser.parse_args(argv)
     languages = _weights(a.languages)
-    backend, config = prepared(a, ema=0.98, evaluate_minutes=5.0, sheet_minutes=1e9)
-    checkpoint, bank = Checkpoint.open(a.model), StickerBank(a.bank)
+    backend, checkpoint, config = prepared(a, ema=0.98, evaluate_minutes=5.0, sheet_minutes=1e9)
+    bank = StickerBank(a.bank)
     model = checkpoint.generator(backend.device, torch.float32, vision=True)
     told = {"coloured": a.coloured, "held_out": a.held_out, "seed": a.seed}
     task = LanguageTask(model, Stages(checkpoint, backend), bank, languages, **told)
