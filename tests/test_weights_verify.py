@@ -56,6 +56,23 @@ def test_the_embedded_model_is_sound() -> None:
     assert verify(EMBEDDED).problems == []
 
 
+def test_settings_that_the_libraries_have_defaults_for(tiny_copy: Path) -> None:
+    gone = {
+        LANGUAGE: ("vision_config.patch_size", "text_config.max_position_embeddings"),
+        "transformer/config.json": ("in_channels", "out_channels", "patch_size"),
+        "scheduler/scheduler_config.json": ("_class_name",),
+    }
+    for path, names in gone.items():
+        value = json.loads((tiny_copy / path).read_text(encoding="utf-8"))
+        for name in names:
+            part, _, key = name.rpartition(".")
+            del (value[part] if part else value)[key]
+        (tiny_copy / path).write_text(json.dumps(value), encoding="utf-8")
+    assert verify(tiny_copy, values=False).problems == []
+    edit_json(tiny_copy / "vae/config.json", lambda value: value.pop("latent_channels") and None)
+    assert "the settings lack or garble 'latent_channels' (channels)" in verify(tiny_copy, values=False).problems
+
+
 def test_tensors(tiny_copy: Path) -> None:
     def change(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         lost = state.pop("proj_out.bias")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from glmimg.errors import CheckpointError
+from glmimg.supported import SCHEDULER, diffusers_class
 from glmimg.weights_tools.layouts import Contents
 
 __all__ = ["clashes"]
 
 GENERATOR = "vision_language_encoder"
 _SPECIALS = ("<sop>", "<eop>", "<|image|>")
+# diffusers' modules and classes.
+_CLASSES = {
+    "transformer": ("models.transformers.transformer_glm_image", "GlmImageTransformer2DModel"),
+    "vae": ("models.autoencoders.autoencoder_kl", "AutoencoderKL"),
+}
+_ASKED_FOR = ("text_config", "vq_config", "latent_channels", "block_out_channels")
 _EXPANSION = 16  # times longer that a normaliser may make a text
 
 
@@ -35,12 +43,37 @@ def _needs(*components: str) -> Callable[[Callable[..., Iterator[str]]], Callabl
     def decorate(check: Callable[..., Iterator[str]]) -> Callable[[Contents], Iterator[str]]:
         def run(contents: Contents) -> Iterator[str]:
             if all(component in contents.components for component in components):
-                yield from check(contents, *(contents.config(component) for component in components))
+                yield from check(
+                    contents, *(_complete(component, contents.config(component)) for component in components)
+                )
 
         run.__name__ = check.__name__
         return run
 
     return decorate
+
+
+def _complete(component: str, config: dict[str, Any]) -> dict[str, Any]:
+    """`config`, and where it is silent what the libraries take, unless opening asks for it."""
+    known = _defaults(component)
+    found = {name: value for name, value in known.items() if name not in _ASKED_FOR}
+    for name, value in config.items():
+        below = known.get(name)
+        found[name] = below | value if isinstance(below, dict) and isinstance(value, dict) else value
+    return found
+
+
+def _defaults(component: str) -> dict[str, Any]:
+    if component == GENERATOR:
+        from transformers.models.glm_image.configuration_glm_image import GlmImageConfig
+
+        return GlmImageConfig().to_dict()
+    if component == "text_encoder":
+        from transformers.models.t5.configuration_t5 import T5Config
+
+        return T5Config().to_dict()
+    taken = inspect.signature(diffusers_class(*_CLASSES[component])).parameters
+    return {name: one.default for name, one in taken.items()}
 
 
 def _differ(what: str, **values: Any) -> Iterator[str]:
@@ -179,7 +212,7 @@ def _scheduler(contents: Contents) -> Iterator[str]:
     path = "scheduler/scheduler_config.json"
     if path in contents.files:
         settings = contents.json(path)
-        if settings.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-            yield f"{path}: {settings.get('_class_name')!r:.60} is not FlowMatchEulerDiscreteScheduler"
+        if (named := settings.get("_class_name", SCHEDULER)) != SCHEDULER:
+            yield f"{path}: {named!r:.60} is not {SCHEDULER}"
         if not isinstance(settings.get("num_train_timesteps", 1000), int) or settings.get("num_train_timesteps") == 0:
             yield f"{path}: num_train_timesteps is {settings.get('num_train_timesteps')!r:.60}"
