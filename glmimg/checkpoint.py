@@ -23,7 +23,7 @@ from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.filling import fill, put
 from glmimg.packed_format import CONFIG_KEY
 from glmimg.supported import diffusers_class, require_supported
-from glmimg.weight_files import WeightFiles, contained, json_object
+from glmimg.weight_files import WeightFiles, contained, json_object, regular
 
 if TYPE_CHECKING:
     import torch
@@ -398,7 +398,7 @@ def _prefixed(prefixes: tuple[str, ...]) -> Callable[[str], bool]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json_object(path.read_bytes(), path)
+        return json_object(regular(path).read_bytes(), path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: not a GLM-Image checkpoint, or not downloaded completely") from error
     except OSError as error:

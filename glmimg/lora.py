@@ -31,7 +31,7 @@ from glmimg.atomic_write import atomic_folder
 from glmimg.config import parse_json
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.packed_linear import PackedLinear
-from glmimg.weight_files import WeightFiles
+from glmimg.weight_files import WeightFiles, regular
 
 __all__ = [
     "TARGETS",
@@ -248,7 +248,7 @@ def save_adapter(
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json(regular(folder / CONFIG).read_text(encoding="utf-8"))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except FileNotFoundError as error:
         raise BadInput(f"{folder} has no {CONFIG}: name an adapter's folder") from error

@@ -33,6 +33,7 @@ __all__ = [
     "json_object",
     "read_header",
     "read_index",
+    "regular",
     "some",
     "torch_dtype",
 ]
@@ -263,7 +264,7 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > _MAX_HEADER:
             raise ValueError("it is too large")
-        value = json.loads(path.read_bytes())
+        value = json.loads(regular(path).read_bytes())
         index = {str(name): str(file) for name, file in value["weight_map"].items()}
         if not isinstance(value.get("metadata") or {}, dict):
             raise ValueError("its metadata are no object")
@@ -316,6 +317,13 @@ def contained(folder: Path, file: Path) -> Path:
             "If that is wanted, put the file or folder itself there, or a hard link to the file."
         )
     return file
+
+
+def regular(path: Path) -> Path:
+    """`path`; OSError for a pipe, socket or device, which whoever reads it might wait for without end."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # the system refuses folders itself
+        raise OSError(errno.EINVAL, "it is no file but a pipe or a device")
+    return path
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -28,10 +28,12 @@ PLAIN = {"prompt": "a cat", "size": "64x64", "steps": 2, "seed": 5}
 
 
 @contextmanager
-def started(folder: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+def started(folder: Path, *flags: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "glmimg.cli", "serve", "--port", "0", "--backend", "cpu", *flags]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | environment
+        )
     try:
         yield process
     finally:
@@ -153,9 +155,10 @@ def test_under_load_everybody_is_answered_when_it_is_stopped(tiny_checkpoint: Pa
     assert made["requests"] >= 1 + statuses.count(200) and made["pictures"] >= 1
 
 
-def test_it_can_be_stopped_while_the_model_loads(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "model_index.json")  # whoever reads it waits for ever
-    with started(tmp_path, "--model", str(tmp_path)) as process:
+def test_it_can_be_stopped_while_the_model_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("import time\ntime.sleep(600)\n", encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with started(tmp_path, "--model", str(tiny_checkpoint), PYTHONPATH=path) as process:
         began = time.monotonic()
         while not (workers := children(process.pid)):
             assert process.poll() is None and time.monotonic() - began < 60

@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from glmimg.checkpoint import Checkpoint, save_component
 from glmimg.cli import main
-from glmimg.errors import CheckpointError, GlmimgError
+from glmimg.errors import BadInput, CheckpointError, GlmimgError
+from glmimg.lora import open_adapters
 from glmimg.weight_files import read_header
 from glmimg.weights_tools.convert import convert
 from glmimg.weights_tools.inspect import inspect
 from glmimg.weights_tools.layouts import safe_path
 from glmimg.weights_tools.streaming import TensorReader
-from glmimg.weights_tools.verify import verify
+from glmimg.weights_tools.verify import CHECKSUMS, verify
 
 
 def file_of(header: Any, data: bytes = b"") -> bytes:
@@ -347,6 +348,25 @@ def test_special_files(tiny_copy: Path, tmp_path: Path) -> None:
         os.mkfifo(weights)
         with pytest.raises(CheckpointError, match="is not a file"):
             convert(tiny_copy, tmp_path / "out")
+        with pytest.raises(BadInput, match="is no file but a pipe"):
+            inspect(weights)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "vae/config.json", "transformer/diffusion_pytorch_model.safetensors.index.json"]
+)
+def test_pipes_are_told_instead_of_waited_for(tiny_copy: Path, tmp_path: Path, name: str) -> None:
+    (tiny_copy / name).unlink(missing_ok=True)
+    os.mkfifo(tiny_copy / name)
+    with pytest.raises(CheckpointError, match="pipe|index of shards"):
+        Checkpoint.open(tiny_copy)
+    os.mkfifo(tiny_copy / CHECKSUMS)
+    assert any(CHECKSUMS in line and "pipe" in line for line in verify(tiny_copy).problems)
+    (tmp_path / "adapter/decoder").mkdir(parents=True)
+    os.mkfifo(tmp_path / "adapter/decoder/adapter_config.json")
+    with pytest.raises(CheckpointError, match="pipe"):
+        open_adapters([tmp_path / "adapter"])
 
 
 INDEX = "file:vae/m.safetensors.index.json"

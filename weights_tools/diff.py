@@ -20,7 +20,7 @@ from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import PACKED, SCALE
 from glmimg.packed_linear import dequantize
 from glmimg.torch_state import plain_torch
-from glmimg.weight_files import TensorInfo, json_object
+from glmimg.weight_files import TensorInfo, json_object, regular
 from glmimg.weights_tools.inspect import finite
 from glmimg.weights_tools.streaming import Progress, TensorReader, row_blocks
 
@@ -195,7 +195,7 @@ def _settings(a: Path, b: Path) -> list[tuple[str, str, Any, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json_object(path.read_bytes(), path)
+        return json_object(regular(path).read_bytes(), path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): not downloaded completely?") from error
 

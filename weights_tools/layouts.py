@@ -139,6 +139,8 @@ def read_contents(source: str | Path, *, weights: bool = True) -> Contents:
             "Only safetensors and GGUF files are read.\n"
             "Ask for safetensors from where it came, or convert it in a place that you trust."
         )
+    if not path.is_file():
+        raise BadInput(f"{path} is no file but a pipe or a device: give a checkpoint's folder or file")
     with path.open("rb") as stream:
         magic = stream.read(4)
     if magic == b"GGUF":

@@ -17,7 +17,7 @@ from glmimg.atomic_write import write_text
 from glmimg.checkpoint import COMPONENTS, Checkpoint
 from glmimg.errors import BadInput, CheckpointError, GlmimgError
 from glmimg.torch_state import plain_torch
-from glmimg.weight_files import FLOATS, contained, read_header, read_index
+from glmimg.weight_files import FLOATS, contained, read_header, read_index, regular
 from glmimg.weights_tools.consistency import clashes
 from glmimg.weights_tools.fit import is_pruned, misfits
 from glmimg.weights_tools.layouts import Contents, read_contents, read_folder, safe_path
@@ -201,7 +201,7 @@ def _write_checksums(root: Path, told: Bytes) -> int:
 
 def _compare_checksums(root: Path, told: Bytes) -> tuple[int, list[str]]:
     try:
-        lines = (root / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        lines = regular(root / CHECKSUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         return 0, [f"{CHECKSUMS} cannot be read ({error})"]
     found, listed = [], set()
