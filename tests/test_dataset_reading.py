@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from glmimg.dataset.reading import Dataset, name_caption, read_dataset
+from glmimg.dataset.names import name_caption
+from glmimg.dataset.reading import Dataset, read_dataset
 from glmimg.errors import BadInput
 
 

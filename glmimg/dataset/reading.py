@@ -30,11 +30,12 @@ from typing import Any
 from PIL import Image
 
 from glmimg.config import parse_json
+from glmimg.dataset.names import name_caption
 from glmimg.dataset.spool import Spool
 from glmimg.errors import BadInput, MissingExtra, UnknownName, printable
 from glmimg.image_io import open_picture
 
-__all__ = ["COLUMNS", "SUFFIXES", "Dataset", "Example", "Source", "name_caption", "read_dataset", "shown_name"]
+__all__ = ["COLUMNS", "SUFFIXES", "Dataset", "Example", "Source", "read_dataset", "shown_name"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _NOT_READ = {".avif", ".heic", ".heif", ".jfif", ".jxl"}  # pictures all the same
@@ -45,17 +46,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "reference": ("source", "source_image", "reference", "input_image", "original_image", "source_file_name"),
 }
 _TABLES = ("metadata.jsonl", "metadata.csv")  # of both in one folder the first is read
-# Words that cameras, phones and programs begin and go on with when they number pictures.
-_CAMERA = {
-    *("", "burst", "cimg", "dji", "download", "dsc", "dscf", "dscn", "fb", "gopr", "image", "img", "mg", "mvimg", "p"),
-    *("pano", "photo", "pict", "picture", "pxl", "sam", "screen", "screenshot", "signal", "unnamed", "untitled", "vid"),
-    "whatsapp",
-}
-_CAMERA_TOO = _CAMERA | {"am", "at", "copy", "cover", "edit", "edited", "hdr", "mp", "night", "on", "pm", "portrait"}
-_CAMERA_TOO |= {"shot", "wa"}
 _TRAIN = re.compile(r"(^|[/\\_.-])train([/\\_.-]|$)", re.IGNORECASE)  # in the path of a split's file
 _SYSTEM = {"Thumbs.db", "desktop.ini"}
-_DIGEST = re.compile(r"[0-9a-f\-]{16,}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -153,16 +145,6 @@ def read_dataset(place: str | Path, columns: Mapping[str, str] | None = None) ->
             f"{place} holds no pictures ({kind}): {', '.join(sorted(s[1:] for s in SUFFIXES))} are looked for{seen}"
         )
     return Dataset(str(place), kind, tuple(examples), tuple(notes))
-
-
-def name_caption(stem: str) -> str:
-    """The caption that a file name makes, "" for a camera's numbering: red_fox-02 gives "red fox"."""
-    told = [re.sub(r"\d+", "", word) for word in re.findall(r"[^\s\-_.()~]+", stem.lower())]
-    if not told or (told[0] in _CAMERA and _CAMERA_TOO.issuperset(told)) or _DIGEST.fullmatch(stem):
-        return ""
-    words = re.sub(r"[\s_\-.+]+", " ", re.sub(r"\s*\(\d+\)$", "", stem))
-    # Macs write names decomposed, and nobody types prompts that way
-    return unicodedata.normalize("NFC", re.sub(r"\s+\d+$", "", words).strip())
 
 
 def shown_name(path: Path, root: Path | None = None) -> str:
