@@ -218,6 +218,9 @@ def test_edit_pairs_in_folders_and_tables(tmp_path: Path) -> None:
     assert found.examples[0].reference is not None and found.examples[0].reference.label == "source/x.png"
     assert found.notes == ("source/alone.png has no target of that name", "target/y.txt has no picture")
 
+    picture(tmp_path / "pairs/source/x.jpg")
+    assert read_dataset(tmp_path / "pairs").notes == ("source/x.jpg is not read: source/x.png is", *found.notes)
+
     rows = {"source": "source/x.png", "target": "target/x.png", "instruction": "make it blue"}
     (tmp_path / "pairs/metadata.jsonl").write_text(json.dumps(rows))
     again = read_dataset(tmp_path / "pairs")

@@ -203,6 +203,16 @@ def _texts(root: Path) -> dict[Path, Path]:
     return {p.with_suffix(""): p for p in _visible(root) if p.suffix.lower() == ".txt" and p.is_file()}
 
 
+def _by_stem(paths: Iterable[Path], root: Path, notes: list[str]) -> dict[Path, Path]:
+    """Files by their paths without suffix; of several of one name the last, and the others are told."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if before := found.get(path.with_suffix("")):
+            notes.append(f"{shown_name(before, root)} is not read: {shown_name(path, root)} is")
+        found[path.with_suffix("")] = path
+    return found
+
+
 def _text_captions(picture: Path, texts: Mapping[Path, Path]) -> tuple[str, ...] | None:
     """The lines of the text beside a picture; None where there is none."""
     if (file := texts.get(picture.with_suffix(""))) is None:
@@ -235,10 +245,10 @@ def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:
 
 
 def _pairs(root: Path, notes: list[str]) -> list[Example]:
-    sources = {p.relative_to(root / "source").with_suffix(""): p for p in _pictures(root / "source")}
+    sources = _by_stem(_pictures(root / "source"), root, notes)
     examples, texts = [], _texts(root)
     for target in _pictures(root / "target"):
-        source = sources.pop(target.relative_to(root / "target").with_suffix(""), None)
+        source = sources.pop(root / "source" / target.relative_to(root / "target").with_suffix(""), None)
         if source is None:
             notes.append(f"{shown_name(target, root)} has no source of that name")
             continue
