@@ -164,6 +164,9 @@ def test_capitals_and_names_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "b.TXT").rename(tmp_path / "b.tXt")
     read = read_dataset(tmp_path)
     assert [e.captions for e in read.examples] == [("a disc",)] and "b.tXt has no picture" in read.notes
+    (tmp_path / "a.txt").write_text("a square")
+    read = read_dataset(tmp_path)
+    assert read.examples[0].captions == ("a square",) and "a.Txt is not read: a.txt is" in read.notes
     odd = tmp_path / "odd"
     odd.mkdir()
     Path(os.fsdecode(os.fsencode(odd) + b"/caf\xe9-bar.png")).write_bytes((tmp_path / "a.png").read_bytes())

@@ -170,12 +170,12 @@ def _visible(root: Path) -> list[Path]:
     ]
 
 
-def _unread(root: Path) -> list[str]:
+def _unread(root: Path, texts: Mapping[Path, Path]) -> list[str]:
     """A note for each kind of file that is neither picture nor caption, a phone's own format, films; for links and
     captions of no picture too."""
     kinds: dict[str, list[str]] = defaultdict(list)
     visible, stems = _visible(root), {picture.with_suffix("") for picture in _pictures(root)}
-    alone = [shown_name(text, root) for stem, text in _texts(root).items() if stem not in stems]
+    alone = [shown_name(text, root) for stem, text in texts.items() if stem not in stems]
     links = [shown_name(path, root) for path in visible if path.is_symlink() and path.is_dir()]
     for path in visible:
         kind = path.suffix.lower()
@@ -198,9 +198,9 @@ def _train(files: list[Path], root: Path, notes: list[str]) -> list[Path]:
     return train
 
 
-def _texts(root: Path) -> dict[Path, Path]:
+def _texts(root: Path, notes: list[str]) -> dict[Path, Path]:
     """The captions' files by their paths without .txt, .TXT or .Txt."""
-    return {p.with_suffix(""): p for p in _visible(root) if p.suffix.lower() == ".txt" and p.is_file()}
+    return _by_stem((p for p in _visible(root) if p.suffix.lower() == ".txt" and p.is_file()), root, notes)
 
 
 def _by_stem(paths: Iterable[Path], root: Path, notes: list[str]) -> dict[Path, Path]:
@@ -231,7 +231,7 @@ def _text(file: Path, errors: str = "strict") -> str:
 
 
 def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:
-    texts = _texts(root)
+    texts = _texts(root, notes)
     told = {picture: _text_captions(picture, texts) for picture in _pictures(root)}
     with_text = any(captions is not None for captions in told.values())
     examples = []
@@ -240,13 +240,13 @@ def _folder(root: Path, notes: list[str]) -> tuple[str, list[Example]]:
             named = name_caption(picture.stem.encode(errors="ignore").decode())
             captions = () if with_text or not named else (named,)
         examples.append(Example(Source(shown_name(picture, root), picture), captions))
-    notes += _unread(root)
+    notes += _unread(root, texts)
     return ("folder with .txt captions" if with_text else "folder, captions from file names"), examples
 
 
 def _pairs(root: Path, notes: list[str]) -> list[Example]:
     sources = _by_stem(_pictures(root / "source"), root, notes)
-    examples, texts = [], _texts(root)
+    examples, texts = [], _texts(root, notes)
     for target in _pictures(root / "target"):
         source = sources.pop(root / "source" / target.relative_to(root / "target").with_suffix(""), None)
         if source is None:
@@ -258,7 +258,7 @@ def _pairs(root: Path, notes: list[str]) -> list[Example]:
     notes += [f"{shown_name(left, root)} has no target of that name" for left in sources.values()]
     apart = [p for p in _pictures(root) if {root / "source", root / "target"}.isdisjoint(p.parents)]
     notes += [f"{shown_name(picture, root)} is neither in source nor in target" for picture in apart]
-    notes += _unread(root)
+    notes += _unread(root, texts)
     return examples
 
 
