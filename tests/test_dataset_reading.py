@@ -399,6 +399,10 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         (tmp_path / name).touch()
         with pytest.raises(BadInput, match=f"{name} is empty"):
             read_dataset(tmp_path / name)
+        for encoding in ("utf-16-le", "utf-16-be"):
+            (tmp_path / name).write_text('{"file_name": "a.png"}\n', encoding=encoding)
+            with pytest.raises(BadInput, match="is no UTF-8 text .*: save it as UTF-8"):
+                read_dataset(tmp_path / name)
     (tmp_path / "long").mkdir()
     (tmp_path / "long/metadata.csv").write_text("file_name,text\na.png," + "x" * 200_000)
     with pytest.raises(BadInput, match="no table that can be read"):

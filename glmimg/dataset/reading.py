@@ -287,6 +287,8 @@ def _table(file: Path, root: Path, columns: Mapping[str, str], notes: list[str])
     if kind not in (".jsonl", ".csv", ".tsv"):
         raise BadInput(f"{file} is a {kind or 'nameless'} file; .jsonl, .csv, .tsv and .parquet are known, and folders")
     text = _text(file)
+    if "\0" in text:
+        raise BadInput(f"{file} is no UTF-8 text (its letters have two bytes): save it as UTF-8")
     if not text.strip():
         raise BadInput(f"{file} is empty: write a row for each picture, or delete it to read the folder's own pictures")
     if kind == ".jsonl":
