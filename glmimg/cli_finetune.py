@@ -85,7 +85,7 @@ def finetune(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], 
 
 def _finetune(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
-    if not arguments.output and (arguments.find_rate or not arguments.dry_run):
+    if not arguments.output and (arguments.output is not None or arguments.find_rate or not arguments.dry_run):
         raise BadInput(f"no place for the result: glmimg finetune {arguments.data} -o my-adapter")
     from glmimg.pipelines.finetune import FineTunePipeline
     from glmimg.training.processes import Processes

@@ -169,6 +169,8 @@ def test_bad_flags(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.Capture
         (["--column", "picture"], "ROLE=NAME"),
         (["--column", "pictur=x"], "did you mean 'picture'"),
         (["--resolution", "100"], "multiple of 32"),
+        (["--resolution", "0"], "resolution 0: give a multiple of 32"),
+        (["--resolution", "0", "--model", "/nowhere"], "resolution 0"),  # first of all
         (["--max-aspect", "9"], "max_aspect"),
     ):
         assert main([*base, *wrong]) == 2

@@ -391,7 +391,7 @@ def test_command_line(
     ):
         assert main([*base, "-o", str(tmp_path / "never"), *wrong]) == 2, wrong
         assert message in capsys.readouterr().err
-    for nowhere in ([], ["--find-rate", "--dry-run"]):
+    for nowhere in ([], ["--find-rate", "--dry-run"], ["--dry-run", "-o", ""]):
         assert main([*base, *nowhere]) == 2 and "-o my-adapter" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from glmimg.config import Config, require
+from glmimg.config import SIDE, Config, require
 from glmimg.dataset.captions import CaptionRules
 from glmimg.errors import UnknownName
 from glmimg.training.everyday import EVERYDAY
@@ -106,6 +106,8 @@ class FineTuneConfig(Config):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: use 1 or more")
         for name in ("warmup", "sample_every", "evaluate_every", "save_every", "sample_seed", "seed", "threads"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: use 0 or more")
+        square = self.resolution is None or (self.resolution > 0 and self.resolution % SIDE == 0)
+        require(square, f"resolution {self.resolution}: give a multiple of {SIDE}, or leave it out for the model's own")
         rate = self.learning_rate
         require(rate is None or 0 < rate <= 1, f"learning_rate {rate}: use more than 0, at most 1; 5e-4 is usual")
         require(
