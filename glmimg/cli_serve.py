@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -78,11 +77,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtra.of("uvicorn", "server", "glmimg serve") from error
-    from glmimg.checkpoint import Checkpoint
     from glmimg.serving.run import run
 
-    if not os.path.isdir(os.path.expanduser(settings.model)):
-        Checkpoint.open(settings.model)  # what is none is told before a worker starts; folders are for that to read
     if not run(settings):
         raise GlmimgError("the server could not be started: the lines above tell why")
     return 0

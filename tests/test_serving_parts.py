@@ -270,6 +270,15 @@ def test_usage_outlives_the_server_and_a_full_disk(tmp_path: Path, caplog: pytes
             Ledger(path)
 
 
+def test_usage_that_cannot_be_written_is_told_before_the_model_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "usage.json", tmp_path):
+        assert main(["serve", "--model", "no/such", "--port", "0", "--usage-file", str(place)]) == 2
+        assert str(place) in capsys.readouterr().err
+
+
 def test_a_reader_that_takes_nothing_is_let_go() -> None:
     """Its ticket is left, so that nothing more is made for it."""
     left: list[bool] = []

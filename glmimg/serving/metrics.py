@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -71,7 +72,8 @@ class Totals:
 
 @dataclass
 class Ledger:
-    """Totals by key; with a file they outlive the server. A file that cannot be written is told in the log."""
+    """Totals by key; with a file they outlive the server. BadInput if that cannot be written at first; later it is told
+    in the log."""
 
     path: Path | None = None
     totals: dict[str, Totals] = field(default_factory=dict)
@@ -80,10 +82,12 @@ class Ledger:
     _adding: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return
         try:
-            self.totals = self._stored(self.path)
+            self.totals = self._added(self.path, {})  # a file that cannot be written is told now, not in a log
+        except BadInput as error:
+            raise BadInput(f"{self.path} cannot keep the usage: {error}") from error
         except (OSError, ValueError) as error:
             advice = "name another file, or move this one away"
             raise BadInput(f"{self.path} is no file of usage ({error}): {advice}") from error
@@ -99,6 +103,17 @@ class Ledger:
             raise ValueError(error) from error
         return stored
 
+    @classmethod
+    def _added(cls, path: Path, new: Mapping[str, Totals]) -> dict[str, Totals]:
+        """What the file holds then."""
+        with locked(path.with_name(f".{path.name}.lock")):  # another server may write there too
+            stored = cls._stored(path) if path.exists() else {}
+            for name, amount in new.items():
+                stored.setdefault(name, Totals()).add(amount)
+            rows = {name: one.to_dict() for name, one in stored.items()}
+            write_text(path, json.dumps(rows, indent=2))
+        return stored
+
     def add(self, client: str, amount: Totals) -> None:
         with self._adding:
             self.totals.setdefault(client, Totals()).add(amount)
@@ -112,12 +127,7 @@ class Ledger:
             with self._adding:
                 new, self._new = self._new, {}
             try:
-                with locked(self.path.with_name(f".{self.path.name}.lock")):  # another server may write there too
-                    stored = self._stored(self.path) if self.path.exists() else {}
-                    for name, amount in new.items():
-                        stored.setdefault(name, Totals()).add(amount)
-                    rows = {name: one.to_dict() for name, one in stored.items()}
-                    write_text(self.path, json.dumps(rows, indent=2))
+                self._added(self.path, new)
             except (GlmimgError, OSError, ValueError) as error:
                 with self._adding:
                     for name, amount in self._new.items():

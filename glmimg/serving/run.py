@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from glmimg.checkpoint import Checkpoint
 from glmimg.errors import BadInput
 from glmimg.serving.app import create_app
 from glmimg.serving.service import Service
@@ -106,6 +107,8 @@ def run(settings: ServerSettings) -> bool:
     logging.getLogger("glmimg").setLevel(logging.INFO)
     app = create_app(settings)
     service: Service = app.state.service
+    if not os.path.isdir(os.path.expanduser(settings.model)):
+        Checkpoint.open(settings.model)  # what is none is told before a worker starts; folders are for that to read
     config = uvicorn.Config(
         app,
         loop="asyncio",
