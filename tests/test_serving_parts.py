@@ -197,6 +197,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     flags = vars(parser.parse_args([])) | {"allow_hosts": ()}
     assert ServerSettings.from_dict(flags) == ServerSettings(), "a flag's default is another than the setting's"
     assert main(["serve", "--host", "0.0.0.0"]) == 2 and "API keys" in capsys.readouterr().err
+    for name in ("a\nb", "a\tb", "a\x1b[31m", "a\u202eb", "a\u2028b", "caf\udce9"):
+        assert main(["serve", "key", name, "--keys", str(tmp_path / "keys.json")]) == 2
+        assert f"key name {name!r}: use letters" in capsys.readouterr().err and not (tmp_path / "keys.json").exists()
     assert main(["serve", "key", "ada", "--keys", str(tmp_path / "keys.json"), "--max-requests", "2"]) == 0
     key = capsys.readouterr().out.strip()
     found = KeyFile(tmp_path / "keys.json").find(key)

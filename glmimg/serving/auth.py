@@ -19,7 +19,7 @@ from pathlib import Path
 
 from glmimg.atomic_write import atomic_file, locked
 from glmimg.config import Config, parse_json, require
-from glmimg.errors import BadInput
+from glmimg.errors import BadInput, printable
 from glmimg.serving.settings import Problem
 
 __all__ = ["LOCAL", "Client", "KeyFile", "Limits", "add_key"]
@@ -41,6 +41,8 @@ class Client(Config):
 
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), "a key needs a name")
+        plain = self.name == printable(self.name) and self.name.splitlines() == [self.name] and "\t" not in self.name
+        require(plain, f"key name {self.name!r}: use letters, digits and spaces in one line; logs and tables show it")
         for limit in (self.pictures_per_minute, self.max_requests):
             require(limit is None or limit >= 1, f"a limit of {limit}: use 1 or more, or leave it out")
 
