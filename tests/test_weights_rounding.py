@@ -48,6 +48,11 @@ def test_checkpoint_packs_smaller_and_keeps_its_tokenizer(
         round_checkpoint(exact, tmp_path / "other", 1)
 
 
+def test_what_has_no_deviation_stays() -> None:
+    for matrix in (torch.full((1, 1), 0.3), torch.full((3, 4), 1e9), torch.zeros(2, 2), torch.tensor([[0.5], [0.5]])):
+        assert torch.equal(on_grid(matrix, 3), matrix)
+
+
 def test_only_some_matrices_lie_on_a_grid(tiny_checkpoint: Path, tmp_path: Path) -> None:
     exact, folder = tmp_path / "exact", tmp_path / "rounded"
     convert(tiny_checkpoint, exact, dtype="bfloat16")
