@@ -30,6 +30,7 @@ from glmimg.lora import Stacked, merge, open_adapters
 from glmimg.pipelines.adapting import Weighted, by_stage, require_plain, swap_decoder, swap_generator
 from glmimg.prompt import PromptBuilder
 from glmimg.semantic_tokenizer import SemanticTokenizer
+from glmimg.supported import diffusers_class
 from glmimg.torch_state import plain_torch
 from glmimg.weight_files import codebook_digest
 
@@ -252,11 +253,11 @@ class Stages:
         places = {str(backend.device) for backend in self.backends.values()}
         if len(places) > 1:
             raise BadInput(f"to_diffusers needs one device, and the stages are on {', '.join(sorted(places))}")
-        from diffusers.pipelines.glm_image.pipeline_glm_image import GlmImagePipeline
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
         from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
         from transformers.models.glm_image.processing_glm_image import GlmImageProcessor
 
+        pipeline = diffusers_class("pipelines.glm_image.pipeline_glm_image", "GlmImagePipeline")
         root = self.checkpoint.root
         attention = self.backends["decoder"].attention
         if attention != "native":
@@ -264,7 +265,7 @@ class Stages:
         self.release("generator", "tokenizer")  # theirs is the whole model; ours comes back when it is needed
         generator = self.checkpoint.generator(*self._place("generator"), vision=True)
         merge(generator, self._changes["generator"])
-        return GlmImagePipeline(
+        return pipeline(
             tokenizer=ByT5Tokenizer.from_pretrained(root / "tokenizer"),
             processor=GlmImageProcessor.from_pretrained(root / "processor"),
             text_encoder=self.glyphs.model,

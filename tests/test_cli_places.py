@@ -223,6 +223,11 @@ def test_an_old_peft_that_breaks_diffusers_is_told(tiny_checkpoint: Path, tmp_pa
     run = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert run.returncode == 1 and "\nglmimg: diffusers cannot be imported (Failed to import" in run.stderr
     assert "'HybridCache' from 'transformers'): update or uninstall" in run.stderr and "Traceback" not in run.stderr
+    program = "import glmimg.training.autoencoder_task\nfrom glmimg import TextToImagePipeline\n"
+    program += f"TextToImagePipeline.from_pretrained({str(tiny_checkpoint)!r}, 'cpu').to_diffusers()"
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert "\nglmimg.errors.GlmimgError: diffusers cannot be imported (Failed to import" in run.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["generate", "--help"], ["weights", "inspect", "embedded"]])

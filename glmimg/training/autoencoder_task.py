@@ -8,21 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from PIL import Image
 from torch import nn
 
 from glmimg.checkpoint import Checkpoint
 from glmimg.corpus.words import COLOURS
 from glmimg.errors import BadInput
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 class Pictures(Protocol):
@@ -55,6 +54,10 @@ def start_from_scratch(vae: AutoencoderKL) -> None:
     opponent colours with both signs (their mean is zero; silu(x) - silu(-x) = x) beside a large constant with both
     signs, which alone sets the scale. Residual blocks start at zero. Needs groups of at least eight channels.
     """
+    from diffusers.models.downsampling import Downsample2D  # here: whoever made the VAE has told what breaks them
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
+
     if min(vae.config.block_out_channels) // vae.config.norm_num_groups < _CARRIED:
         raise BadInput(f"norm_num_groups {vae.config.norm_num_groups}: groups need {_CARRIED} channels at least")
     with torch.no_grad():
