@@ -290,6 +290,15 @@ def test_what_cannot_be_mixed(tiny_checkpoint: Path, other: Path, tmp_path: Path
     assert not (tmp_path / "x").exists()
 
 
+def test_nothing_is_written_into_a_checkpoint_that_is_mixed(tiny_checkpoint: Path, tiny_copy: Path) -> None:
+    target = tiny_copy / "vae" / "mixed"
+    with pytest.raises(BadInput, match="lies inside the checkpoint that is read"):
+        average_checkpoints(tiny_checkpoint, target, [(tiny_copy, 1.0)])
+    with pytest.raises(BadInput, match="lies inside the checkpoint that is read"):
+        slerp_checkpoints(tiny_checkpoint, target, tiny_checkpoint, tiny_copy, 0.5)
+    assert not target.exists()
+
+
 def test_moving_averages() -> None:
     average, values = 4.0, [4.0, 1.0, -2.0, 8.0]
     for value in values[1:]:

@@ -22,7 +22,7 @@ from glmimg.lora import COMPONENT, Low, change_of, open_adapters, split_number
 from glmimg.packed_format import CONFIG_KEY
 from glmimg.torch_state import plain_torch
 from glmimg.weight_files import FLOATS, codebook_digest
-from glmimg.weights_tools.rewrite import Bytes, pass_through, record, rewritten, write_component
+from glmimg.weights_tools.rewrite import Bytes, pass_through, record, require_new, rewritten, write_component
 from glmimg.weights_tools.streaming import Progress, TensorReader, TensorSpec, TensorWriter, as_bytes, row_blocks
 
 __all__ = [
@@ -122,7 +122,7 @@ def average_checkpoints(
         raise BadInput("an average needs checkpoints whose weights do not add up to nothing")
     checkpoint, readers = _open(base)
     total = sum(weight for _, weight in parts)
-    others = [(_like(checkpoint, readers, part, components), weight / total) for part, weight in parts]
+    others = [(_like(checkpoint, readers, part, components, target), weight / total) for part, weight in parts]
 
     def change(component: str, name: str) -> Change:
         def mean(own: torch.Tensor, part: slice) -> torch.Tensor:
@@ -156,7 +156,7 @@ def slerp_checkpoints(
     if not 0 <= t <= 1:
         raise BadInput(f"slerp at {t}: give a number from 0, the first checkpoint, to 1, the second")
     checkpoint, readers = _open(base)
-    ends = [_like(checkpoint, readers, end, components) for end in (first, second)]
+    ends = [_like(checkpoint, readers, end, components, target) for end in (first, second)]
 
     def change(component: str, name: str) -> Change:
         def both(part: slice) -> list[torch.Tensor]:
@@ -218,10 +218,15 @@ def _open(base: Model) -> tuple[Checkpoint, dict[str, TensorReader]]:
 
 
 def _like(
-    checkpoint: Checkpoint, readers: Mapping[str, TensorReader], other: Model, components: Sequence[str]
+    checkpoint: Checkpoint,
+    readers: Mapping[str, TensorReader],
+    other: Model,
+    components: Sequence[str],
+    target: str | Path,
 ) -> dict[str, TensorReader]:
-    """The other checkpoint's readers, if its tensors are those of the base."""
+    """The other checkpoint's readers, if its tensors are those of the base; what is written is not to lie in it."""
     opened, found = _open(other)
+    require_new(target, opened)
     for component in components:
         if component not in COMPONENTS:
             raise UnknownName.of("component", component, COMPONENTS)
