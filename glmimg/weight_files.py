@@ -30,6 +30,7 @@ __all__ = [
     "WeightFiles",
     "codebook_digest",
     "contained",
+    "in_hub_cache",
     "json_object",
     "read_header",
     "read_index",
@@ -307,16 +308,20 @@ def codebook_digest(files: WeightFiles) -> str:
 def contained(folder: Path, file: Path) -> Path:
     """`file`, or a folder, unless it is a link that leads out of its folder to elsewhere than the hub's cache."""
     target, home = file.resolve(), folder.resolve()
-    # where huggingface_hub keeps files: models--OWNER--NAME/blobs/HASH
-    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     own = Path(__file__).parent in folder.absolute().parents  # the package's, which some installers link
-    if target.parent != home and not in_cache and not own:
+    if target.parent != home and not in_hub_cache(target) and not own:
         raise CheckpointError(
             f"{file} is a link to {target}, outside its folder.\n"
             "A checkpoint could make any file of this machine part of itself that way.\n"
             "If that is wanted, put the file or folder itself there, or a hard link to the file."
         )
     return file
+
+
+def in_hub_cache(file: Path) -> bool:
+    """Whether it is, or leads to, what huggingface_hub keeps: models--OWNER--NAME/blobs/HASH."""
+    folder = file.resolve().parent
+    return folder.name == "blobs" and folder.parent.name.startswith("models--")
 
 
 def regular(path: Path) -> Path:

@@ -47,6 +47,16 @@ def test_lineage_is_told(tiny_copy: Path, tmp_path: Path) -> None:
     assert told["components"]["transformer"]["parameters"] == whole
 
 
+def test_a_card_is_not_written_into_the_hubs_cache(tiny_copy: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "models--zai-org--GLM-Image" / "blobs" / "0123"
+    blob.parent.mkdir(parents=True)
+    blob.write_text("theirs", encoding="utf-8")
+    (tiny_copy / "README.md").symlink_to(blob)
+    with pytest.raises(BadInput, match="leads into the hub's cache.*another place"):
+        write_card(tiny_copy, tiny_copy / "README.md")
+    assert blob.read_text(encoding="utf-8") == "theirs"
+
+
 def test_the_embedded_checkpoint_has_a_whole_card() -> None:
     text = card(describe(EMBEDDED), license="Apache-2.0")
     assert "# glmimg mini" in text and "from_pretrained()(" in text and "Twemoji" in text and "| generator | " in text

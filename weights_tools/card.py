@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glmimg.atomic_write import write_text
+from glmimg.atomic_write import expanded, write_text
 from glmimg.checkpoint import COMPONENTS, EMBEDDED, Checkpoint
 from glmimg.errors import BadInput, CheckpointError
 from glmimg.packed_format import CONFIG_KEY, parameters
-from glmimg.weight_files import contained
+from glmimg.weight_files import contained, in_hub_cache
 from glmimg.weights_tools.rewrite import LINEAGE, Bytes
 from glmimg.weights_tools.streaming import Progress
 from glmimg.weights_tools.verify import sha256_of
@@ -117,6 +117,10 @@ def write_card(
     """Writes the card and returns what it says."""
     if license is not None and (not license.strip() or any(c.isspace() for c in license)):
         raise BadInput(f"license {license!r}: give an SPDX name, such as Apache-2.0")
+    if in_hub_cache(expanded(target)):
+        raise BadInput(
+            f"{target} leads into the hub's cache, which others share: name another place, or delete it first"
+        )
     told = describe(model, progress)
     text = card(told, license=license, base=base)
     write_text(target, text)
