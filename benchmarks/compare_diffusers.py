@@ -187,8 +187,11 @@ def theirs(pipeline: Any, prompt: str, height: int, width: int, steps: int, batc
     return run
 
 
-def limits(pipeline: Any, height: int, width: int, steps: int, batch: int, emitted: int) -> dict[str, float]:
-    """Seconds below which the stages cannot go on this machine."""
+def limits(
+    pipeline: Any, height: int, width: int, steps: int, batch: int, emitted: int, side: int = 1024
+) -> dict[str, float]:
+    """Seconds below which the stages cannot go on this machine. side: of the product that tells its speed, where the
+    decoder is on a processor."""
     stages = pipeline.stages
     large = stages.backends["generator"].has_pinned_memory  # an accelerator: a small call would time its launch
     read = bandwidth(stages.backends["generator"], 1 << 31 if large else 1 << 28)
@@ -196,7 +199,7 @@ def limits(pipeline: Any, height: int, width: int, steps: int, batch: int, emitt
     names = [name for name in layers.infos if name.startswith(("model.language_model.layers.", "lm_head."))]
     values = sum(_numel(layers.infos[name].shape) for name in names)
     size = 1 if stages.eight_bit_tokens else stages.dtypes["generator"].itemsize
-    rate = multiplications(stages.backends["decoder"], stages.dtypes["decoder"], 8192 if large else 1024)
+    rate = multiplications(stages.backends["decoder"], stages.dtypes["decoder"], 8192 if large else side)
     config = stages.checkpoint.config("transformer")
     inner = config["num_attention_heads"] * config["attention_head_dim"]
     patches, blocks = height * width // 256, config["num_layers"]

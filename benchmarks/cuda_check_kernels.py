@@ -15,7 +15,8 @@ from glmimg.packed_linear import _cuda_kernel_agrees, dequantize, packed_product
 
 
 def kernels(check: Any) -> None:
-    device, side, copies = check.backend.device, 512 if check.options.tiny else 4096, 8
+    device, tiny = check.backend.device, check.options.tiny
+    side, patches, copies = (128, 32, 2) if tiny else (4096, 4096, 8)
     on_cuda = device.type == "cuda"
     check.say("4-bit kernel agrees", _cuda_kernel_agrees(device) if on_cuda else "not asked: no CUDA device")
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +47,6 @@ def kernels(check: Any) -> None:
             apart = packed_product(x_RK, *own).float() - exact
             told = {"own_layout": len(own) == 3, "relative_error": float(apart.norm() / exact.norm())}
             check.say(f"{bits} bits, {rows} rows", told)
-    patches = 256 if check.options.tiny else 4096
     q, k, v = (torch.randn(2, 32, patches + 10, 128, generator=generator).to(device, torch.bfloat16) for _ in range(3))
     mask = torch.ones(2, 1, 1, patches + 10, dtype=torch.bool, device=device)
     mask[1, ..., 3:10] = False

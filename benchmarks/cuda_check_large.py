@@ -160,7 +160,7 @@ def large(check: Any, in_turns: Callable[..., dict[str, dict[str, float]]]) -> N
         check.say(f"warm-up of {name}, seconds", make(warm, warm, 2)()["picture"])
     preview = preview_grid(side, side, stages.checkpoint.settings.preview_side)
     tokens = (side // 32) ** 2 + preview[0] * preview[1]
-    limits = compare_diffusers.limits(pipeline, side, side, steps, 1, tokens)
+    limits = compare_diffusers.limits(pipeline, side, side, steps, 1, tokens, 256 if options.tiny else 1024)
     check.say("limits, seconds", limits)
     runs = {name: Measured(check, make(side, side, steps)) for name, make in makers.items()}
     medians = in_turns(check, f"{side}x{side}", runs, options.large_repeats, warm_up=False)

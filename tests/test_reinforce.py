@@ -118,7 +118,7 @@ def test_prompts_that_are_undecided_come_again(tiny_checkpoint: Path, bank: Stic
         return float(len(scored)) if record is task.records[1] else 0.0
 
     task = _task(tiny_checkpoint, bank, reward, samples=2, edit_share=0.0)
-    task.records = task.records[:12]
+    task.records = task.records[:9]
     told = [task.batch(position, 6).told for position in (0, 6, 12)]
     drawn = [[task.records.index(record) for record in scored[first : first + 6 : 2]] for first in (0, 6, 12)]
     assert [batch[-1] for batch in drawn[1:]] == [1, 1] and drawn[0] == [0, 1, 2]

@@ -189,7 +189,7 @@ def test_crops_hold_trained_stickers_where_the_targets_say(bank: StickerBank) ->
 def test_teacher_learns_to_name_stickers(bank: StickerBank, tmp_path: Path) -> None:
     task = TeacherTask(bank, StickerCrops(bank, 16))
     before = task.evaluate()["right_alone"]
-    Run(task, config(steps=80, batch_size=32, muon=False, learning_rate=3e-3, clip=5.0), tmp_path).train()
+    Run(task, config(steps=50, batch_size=16, muon=False, learning_rate=3e-3, clip=5.0), tmp_path).train()
     for module in task.modules.values():
         module.eval()
     assert task.evaluate()["right_alone"] > before + 0.1

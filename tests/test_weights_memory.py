@@ -16,7 +16,7 @@ from glmimg.weights_tools.init_like import scaled_configs
 from glmimg.weights_tools.streaming import TensorSpec, _lay_out
 
 pytest.importorskip("resource", reason="no limits of memory here")
-LIMIT = 1_000_000_000
+LIMIT = 700_000_000
 
 # Private memory alone (heap and anonymous mappings), libraries included: as benchmarks/weights_throughput.py does.
 LIMITED = """
@@ -41,13 +41,13 @@ for command in (["convert", source, f"{target}/half", "--dtype", "float16"], ["q
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits count otherwise here")
-def test_more_than_two_gigabytes_in_one(tmp_path: Path) -> None:
+def test_twice_the_memory_goes_through(tmp_path: Path) -> None:
     """The weights are zeros in files with holes: the same bytes for the tools, and none on the disk."""
     if shutil.disk_usage(tmp_path).free < 3 * LIMIT:
         pytest.skip("the disk has no room for what is written")
     small, source = Checkpoint.open(EMBEDDED), tmp_path / "source"
     shutil.copytree(small.root, source, ignore=shutil.ignore_patterns("*.safetensors*"))
-    configs = scaled_configs({name: small.config(name) for name in COMPONENTS}, 2.55)
+    configs = scaled_configs({name: small.config(name) for name in COMPONENTS}, 2.15)
     total = 0
     for name, config in configs.items():
         (source / name / "config.json").write_text(json.dumps(config))

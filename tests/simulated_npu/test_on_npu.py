@@ -1,9 +1,8 @@
-"""The package on a device that is not the processor: every case of run_on_npu.py, each in a process of its own."""
+"""The package on a device that is not the processor: every case of run_on_npu.py, and every trainer."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 from glmimg.corpus.stickers import StickerBank
 
 HERE = Path(__file__).parent
-CASES = re.findall(r'^    "(\w+)": \w+,$', (HERE / "run_on_npu.py").read_text(), flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="session")
@@ -27,20 +25,15 @@ def library() -> str:
     return built.stdout.strip()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_on_simulated_npu(case: str, library: str, tiny_checkpoint: Path) -> None:
+def test_on_simulated_npu(library: str, tiny_checkpoint: Path) -> None:
     run = subprocess.run(
-        [sys.executable, HERE / "run_on_npu.py", case, tiny_checkpoint],
+        [sys.executable, HERE / "run_on_npu.py", tiny_checkpoint],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": str(HERE), "SIMULATED_NPU": library},
     )
-    assert run.returncode == 0 and f"{case} passed" in run.stdout, run.stderr[-4000:]
-
-
-def test_all_cases_are_found() -> None:
-    assert len(CASES) >= 5
+    assert run.returncode == 0 and "all passed" in run.stdout, run.stdout[-200:] + run.stderr[-8000:]
 
 
 def test_trainers_on_simulated_npu(bank: StickerBank, library: str, tmp_path: Path) -> None:
