@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,7 +119,8 @@ def test_generator_trains_on_tokens_alone(tmp_path: Path, bank: StickerBank) -> 
 
 
 def test_compiled_losses_are_the_same(tmp_path: Path, bank: StickerBank, monkeypatch: pytest.MonkeyPatch) -> None:
-    preset = PRESETS["tiny"]
+    preset = copy.deepcopy(PRESETS["tiny"])
+    preset["vision_language_encoder"]["text_config"]["num_hidden_layers"] = 1
     monkeypatch.setattr(Cpu, "can_compile", False)
     with pytest.raises(BackendError, match="leave compile out"):
         train_mini(["--work", str(tmp_path), "--compile", "--device", "cpu"])
