@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from glmimg.serving import guard
-from glmimg.serving.auth import Client, add_key
+from glmimg.serving.auth import Client, KeyFile, add_key
 from glmimg.serving.settings import ServerSettings
 
 pytest.importorskip("uvicorn")
@@ -56,6 +56,14 @@ def test_keys_are_needed_where_there_are_keys(tmp_path: Path) -> None:
             assert (await http.get("/v1/usage")).json()["client"] == "ada"
 
     asyncio.run(scene())
+
+
+def test_home_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    secret = add_key("~/keys.json", "ana")
+    settings = ServerSettings(keys="~/keys.json", usage_file="~/usage.json", adapters="~/adapters")
+    assert (settings.usage_file, settings.adapters) == (str(tmp_path / "usage.json"), str(tmp_path / "adapters"))
+    assert settings.keys is not None and KeyFile(settings.keys).find(secret)
 
 
 def test_what_is_sent_is_limited_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,8 +103,8 @@ def add_key(path: str | Path, name: str, **limits: int | None) -> str:
 
     Limits that are None stay as they were.
     """
-    path, key = Path(path), PREFIX + secrets.token_urlsafe(32)
-    path = Path(os.path.realpath(path))
+    key = PREFIX + secrets.token_urlsafe(32)
+    path = Path(os.path.realpath(os.path.expanduser(path)))
     with locked(path.with_name(f".{path.name}.lock")):  # of several at once none may be lost
         _put_key(path, key, name, limits)
     return key

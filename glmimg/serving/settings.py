@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,9 @@ class ServerSettings(Config):
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("keys", "adapters", "usage_file"):  # shells leave --keys=~/keys.json as it is
+            if value := getattr(self, name):
+                object.__setattr__(self, name, os.path.expanduser(value))
         require(0 <= self.port < 65536, f"port {self.port}: use 1 to 65535, or 0 for any that is free")
         require(
             re.fullmatch(r"(/[\w.~-]+)*", self.root_path, re.ASCII) is not None,
