@@ -222,7 +222,10 @@ def test_edit_pairs_in_folders_and_tables(tmp_path: Path) -> None:
     assert found.notes == ("source/alone.png has no target of that name", "target/y.txt has no picture")
 
     picture(tmp_path / "pairs/source/x.jpg")
-    assert read_dataset(tmp_path / "pairs").notes == ("source/x.jpg is not read: source/x.png is", *found.notes)
+    first = "source/x.jpg is not read: source/x.png is"
+    assert read_dataset(tmp_path / "pairs").notes == (first, *found.notes)
+    (tmp_path / "pairs/source/x.txt").write_text("make it red")
+    assert "source/x.txt is not read: target/x.txt is" in read_dataset(tmp_path / "pairs").notes
 
     rows = {"source": "source/x.png", "target": "target/x.png", "instruction": "make it blue"}
     (tmp_path / "pairs/metadata.jsonl").write_text(json.dumps(rows))

@@ -252,8 +252,12 @@ def _pairs(root: Path, notes: list[str]) -> list[Example]:
         if source is None:
             notes.append(f"{shown_name(target, root)} has no source of that name")
             continue
-        captions = _text_captions(target, texts) or _text_captions(source, texts) or ()
         label = shown_name(target, root)
+        captions, others = (_text_captions(picture, texts) or () for picture in (target, source))
+        if captions and others and captions != others:
+            ours, theirs = (shown_name(texts[p.with_suffix("")], root) for p in (target, source))
+            notes.append(f"{theirs} is not read: {ours} is")
+        captions = captions or others
         examples.append(Example(Source(label, target), captions, Source(shown_name(source, root), source)))
     notes += [f"{shown_name(left, root)} has no target of that name" for left in sources.values()]
     apart = [p for p in _pictures(root) if {root / "source", root / "target"}.isdisjoint(p.parents)]
