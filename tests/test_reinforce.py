@@ -127,7 +127,8 @@ def test_prompts_that_are_undecided_come_again(tiny_checkpoint: Path, bank: Stic
     assert told[0]["layout_reward"] > 0 == told[1]["layout_reward"]  # of those in turn
     again = _task(tiny_checkpoint, bank, reward, samples=2, edit_share=0.0)
     again.records = task.records
-    again.load_state(task.state())  # as a run that goes on does
+    again.load_state({**task.state(), "edits": [99_999]})  # as a run that goes on does
+    assert again.state() == {**task.state(), "edits": []}
     seen = len(scored)
     again.batch(18, 6)
     assert again.records.index(scored[-1]) == 1

@@ -201,7 +201,8 @@ class RewardTask:
         return {"pictures": list(self._undecided[False]), "edits": list(self._undecided[True])}
 
     def load_state(self, state: Mapping[str, Sequence[int]]) -> None:
-        self._undecided = {False: deque(state["pictures"]), True: deque(state["edits"])}
+        told = {False: (state["pictures"], self.records), True: (state["edits"], self.edits)}  # there may be fewer now
+        self._undecided = {of: deque(k for k in some if k < len(among)) for of, (some, among) in told.items()}
 
     def loss(
         self, batch: RewardBatch, progress: float, generator: torch.Generator
