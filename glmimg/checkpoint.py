@@ -22,7 +22,7 @@ from glmimg.atomic_write import atomic_folder
 from glmimg.errors import BadInput, CheckpointError, UnknownName
 from glmimg.filling import fill, put
 from glmimg.packed_format import CONFIG_KEY
-from glmimg.supported import diffusers_class, require_supported
+from glmimg.supported import CLASSES, diffusers_class, require_supported
 from glmimg.weight_files import WeightFiles, contained, json_object, regular
 
 if TYPE_CHECKING:
@@ -307,12 +307,11 @@ def _build_glyph_encoder(config: dict[str, Any]) -> T5EncoderModel:
 
 
 def _build_decoder(config: dict[str, Any]) -> GlmImageTransformer2DModel:
-    model = diffusers_class("models.transformers.transformer_glm_image", "GlmImageTransformer2DModel")
-    return model.from_config(config)
+    return diffusers_class(*CLASSES["transformer"]).from_config(config)
 
 
 def _build_vae(config: dict[str, Any]) -> AutoencoderKL:
-    return diffusers_class("models.autoencoders.autoencoder_kl", "AutoencoderKL").from_config(config)
+    return diffusers_class(*CLASSES["vae"]).from_config(config)
 
 
 # component -> its module for a config

@@ -16,6 +16,11 @@ __all__ = ["diffusers_class", "require_supported"]
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 PATCH, VAE_FACTOR = 2, 8
+# diffusers' modules and classes, for `diffusers_class`.
+CLASSES = {
+    "transformer": ("models.transformers.transformer_glm_image", "GlmImageTransformer2DModel"),
+    "vae": ("models.autoencoders.autoencoder_kl", "AutoencoderKL"),
+}
 # Of the processor: references are read as the published one reads them.
 _PICTURES = {"image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "do_rescale": True}
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 from glmimg.errors import CheckpointError
-from glmimg.supported import SCHEDULER, diffusers_class
+from glmimg.supported import CLASSES, SCHEDULER, diffusers_class
 from glmimg.weights_tools.layouts import Contents
 
 __all__ = ["clashes"]
 
 GENERATOR = "vision_language_encoder"
 _SPECIALS = ("<sop>", "<eop>", "<|image|>")
-# diffusers' modules and classes.
-_CLASSES = {
-    "transformer": ("models.transformers.transformer_glm_image", "GlmImageTransformer2DModel"),
-    "vae": ("models.autoencoders.autoencoder_kl", "AutoencoderKL"),
-}
 _ASKED_FOR = ("text_config", "vq_config", "latent_channels", "block_out_channels")
 _EXPANSION = 16  # times longer that a normaliser may make a text
 
@@ -63,6 +59,7 @@ def _complete(component: str, config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@cache  # asked for by every check
 def _defaults(component: str) -> dict[str, Any]:
     if component == GENERATOR:
         from transformers.models.glm_image.configuration_glm_image import GlmImageConfig
@@ -72,7 +69,7 @@ def _defaults(component: str) -> dict[str, Any]:
         from transformers.models.t5.configuration_t5 import T5Config
 
         return T5Config().to_dict()
-    taken = inspect.signature(diffusers_class(*_CLASSES[component])).parameters
+    taken = inspect.signature(diffusers_class(*CLASSES[component])).parameters
     return {name: one.default for name, one in taken.items()}
 
 
